@@ -1,0 +1,38 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Early exits for 🤗 Transformers: train, publish and load models in which every input leaves at its own layer.
+
+Importing the package registers its models with the Auto classes. It loads neither torch nor a model until one is used.
+"""
+
+import importlib
+from typing import Any
+
+from transformers_cee import auto
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BertCeeConfig": "models.bert_cee",
+    "BertForConsistentEE": "models.bert_cee",
+    "ConsistentEETrainer": "training.trainer",
+    "ConsistentEETrainingArguments": "training.training_args",
+    "EarlyExitTextClassificationPipeline": "pipelines",
+    "ExitClassifierOutput": "exits.outputs",
+    "OperatingPoint": "evaluation.operating_points",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+auto.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'transformers_cee' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"transformers_cee.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

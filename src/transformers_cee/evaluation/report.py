@@ -1,0 +1,120 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Operating points as Markdown tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .operating_points import OperatingPoint
+
+__all__ = ["markdown_table", "matched_depth_table", "method_name", "operating_points_table", "write_results"]
+
+METHOD_NAMES = {"policy": "ConsistentEE (policy)", "max_probability": "maximum probability", "full": "full depth"}
+
+
+def method_name(criterion: str) -> str:
+    """What tables and pictures call a criterion."""
+    return METHOD_NAMES.get(criterion, criterion.replace("_", " "))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up as plain text: first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+    return "\n".join(line(cells) for cells in (header, rule, *rows))
+
+
+def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[str]) -> str:
+    """One row per operating point: criterion, threshold, depth, saved layers, both speed-ups, metrics.
+
+    Args:
+        points: in the order of the rows. `-` stands where a point was not timed.
+        metrics: keys into each point's `metrics`.
+    """
+    header = ["criterion", "threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", *metrics]
+    rows = [
+        [
+            method_name(point.criterion),
+            _threshold(point.exit_threshold),
+            f"{point.depth:.2f}",
+            f"{point.saved_layers:.1%}",
+            f"{point.layer_speedup:.2f}x",
+            "-" if point.wall_clock_speedup is None else f"{point.wall_clock_speedup:.2f}x",
+            *(_number(point.metrics.get(metric)) for metric in metrics),
+        ]
+        for point in points
+    ]
+    return markdown_table([name.replace("_", " ") for name in header], rows)
+
+
+def matched_depth_table(values: Mapping[str, Mapping[float, float | None]], metric: str, num_layers: int) -> str:
+    """`metric` of every method at the same depths, so that methods can be compared.
+
+    Args:
+        values: per method, the metric by depth in layers; None where the method's curve does not reach that depth.
+        metric: what the values are.
+        num_layers: layers of the model, for the heading.
+    """
+    depths = sorted({depth for by_depth in values.values() for depth in by_depth})
+    header = [f"{metric.replace('_', ' ')} at depth (of {num_layers})", *(f"{depth:.2f}" for depth in depths)]
+    rows = [
+        [method_name(method), *(_number(by_depth.get(depth)) for depth in depths)]
+        for method, by_depth in values.items()
+    ]
+    return markdown_table(header, rows)
+
+
+def write_results(results: Mapping[str, Any], path: str | Path) -> Path:
+    """Writes nested results as JSON: operating points become dictionaries, NaN and infinities null.
+
+    Returns:
+        `path`.
+
+    Raises:
+        TypeError: a value is neither a number, a text, a container of them nor an operating point.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """`value` with nothing in it that standard JSON lacks."""
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _threshold(value: float | Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int | float):
+        return f"{value:.4g}"
+    return "per exit"

@@ -1,0 +1,51 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Pooling of hidden states into exit states, and the exit heads."""
+
+import torch
+from torch import Tensor, nn
+
+
+def first_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """State (rows, hidden) of each row's first unmasked token; column 0 without a mask."""
+    if padding_mask is None:
+        return hidden_states[:, 0]
+    first = padding_mask.to(torch.int8).argmax(1)
+    return hidden_states[torch.arange(len(first), device=first.device), first]
+
+
+def mean_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Mean (rows, hidden) over each row's unmasked tokens, in float32 inside."""
+    if padding_mask is None:
+        return hidden_states.mean(1)
+    weights = padding_mask.to(torch.float32).unsqueeze(-1)
+    total = (hidden_states.float() * weights).sum(1)
+    return (total / weights.sum(1).clamp_min(1.0)).to(hidden_states.dtype)
+
+
+class ExitNorms(nn.Module):
+    """One LayerNorm per exit, or nothing."""
+
+    def __init__(self, kind: str, num_exits: int, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        count = num_exits if kind == "layer_norm" else 0
+        self.norms = nn.ModuleList([nn.LayerNorm(hidden_size, eps=eps) for _ in range(count)])
+
+    def forward(self, state: Tensor, index: int) -> Tensor:
+        return self.norms[index](state) if len(self.norms) else state
+
+
+class ExitHeads(nn.Module):
+    """Untied linear heads of the internal exits. The last exit keeps the architecture's own classifier.
+
+    The list sits inside a container so that PEFT's `modules_to_save` accepts it.
+    """
+
+    def __init__(self, num_internal_exits: int, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleList([nn.Linear(hidden_size, num_labels) for _ in range(num_internal_exits)])
+
+    def forward(self, state: Tensor, index: int) -> Tensor:
+        """Logits (rows, labels) of internal exit `index` (0-based) from its state (rows, hidden)."""
+        return self.heads[index](self.dropout(state))

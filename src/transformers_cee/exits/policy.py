@@ -1,0 +1,137 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Exit policies: the networks that give `p_l = P(exit at l | reached l)`, what they see, and the exit distribution."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+
+NUM_CONFIDENCE_FEATURES = 5
+# Keeps float32 probabilities away from 0, so that a threshold of 0 lets everything out at the first exit.
+_MAX_LOGIT = 30.0
+
+
+def class_probabilities(logits: Tensor, problem_type: str) -> Tensor:
+    """Probabilities (rows, labels, 2 or K groups flattened): softmax (rows, 1, K), or per label (rows, labels, 2)."""
+    if problem_type == "regression":
+        raise ValueError(
+            "`problem_type`='regression' has no class probabilities: use `policy_inputs`='state' and the 'policy' "
+            "criterion."
+        )
+    if problem_type == "multi_label_classification":
+        positive = logits.float().sigmoid()
+        return torch.stack((1 - positive, positive), dim=-1)
+    return logits.float().softmax(-1).unsqueeze(-2)
+
+
+def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum probability, margin (top-1 minus top-2) and entropy over its maximum, each (rows,), mean over labels."""
+    probabilities = class_probabilities(logits, problem_type)
+    top = probabilities.topk(2, dim=-1).values
+    entropy = torch.special.entr(probabilities).sum(-1) / torch.log(
+        torch.tensor(float(probabilities.shape[-1]), device=logits.device)
+    )
+    return top[..., 0].mean(-1), (top[..., 0] - top[..., 1]).mean(-1), entropy.mean(-1)
+
+
+def predicted_classes(logits: Tensor, problem_type: str) -> Tensor:
+    """Predictions (rows, labels) that two exits must share to agree: one class, or one indicator per label."""
+    return class_probabilities(logits, problem_type).argmax(-1)
+
+
+class ExitHistory:
+    """What the rows still in the batch have seen at earlier exits. Follows them through compaction."""
+
+    def __init__(self) -> None:
+        self.margin: Tensor | None = None
+        self.predictions: list[Tensor] = []
+
+    def features(self, logits: Tensor, problem_type: str) -> Tensor:
+        """Confidence features (rows, 5) at the next exit: maximum probability, margin, entropy, the previous exit's
+        margin, and the share of earlier exits that predict the same (0 and 0 at the first exit)."""
+        maximum, margin, entropy = confidence_scores(logits, problem_type)
+        prediction = predicted_classes(logits, problem_type)
+        previous = torch.zeros_like(margin) if self.margin is None else self.margin
+        agreement = torch.zeros_like(margin)
+        if self.predictions:
+            same = [(earlier == prediction).all(-1) for earlier in self.predictions]
+            agreement = torch.stack(same).float().mean(0)
+        self.margin = margin
+        self.predictions.append(prediction)
+        return torch.stack((maximum, margin, entropy, previous, agreement), dim=-1)
+
+    def select(self, kept: Tensor) -> None:
+        """Keeps the rows of `kept` (remaining rows,)."""
+        if self.margin is not None:
+            self.margin = self.margin[kept]
+        self.predictions = [prediction[kept] for prediction in self.predictions]
+
+
+class ExitPolicies(nn.Module):
+    """One policy network per internal exit: Linear → activation → Linear (Zeng et al. 2024), without the sigmoid.
+
+    Args:
+        inputs (`str`): `"state"`, `"confidence"` or `"both"`.
+    """
+
+    def __init__(
+        self, num_internal_exits: int, state_size: int, hidden_size: int, activation: str, inputs: str = "state"
+    ) -> None:
+        super().__init__()
+        self.inputs = inputs
+        width = {"state": state_size, "confidence": NUM_CONFIDENCE_FEATURES}.get(
+            inputs, state_size + NUM_CONFIDENCE_FEATURES
+        )
+        self.networks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1))
+                for _ in range(num_internal_exits)
+            ]
+        )
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.inputs != "state"
+
+    def exit_logit(self, state: Tensor, features: Tensor | None, index: int) -> Tensor:
+        """Logit (rows,) in float32 of leaving at internal exit `index` (0-based)."""
+        parts = []
+        if self.inputs != "confidence":
+            parts.append(state)
+        if features is not None:
+            parts.append(features.to(state.dtype))
+        network = self.networks[index]
+        return network(torch.cat(parts, dim=-1)).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
+
+    def forward(self, states: Tensor, logits: Tensor | None = None, problem_type: str = "single_label_classification") -> Tensor:
+        """Logits (rows, exits − 1) of leaving at every internal exit, as if all rows reached all of them.
+
+        Args:
+            states (`Tensor` of shape `(rows, exits, hidden)`): exit states; the last exit's is not used.
+            logits (`Tensor` of shape `(rows, exits, labels)`, *optional*): head logits, for confidence inputs.
+            problem_type (`str`): problem type, for confidence inputs.
+        """
+        history = ExitHistory()
+        columns = []
+        for index in range(len(self.networks)):
+            features = history.features(logits[:, index], problem_type) if self.needs_logits else None
+            columns.append(self.exit_logit(states[:, index], features, index))
+        return torch.stack(columns, dim=1) if columns else states.new_zeros(len(states), 0)
+
+
+def exit_log_distribution(exit_logits: Tensor) -> Tensor:
+    """Log of the exit distribution `π_l = p_l · Π_{j<l}(1 − p_j)`; the last exit takes the rest, so it sums to 1.
+
+    Args:
+        exit_logits (`Tensor` of shape `(rows, exits − 1)`): logits of `p_l` at the internal exits.
+
+    Returns:
+        `Tensor` of shape `(rows, exits)`.
+    """
+    stay = F.logsigmoid(-exit_logits).cumsum(-1)
+    start = exit_logits.new_zeros(*exit_logits.shape[:-1], 1)
+    reached = torch.cat((start, stay), dim=-1)
+    leave = torch.cat((F.logsigmoid(exit_logits), start), dim=-1)
+    return reached + leave

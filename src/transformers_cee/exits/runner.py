@@ -1,0 +1,198 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The early-exit loop over layers. Rows that exit leave the batch; it is the only such loop in the project."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from transformers_cee.exits.criteria import ExitCriterion, ExitStep
+
+
+@dataclass
+class RowBatch:
+    """The rows still on their way, with everything that must follow them.
+
+    Args:
+        hidden_states (`Tensor` of shape `(rows, time, hidden)`): input of the next layer.
+        attention_mask (`Tensor`, *optional*):
+            What the layers take: `None`, (rows, 1, query, key) for sdpa and eager, or (rows, key) for flash attention.
+        padding_mask (`Tensor` of shape `(rows, time)`, *optional*): non-zero at tokens, 0 at padding.
+        index (`LongTensor` of shape `(rows,)`, *optional*): number of each row in the original batch.
+        spans (`LongTensor` of shape `(rows, 3)`, *optional*): first token, last token, number of tokens of each row.
+    """
+
+    hidden_states: Tensor
+    attention_mask: Tensor | None = None
+    padding_mask: Tensor | None = None
+    index: Tensor | None = None
+    spans: Tensor | None = None
+
+    def select(self, kept: Tensor, columns: slice, dense: bool) -> "RowBatch":
+        """Rows `kept` (remaining rows,) and token positions `columns`; without masks when no padding is left."""
+        time = self.hidden_states.shape[1]
+        padding_mask, attention_mask = None, None
+        if not dense and self.padding_mask is not None:
+            padding_mask = self.padding_mask.index_select(0, kept)[:, columns]
+        if not dense and self.attention_mask is not None:
+            attention_mask = self.attention_mask
+            if attention_mask.shape[0] != 1:
+                attention_mask = attention_mask.index_select(0, kept)
+            attention_mask = attention_mask[..., columns]
+            if attention_mask.dim() == 4 and attention_mask.shape[-2] == time:
+                attention_mask = attention_mask[..., columns, :]
+        return RowBatch(
+            self.hidden_states.index_select(0, kept)[:, columns],
+            attention_mask,
+            padding_mask,
+            self.index.index_select(0, kept),
+            None if dense or self.spans is None else self.spans.index_select(0, kept) - self.spans.new_tensor(
+                (columns.start, columns.start, 0)
+            ),
+        )
+
+
+def _spans(padding_mask: Tensor | None) -> Tensor | None:
+    """First token, last token and number of tokens of each row, (rows, 3), on the device; None without padding."""
+    if padding_mask is None or len(padding_mask) == 1:
+        return None
+    real = padding_mask != 0
+    last = real.shape[1] - 1 - real.flip(1).to(torch.int8).argmax(1)
+    return torch.stack((real.to(torch.int8).argmax(1), last, real.sum(1)), dim=1)
+
+
+class Exits(Protocol):
+    """What the loop needs to know of a model's exits."""
+
+    layer_numbers: Sequence[int]
+
+    def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
+        """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""
+
+    def logits(self, state: Tensor, index: int) -> Tensor:
+        """Logits (rows, labels) of exit `index` from its state (rows, hidden)."""
+
+
+@dataclass
+class ExitRun:
+    """Result of a walk, in the original order of rows. Shapes as in `ExitClassifierOutput`."""
+
+    logits: Tensor
+    exit_layers: Tensor
+    scores: Tensor
+    all_logits: Tensor | None = None
+    all_states: Tensor | None = None
+
+
+Layer = Callable[[RowBatch], Tensor]
+
+
+def run_all_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits) -> ExitRun:
+    """Walks all layers with the criterion off and asks every exit head: one pass gives all exits' logits."""
+    states, logits = [], []
+    for number, layer in enumerate(layers, start=1):
+        batch = replace(batch, hidden_states=layer(batch))
+        if number in exits.layer_numbers:
+            index = len(states)
+            states.append(exits.state(batch.hidden_states, batch.padding_mask, index))
+            logits.append(exits.logits(states[-1], index))
+    rows = len(batch.hidden_states)
+    run = _full_depth(logits[-1], rows, exits)
+    run.all_logits, run.all_states = torch.stack(logits, dim=1), torch.stack(states, dim=1)
+    return run
+
+
+def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion: ExitCriterion) -> ExitRun:
+    """Walks the layers and lets rows leave where the criterion says so.
+
+    The remaining rows are gathered and their padding trimmed. One host synchronisation per exit at which a row could
+    leave; none with all exits off, when internal exits are not looked at and the walk costs what the plain stack does.
+
+    Args:
+        batch (`RowBatch`): embedded rows and their masks.
+        layers (sequence of callables): each maps the batch to its next hidden states (rows, time, hidden).
+        exits (`Exits`): states and heads of the exits.
+        criterion (`ExitCriterion`): a fresh criterion object.
+    """
+    rows, last = len(batch.hidden_states), len(exits.layer_numbers) - 1
+    device = batch.hidden_states.device
+    off = criterion.is_off
+    spans = None if off else _spans(batch.padding_mask)
+    batch = replace(batch, index=torch.arange(rows, device=device), spans=spans)
+    record = _Record(rows, last + 1, device)
+    exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
+    for number, layer in enumerate(layers, start=1):
+        batch = replace(batch, hidden_states=layer(batch))
+        index = exit_of.get(number)
+        if index is None or (off and index < last):
+            continue
+        state = exits.state(batch.hidden_states, batch.padding_mask, index)
+        step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index))
+        if index == last:
+            record.leave(batch.index, step.logits, number)
+            break
+        scores = criterion.score(step)
+        record.scores[batch.index, index] = scores.detach().to(record.scores.dtype)
+        if criterion.can_exit(index):
+            batch = _compact(batch, step, criterion, scores, number, record)
+            if batch is None:
+                break
+    return record.finish()
+
+
+def _compact(
+    batch: RowBatch, step: ExitStep, criterion: ExitCriterion, scores: Tensor, number: int, record: "_Record"
+) -> RowBatch | None:
+    """Lets the rows out that pass, and returns the rest; `None` when nobody is left."""
+    passed = criterion.passes(scores, criterion.thresholds[step.index])
+    # The one synchronisation: who leaves and how long each row is, in one transfer.
+    known = passed.unsqueeze(1).long()
+    host = (known if batch.spans is None else torch.cat((known, batch.spans), dim=1)).cpu()
+    leaves = host[:, 0].bool()
+    if not bool(leaves.any()):
+        return batch
+    if bool(leaves.all()):
+        record.leave(batch.index, step.logits, number)
+        return None
+    device = batch.hidden_states.device
+    leaving = leaves.nonzero().squeeze(1).to(device, non_blocking=True)
+    kept = (~leaves).nonzero().squeeze(1).to(device, non_blocking=True)
+    record.leave(batch.index.index_select(0, leaving), step.logits_of(leaving), number)
+    criterion.select(kept)
+    return batch.select(kept, *_trim(host[~leaves], batch.hidden_states.shape[1]))
+
+
+def _trim(host: Tensor, time: int) -> tuple[slice, bool]:
+    """Columns that the remaining rows still need, and whether no padding is left in them."""
+    if host.shape[1] == 1:
+        return slice(0, time), False
+    start, stop = int(host[:, 1].min()), int(host[:, 2].max()) + 1
+    return slice(start, stop), bool((host[:, 3] == stop - start).all())
+
+
+class _Record:
+    """Collects what leaves, and puts it back into the order of the original batch."""
+
+    def __init__(self, rows: int, exits: int, device: torch.device) -> None:
+        self.scores = torch.full((rows, exits), float("nan"), device=device)
+        self.exit_layers = torch.zeros(rows, dtype=torch.long, device=device)
+        self.rows: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def leave(self, rows: Tensor, logits: Tensor, layer: int) -> None:
+        self.exit_layers[rows] = layer
+        self.rows.append(rows)
+        self.logits.append(logits)
+
+    def finish(self) -> ExitRun:
+        order = torch.cat(self.rows).argsort()
+        return ExitRun(torch.cat(self.logits).index_select(0, order), self.exit_layers, self.scores)
+
+
+def _full_depth(logits: Tensor, rows: int, exits: Exits) -> ExitRun:
+    layers = torch.full((rows,), exits.layer_numbers[-1], dtype=torch.long, device=logits.device)
+    scores = torch.full((rows, len(exits.layer_numbers)), float("nan"), device=logits.device)
+    return ExitRun(logits, layers, scores)

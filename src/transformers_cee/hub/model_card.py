@@ -1,0 +1,237 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Model cards written from what a run measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from transformers_cee.evaluation.report import markdown_table, method_name, operating_points_table
+
+
+if TYPE_CHECKING:
+    from transformers_cee.evaluation.operating_points import OperatingPoint
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+LIBRARIES = ("transformers-cee", "transformers", "torch", "accelerate", "datasets", "tokenizers")
+PHASE_SENTENCES = {
+    "heads": "Every exit head learned the task together with the encoder.",
+    "hardness": "For each training input, the first layer from which all exit heads are right was recorded (its memorized layer).",
+    "policy": "The exit policy learned by policy gradient to leave where the exit head's loss and the cost of the layers run are lowest.",
+    "consistent": "Then the model learned from the exits that the policy takes, which is how it is used.",
+}
+GENERAL_LIMITS = (
+    "Thresholds and speed-ups hold for inputs like those they were measured on; under other data the policy may leave too early or too "
+    "late without any sign of it.",
+    "Speed-ups depend on hardware, batch size and sequence length: a batch ends with its slowest row.",
+    "Whatever biases the base model and the training data have, an early exit has too, and it may hit easy and hard inputs unequally.",
+)
+
+
+@dataclass(kw_only=True)
+class EarlyExitCard:
+    """What a model card says; collected from a run.
+
+    Args:
+        model_name (`str`): title of the card, such as `"bert-cee-sst2"`.
+        num_layers (`int`): layers of the model.
+        dataset_name (`str`): the data as a reader knows it, such as `"SST-2"`.
+        metric_name (`str`): key into the `metrics` of the operating points; the metric that counts.
+        curves (`dict[str, list[OperatingPoint]]`): operating points per method; `"policy"` is this model's own.
+        base_model (`str`, *optional*): Hub name or description of the encoder that training started from.
+        repo_id (`str`, *optional*): where the usage snippet loads from; defaults to `model_name`.
+        dataset_id (`str`, *optional*): Hub name of the data, such as `"nyu-mll/glue"`; without it the card names no data
+            set in its metadata and has no model index.
+        dataset_config (`str`, *optional*): configuration of the data set, such as `"sst2"`.
+        split (`str`, *optional*, defaults to `"test"`): rows that the operating points were measured on.
+        data_notes (`str`, *optional*): how the splits were made.
+        full_depth (`OperatingPoint`, *optional*): the same model with exits off.
+        exit_layers (`list[int]`, *optional*): layers (1-based) with an exit, where not every layer has one.
+        exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5): the published threshold of the policy.
+        figure (`str`, *optional*, defaults to `"curve.png"`): picture of the curve, relative to the card; None for none.
+        timing (`str`, *optional*): what the wall-clock figures were measured on.
+        training_arguments (`dict`): name to value.
+        seeds (`list[int]`): seeds of the runs behind the figures.
+        limits (`list[str]`): limits of this model, before the general ones.
+        library_versions (`dict[str, str]`, *optional*): defaults to what is installed.
+        examples (`list[str]`): texts of the usage snippet.
+        regression (`bool`, *optional*, defaults to `False`): the model gives one number and not labels.
+        language (`str`, *optional*, defaults to `"en"`), license (`str`, *optional*): for the metadata.
+
+    Raises:
+        ValueError: no operating points, a point without the metric, or no examples.
+    """
+
+    model_name: str
+    num_layers: int
+    dataset_name: str
+    metric_name: str
+    curves: Mapping[str, Sequence[OperatingPoint]]
+    base_model: str | None = None
+    repo_id: str | None = None
+    dataset_id: str | None = None
+    dataset_config: str | None = None
+    split: str = "test"
+    data_notes: str | None = None
+    full_depth: OperatingPoint | None = None
+    exit_layers: Sequence[int] | None = None
+    exit_threshold: float | Sequence[float] = 0.5
+    figure: str | None = "curve.png"
+    timing: str | None = None
+    training_arguments: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    limits: Sequence[str] = ()
+    library_versions: Mapping[str, str] | None = None
+    examples: Sequence[str] = ("A film with a heart.", "Not a single joke lands, and the plot is worse.")
+    regression: bool = False
+    language: str = "en"
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError(f"`curves`={dict(self.curves)!r} holds no operating point; at least one is needed.")
+        for point in self.points:
+            if self.metric_name not in point.metrics:
+                raise ValueError(
+                    f"`metric_name`={self.metric_name!r} is missing from an operating point of {point.criterion!r}, which has "
+                    f"{', '.join(map(repr, point.metrics)) or 'no metrics'}."
+                )
+        if isinstance(self.examples, str) or not self.examples:
+            raise ValueError(f"`examples`={self.examples!r} must be a list of at least one text.")
+
+    @property
+    def points(self) -> list[OperatingPoint]:
+        """All operating points, full depth first, methods in the order of `curves`."""
+        first = [] if self.full_depth is None else [self.full_depth]
+        return [*first, *(point for curve in self.curves.values() for point in curve)]
+
+    @property
+    def published_point(self) -> OperatingPoint | None:
+        """The policy's point at the published threshold, if it was measured."""
+        for point in self.curves.get("policy", ()):
+            if point.exit_threshold == self.exit_threshold:
+                return point
+        return None
+
+    def metadata(self) -> ModelCardData:
+        """The YAML block; its model index is filled when data set and published point are known."""
+        known = {
+            "base_model": self.base_model if _is_hub_name(self.base_model) else None,
+            "datasets": [self.dataset_id] if self.dataset_id else None,
+            "license": self.license,
+        }
+        results = self._results()
+        return ModelCardData(
+            language=self.language,
+            library_name="transformers",
+            pipeline_tag="text-classification",
+            tags=["early-exit", "transformers-cee", "consistentee"],
+            metrics=[self.metric_name],
+            model_name=self.model_name if results else None,
+            eval_results=results,
+            **{name: value for name, value in known.items() if value is not None},
+        )
+
+    def render(self) -> ModelCard:
+        """The card: metadata and text."""
+        names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
+        names.sort(key=lambda name: name != self.metric_name)
+        versions = installed_versions() if self.library_versions is None else self.library_versions
+        return ModelCard.from_template(
+            self.metadata(),
+            template_str=TEMPLATE.read_text(encoding="utf-8"),
+            title=self.model_name,
+            base_sentence=_sentence("{} with early exits.", self.base_model, "A transformer encoder with early exits."),
+            method=self._method(),
+            num_layers=self.num_layers,
+            exit_layers=_and(self.exit_layers or ()),
+            load_name=repr(self.repo_id or self.model_name),
+            examples=repr(list(self.examples)),
+            exit_threshold=repr(self.exit_threshold),
+            regression=self.regression,
+            data_sentence=" ".join(filter(None, [f"Trained and measured on {self.dataset_name}.", self.data_notes])),
+            points_sentence=self._points_sentence(),
+            points_table=operating_points_table(self.points, names),
+            metric_name=self.metric_name,
+            figure=self.figure,
+            timing=self.timing,
+            arguments_table=_two_columns("argument", self.training_arguments) or "Not recorded.",
+            seeds_sentence=_sentence("Seeds: {}.", ", ".join(map(str, self.seeds)), "The seed was not recorded."),
+            limits="\n".join(f"- {limit}" for limit in (*self.limits, *GENERAL_LIMITS)),
+            versions_table=_two_columns("library", versions),
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the card as `README.md` into a folder, which is made when missing, and returns the file."""
+        path = Path(folder) / "README.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.render().save(path)
+        return path
+
+    def _method(self) -> str:
+        phases = self.training_arguments.get("phases") or tuple(PHASE_SENTENCES)
+        return " ".join(PHASE_SENTENCES[phase] for phase in PHASE_SENTENCES if phase in phases)
+
+    def _points_sentence(self) -> str:
+        methods = _and([method_name(method) for method in self.curves])
+        shared = ", all on the exits and heads of this model" if len(self.curves) > 1 else ""
+        return f"Measured on the {self.split} rows; exit criteria: {methods}{shared}."
+
+    def _results(self) -> list[EvalResult] | None:
+        point = self.published_point
+        if point is None or not self.dataset_id:
+            return None
+        return [
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=self.dataset_id,
+                dataset_name=self.dataset_name,
+                dataset_config=self.dataset_config,
+                dataset_split=self.split,
+                metric_type=self.metric_name,
+                metric_name=f"{self.metric_name} at mean exit layer {point.depth:.2f} of {self.num_layers}",
+                metric_value=point.metrics[self.metric_name],
+            )
+        ]
+
+
+def installed_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of Python and of those libraries that are installed."""
+    versions = {"Python": platform.python_version()}
+    for library in libraries:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _is_hub_name(name: str | None) -> bool:
+    """Whether `name` looks like `owner/name` of the Hub and is not a folder."""
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _two_columns(header: str, values: Mapping[str, Any]) -> str:
+    rows = [[f"`{name}`", str(value).replace("|", "\\|").replace("\n", " ")] for name, value in values.items()]
+    return markdown_table([header, "value"], rows) if rows else ""
+
+
+def _sentence(pattern: str, value: str | None, otherwise: str) -> str:
+    return pattern.format(value) if value else otherwise
+
+
+def _and(items: Sequence[Any]) -> str:
+    """`"a, b and c"`."""
+    *first, last = [str(item) for item in items] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+__all__ = ["EarlyExitCard", "installed_versions"]

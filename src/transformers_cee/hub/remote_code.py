@@ -1,0 +1,95 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Makes a saved folder load with `trust_remote_code=True` and without `import transformers_cee`.
+
+The folder gets one small file that hands out the classes of the installed package; `auto_map` in config.json points
+to it. No model code is copied: the package stays the only place that it lives in.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers_cee.auto import MODELS
+
+
+REMOTE_CODE_FILE = "modeling_cee.py"
+
+# transformers scans the imports of a remote file and reports what is missing in its own words; it leaves out what
+# stands in a `try`, so that this message is what a user sees.
+_REMOTE_CODE = '''"""Hands the installed package transformers-cee to `trust_remote_code=True`; no model code lives here."""
+
+try:
+    import transformers_cee
+except ModuleNotFoundError as error:
+    if error.name != "transformers_cee":
+        raise
+    raise ImportError(
+        "This checkpoint is an early-exit model of the package transformers-cee, which is not installed. "
+        "Run `pip install transformers-cee`."
+    ) from error
+
+{config} = transformers_cee.{config}
+{model} = transformers_cee.{model}
+'''
+
+
+def remote_auto_map(model_type: str) -> dict[str, str]:
+    """The `auto_map` of config.json for a model type of this package: Auto class to `file.Class`."""
+    module = Path(REMOTE_CODE_FILE).stem
+    config, model = _class_names(model_type)
+    models = {auto_class: f"{module}.{model}" for auto_class in MODELS[model_type].auto_classes}
+    return {"AutoConfig": f"{module}.{config}", **models}
+
+
+def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -> Path:
+    """Writes the file that `remote_auto_map` points to into a folder, which is made when missing.
+
+    Returns:
+        `Path`: the file.
+    """
+    config, model = _class_names(model_type)
+    path = Path(save_directory) / REMOTE_CODE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_REMOTE_CODE.format(config=config, model=model), encoding="utf-8")
+    return path
+
+
+def _class_names(model_type: str) -> tuple[str, str]:
+    entry = MODELS[model_type]
+    return entry.config.rpartition(".")[2], entry.model.rpartition(".")[2]
+
+
+class RemoteCodeConfigMixin:
+    """Config whose saved folder also loads with `trust_remote_code=True`; mix in before `PreTrainedConfig`.
+
+    A model saves its config with it, so this covers `model.save_pretrained`, `push_to_hub` and `Trainer`.
+    """
+
+    model_type: str
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves config.json, with an `auto_map`, and the file that it points to.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder, made when missing.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Also push both to the Hub, to `repo_id` or else a repository named like the folder.
+            kwargs: arguments of `push_to_hub`.
+        """
+        self.auto_map = remote_auto_map(self.model_type)
+        super().save_pretrained(save_directory)  # type: ignore[misc]
+        write_remote_code(save_directory, self.model_type)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing. `AutoConfig` calls it after it loaded this class through the remote file, and a class marked
+        that way would copy its source file, without the modules that it imports, into every folder it is saved to.
+        """

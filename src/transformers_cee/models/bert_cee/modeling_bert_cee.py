@@ -1,0 +1,177 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""BERT with exits: `transformers`' own BERT stack, walked by the early-exit loop."""
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from transformers_cee.exits.criteria import build_criterion
+from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
+from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
+from transformers_cee.exits.outputs import ExitClassifierOutput
+from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.exits.runner import ExitRun, RowBatch, run_all_exits, run_exits
+from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
+
+
+class BertForConsistentEE(BertPreTrainedModel):
+    """BERT for sequence classification and regression in which every input leaves at its own layer (ConsistentEE,
+    Zeng et al., AAAI 2024).
+
+    Loads from its own checkpoints and from any BERT checkpoint. A stock `BertForSequenceClassification` gives pooler
+    and classifier to the last exit; internal exit heads and policies start at random and are trained with
+    [`ConsistentEETrainer`].
+
+    Args:
+        config ([`BertCeeConfig`]): sizes of BERT and the fields of the exits.
+    """
+
+    config_class = BertCeeConfig
+    config: BertCeeConfig
+    # The loss is a mean over the rows of one micro-batch: Trainer has to divide it by the accumulation steps.
+    accepts_loss_kwargs = False
+    # How deep a batch goes depends on its data.
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: BertCeeConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.layer_numbers = config.exit_layer_numbers
+        internal = len(self.layer_numbers) - 1
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.bert = BertModel(config, add_pooling_layer=config.exit_pooling == "cls")
+        self.exit_norms = ExitNorms(config.exit_norm, internal + 1, config.hidden_size, config.layer_norm_eps)
+        self.exit_heads = ExitHeads(internal, config.hidden_size, config.num_labels, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.exit_policies = ExitPolicies(
+            internal, config.hidden_size, config.policy_hidden_size, config.policy_activation, config.policy_inputs
+        )
+        self.post_init()
+
+    def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
+        """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""
+        if self.config.exit_pooling == "mean":
+            pooled = mean_token(hidden_states, padding_mask)
+        else:
+            pooled = self.bert.pooler(first_token(hidden_states, padding_mask).unsqueeze(1))
+        return self.exit_norms(pooled, index)
+
+    def logits(self, state: Tensor, index: int) -> Tensor:
+        """Logits (rows, labels) of exit `index` from its state (rows, hidden)."""
+        if index == len(self.layer_numbers) - 1:
+            return self.classifier(self.dropout(state))
+        return self.exit_heads(state, index)
+
+    @capture_outputs
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        exit_threshold: float | list[float] | None = None,
+        exit_criterion: str | None = None,
+        output_all_exits: bool = False,
+        **kwargs,
+    ) -> ExitClassifierOutput:
+        """Classifies each row at the first exit where the criterion lets it go.
+
+        Args:
+            input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
+            attention_mask (`Tensor` of shape `(batch, time)`, *optional*): 1 at tokens, 0 at padding, on either side.
+            labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
+                Classes, indicators or values, by `config.problem_type`. In training mode all exits are trained
+                (layer-weighted) and no row leaves early; in evaluation mode the loss is that of the exits taken.
+            exit_threshold (`float` or `list[float]`, *optional*, defaults to `config.exit_threshold`):
+                A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
+                all out at the first exit. A list holds one number per exit.
+            exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`):
+                `"policy"`, or a baseline: `"max_probability"`, `"entropy"`, `"patience"`.
+            output_all_exits (`bool`, *optional*, defaults to `False`):
+                Run to full depth and return every exit's logits and state.
+
+        Raises:
+            ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, a mask or labels that do not
+                fit, or a threshold that is out of range or of the wrong length. No layer has run by then.
+        """
+        problem_type = resolve_problem_type(self.config.problem_type, self.num_labels, labels)
+        rows = _check_inputs(input_ids, inputs_embeds, attention_mask)
+        if labels is not None:
+            check_labels(labels, rows, self.num_labels, problem_type)
+        criterion = build_criterion(
+            exit_criterion or self.config.exit_criterion,
+            self.config.exit_threshold if exit_threshold is None else exit_threshold,
+            len(self.layer_numbers),
+            problem_type,
+            self.exit_policies,
+        )
+        batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
+        all_exits = output_all_exits or (self.training and labels is not None)
+        run = run_all_exits(batch, layers, self) if all_exits else run_exits(batch, layers, self, criterion)
+        return ExitClassifierOutput(
+            loss=self._loss(run, labels, problem_type),
+            logits=run.logits,
+            exit_layers=run.exit_layers,
+            exit_probabilities=run.scores,
+            all_exit_logits=run.all_logits if output_all_exits else None,
+            all_exit_states=run.all_states if output_all_exits else None,
+        )
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> RowBatch:
+        if position_ids is None and attention_mask is not None:
+            # A left-padded row counts its positions from its own first token; right-padded rows keep 0, 1, 2, ….
+            first = attention_mask.to(torch.int8).argmax(1, keepdim=True)
+            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            position_ids = (columns - first).clamp_min(0)
+        hidden_states = self.bert.embeddings(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        return RowBatch(hidden_states, mask, attention_mask)
+
+    def _loss(self, run: ExitRun, labels: Tensor | None, problem_type: str) -> Tensor | None:
+        if labels is None:
+            return None
+        if self.training:
+            return layer_weighted(exit_losses(run.all_logits, labels, problem_type))
+        return exit_losses(run.logits, labels, problem_type).mean()
+
+
+def _bind(layer: nn.Module, kwargs: dict):
+    return lambda batch: layer(batch.hidden_states, batch.attention_mask, **kwargs)
+
+
+def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> int:
+    """Number of rows; raises `ValueError` on input that cannot be run."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"The input of shape {shape} is empty; (batch, time) with at least one row and token needed.")
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ValueError(f"`attention_mask` of shape {tuple(attention_mask.shape)} must be (batch, time) = {shape}.")
+    return shape[0]
+
+
+__all__ = ["BertForConsistentEE"]

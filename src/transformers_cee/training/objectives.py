@@ -1,0 +1,99 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What the phases minimise: losses of heads, of the consistent model step, and policy gradients.
+
+Everywhere: losses, rewards and the exit distribution are (rows, exits).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from transformers_cee.exits.losses import layer_weighted
+from transformers_cee.exits.policy import exit_log_distribution
+
+
+def uniform(losses: Tensor) -> Tensor:
+    """Mean over rows and exits."""
+    return losses.mean()
+
+
+def last(losses: Tensor) -> Tensor:
+    """Mean over rows of the last exit's loss: ordinary fine-tuning."""
+    return losses[:, -1].mean()
+
+
+HEADS_OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_weighted": layer_weighted,
+    "uniform": uniform,
+    "last": last,
+}
+
+
+def consistent_expected(losses: Tensor, log_distribution: Tensor) -> Tensor:
+    """Loss at the exit only, in expectation: mean over rows of `Σ_l π_l · CE_l`, π held fixed."""
+    return (log_distribution.detach().exp() * losses).sum(-1).mean()
+
+
+def consistent_sampled(losses: Tensor, log_distribution: Tensor, samples: int) -> Tensor:
+    """Loss at the exit only, at `samples` exits drawn from the exit distribution (Zeng et al. 2024)."""
+    exits = torch.multinomial(log_distribution.detach().exp(), samples, replacement=True)
+    return losses.gather(1, exits).mean()
+
+
+def exploring_logits(exit_logits: Tensor, exploration: float) -> Tensor:
+    """Logits of `(1 − ε)·p + ε/2`: with probability ε a fair coin decides instead of the policy."""
+    if exploration == 0.0:
+        return exit_logits
+    probabilities = (1 - exploration) * exit_logits.sigmoid() + exploration / 2
+    return probabilities.logit()
+
+
+def policy_exact(log_distribution: Tensor, rewards: Tensor) -> Tensor:
+    """Negative expected reward `−Σ_l π_l R_l`, mean over rows. Its gradient is the policy gradient without variance:
+    every exit's reward is known, so nothing has to be sampled."""
+    return -(log_distribution.exp() * rewards).sum(-1).mean()
+
+
+def policy_reinforce(log_distribution: Tensor, rewards: Tensor, samples: int) -> Tensor:
+    """REINFORCE with `samples` draws per row and the mean of the row's other draws as baseline.
+
+    Zeng et al. subtract the mean of all K draws; leaving a draw out of its own baseline multiplies that by K/(K−1) and
+    makes the estimate of the gradient of `policy_exact` unbiased. One draw has no baseline.
+    """
+    exits = torch.multinomial(log_distribution.detach().exp(), samples, replacement=True)
+    drawn = rewards.gather(1, exits)
+    advantage = drawn
+    if samples > 1:
+        advantage = (drawn - drawn.mean(1, keepdim=True)) * (samples / (samples - 1))
+    return -(advantage * log_distribution.gather(1, exits)).mean()
+
+
+def policy_loss(
+    exit_logits: Tensor,
+    rewards: Tensor,
+    gradient: str = "exact",
+    samples: int = 8,
+    exploration: float = 0.0,
+    entropy_bonus: float = 0.0,
+) -> Tensor:
+    """Loss whose gradient is the policy gradient.
+
+    Args:
+        exit_logits (`Tensor` of shape `(rows, exits − 1)`): logits of leaving at the internal exits.
+        rewards (`Tensor` of shape `(rows, exits)`): reward of leaving at each exit, without gradient.
+        gradient (`str`): `"exact"` or `"reinforce"`.
+        samples (`int`): draws per row of `"reinforce"`.
+        exploration (`float`): share ε of decisions taken by a fair coin.
+        entropy_bonus (`float`): weight of the exit distribution's entropy in the objective.
+    """
+    log_distribution = exit_log_distribution(exploring_logits(exit_logits, exploration))
+    if gradient == "exact":
+        loss = policy_exact(log_distribution, rewards)
+    else:
+        loss = policy_reinforce(log_distribution, rewards, samples)
+    if entropy_bonus:
+        entropy = -(log_distribution.exp() * log_distribution).sum(-1).mean()
+        loss = loss - entropy_bonus * entropy
+    return loss

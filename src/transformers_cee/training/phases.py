@@ -1,0 +1,75 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Which phases of a run are finished, where their checkpoints lie, and how a run goes on after a stop."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PhaseLog:
+    """Bookkeeping of a run in `output_dir/phases`: one folder per step, and the list of finished steps.
+
+    Args:
+        directory (`str`): `output_dir/phases`.
+        writes (`bool`): False in all processes but one.
+    """
+
+    directory: str
+    writes: bool = True
+    finished: list[str] = field(default_factory=list)
+
+    @property
+    def _path(self) -> str:
+        return os.path.join(self.directory, "finished.json")
+
+    def folder(self, step: str) -> str:
+        """Folder of a step's checkpoints."""
+        return os.path.join(self.directory, step)
+
+    @property
+    def weights_folder(self) -> str:
+        """Folder of the model as the last finished step left it."""
+        return os.path.join(self.directory, "finished")
+
+    def start(self) -> None:
+        """Begins a new run; an earlier one in the same place is moved aside, not deleted."""
+        if self.writes and os.path.isdir(self.directory):
+            aside = f"{self.directory}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            logger.warning(f"{self.directory} holds an earlier run; moved to {aside}.")
+            shutil.move(self.directory, aside)
+
+    def resume(self) -> None:
+        """Reads what an earlier run finished.
+
+        Raises:
+            ValueError: there is nothing to resume.
+        """
+        if not os.path.isdir(self.directory):
+            raise ValueError(f"`resume_from_checkpoint`: no run to resume in {self.directory}.")
+        if os.path.isfile(self._path):
+            with open(self._path) as file:
+                self.finished = json.load(file)
+
+    def finish(self, step: str) -> None:
+        """Notes that a step is done."""
+        self.finished.append(step)
+        if self.writes:
+            os.makedirs(self.directory, exist_ok=True)
+            with open(self._path + ".part", "w") as file:
+                json.dump(self.finished, file)
+            os.replace(self._path + ".part", self._path)
+
+    def checkpoint(self, step: str) -> str | None:
+        """The last complete checkpoint of a step, if it has one."""
+        folder = self.folder(step)
+        return get_last_checkpoint(folder) if os.path.isdir(folder) else None

@@ -1,0 +1,161 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The policy phase: policies trained alone, on stored exit states, by the policy gradient."""
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from transformers_cee.evaluation.operating_points import hindsight_point, score_exits
+from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.training.objectives import policy_loss
+from transformers_cee.training.training_args import ConsistentEETrainingArguments
+
+
+class PolicyObjective(nn.Module):
+    """The policies and the loss that trains them, from stored states, logits and rewards to one number.
+
+    Args:
+        policies (`ExitPolicies`): the model's own policies; trained in place.
+        problem_type (`str`): what the logits mean.
+        options: keyword arguments of `policy_loss`.
+    """
+
+    def __init__(self, policies: ExitPolicies, problem_type: str, **options: Any) -> None:
+        super().__init__()
+        self.policies = policies
+        self.problem_type = problem_type
+        self.options = options
+
+    def forward(self, states: Tensor, logits: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(states.device.type, enabled=False):
+            exit_logits = self.policies(states.float(), logits, self.problem_type)
+            options = self.options if self.training else {}
+            return {"loss": policy_loss(exit_logits, rewards, **options)}
+
+
+class StoredRewards(Dataset):
+    """Rows of an `ExitStore` with their rewards (rows, exits), fetched a batch at a time."""
+
+    def __init__(self, store: ExitStore, rewards: Tensor, rows: Tensor | None = None) -> None:
+        self.store, self.rewards = store, rewards
+        self.rows = torch.arange(len(store)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        rows = self.rows[indices]
+        return {
+            "states": self.store.states[rows],
+            "logits": self.store.logits[rows],
+            "rewards": self.rewards[rows],
+        }
+
+
+def as_fetched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collator for data that arrive as a batch."""
+    return batch
+
+
+class PolicyPhaseTrainer(Trainer):
+    """🤗 Trainer on stored states. Its evaluation says what the policies earn on the stored evaluation set.
+
+    Args:
+        eval_store (`ExitStore`, *optional*): stored evaluation set.
+        exit_threshold (`float` or `list[float]`): operating point whose metric and depth are reported.
+        metrics (`Callable`, *optional*): `compute_metrics` of the caller.
+    """
+
+    def __init__(
+        self, *args: Any, eval_store: ExitStore | None, exit_threshold: Any, metrics: Callable | None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.eval_store, self.exit_threshold, self.metrics = eval_store, exit_threshold, metrics
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        objective: PolicyObjective = self.model
+        device = next(objective.parameters()).device
+        objective.eval()
+        total = 0.0
+        with torch.no_grad():
+            for indices in torch.arange(len(self.eval_dataset)).split(1024):
+                batch = self.eval_dataset.__getitems__(indices)
+                batch = {name: value.to(device) for name, value in batch.items()}
+                total += float(objective(**batch)["loss"]) * len(indices)
+        scores = score_exits("policy", self.eval_store, objective.policies)
+        point = hindsight_point("policy", self.exit_threshold, scores, self.eval_store, self.metrics)
+        values = {"loss": total / len(self.eval_dataset), "reward": -total / len(self.eval_dataset)}
+        values |= {"depth": point.depth, **point.metrics}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def policy_arguments(args: ConsistentEETrainingArguments, directory: str, evaluates: bool) -> Any:
+    """The phase's own arguments: stored rows need neither accumulation nor workers, and a policy is judged by its
+    reward, not by its accuracy."""
+    own = copy.copy(args)
+    own.output_dir = directory
+    own.learning_rate = args.policy_learning_rate
+    own.num_train_epochs = args.policy_num_train_epochs
+    own.per_device_train_batch_size = args.policy_batch_size
+    own.gradient_accumulation_steps = 1
+    own.dataloader_num_workers = 0
+    own.remove_unused_columns = False
+    own.train_sampling_strategy = "random"
+    own.activation_checkpointing = own.gradient_checkpointing = False
+    own.push_to_hub = False
+    own.label_names = []
+    own.metric_for_best_model, own.greater_is_better = "reward", True
+    if not evaluates:
+        own.eval_strategy, own.load_best_model_at_end = "no", False
+    return own
+
+
+def run_policy_phase(
+    policies: ExitPolicies,
+    args: ConsistentEETrainingArguments,
+    directory: str,
+    train: StoredRewards,
+    evaluation: StoredRewards | None,
+    *,
+    exit_threshold: Any,
+    metrics: Callable | None = None,
+    callbacks: list | None = None,
+    resume_from_checkpoint: str | None = None,
+) -> Any:
+    """Trains `policies` in place and returns the `TrainOutput`. Checkpoints lie in `directory`."""
+    objective = PolicyObjective(
+        policies,
+        train.store.problem_type,
+        gradient=args.policy_gradient,
+        samples=args.policy_samples,
+        exploration=args.policy_exploration,
+        entropy_bonus=args.policy_entropy_bonus,
+    )
+    trainer = PolicyPhaseTrainer(
+        model=objective,
+        args=policy_arguments(args, os.fspath(directory), evaluation is not None),
+        data_collator=as_fetched,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        callbacks=callbacks,
+        eval_store=None if evaluation is None else evaluation.store,
+        exit_threshold=exit_threshold,
+        metrics=metrics,
+    )
+    return trainer.train(resume_from_checkpoint=resume_from_checkpoint)

@@ -1,0 +1,115 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Arguments of [`ConsistentEETrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+PHASES = ("heads", "hardness", "policy", "consistent")
+POLICY_GRADIENTS = ("exact", "reinforce")
+REWARD_LOSSES = ("ce", "error")
+CONSISTENT_OBJECTIVES = ("expected", "sampled")
+
+
+@dataclass
+class ConsistentEETrainingArguments(TrainingArguments):
+    """`TrainingArguments` and the options of the phases. An option that starts with a phase's name belongs to it; the
+    other arguments (optimizer, schedule, batch size, accumulation, precision, saving, …) hold for every phase.
+
+    `max_steps`, `eval_strategy` and `save_strategy` count within each phase. Checkpoints of a phase lie in
+    `output_dir/phases/<phase>/checkpoint-*`.
+
+    Args:
+        phases (`list[str]`): phases that `train()` runs, in this order. Defaults to all.
+        heads_objective (`str`): `"layer_weighted"` (default, `Σ i·CE_i / Σ i`), `"uniform"` or `"last"`.
+        heads_learning_rate, consistent_learning_rate (`float`, *optional*): default to `learning_rate`.
+        heads_num_train_epochs (`float`, *optional*): defaults to `num_train_epochs`.
+        exit_learning_rate (`float`, *optional*): of exit heads, norms, pooler and classifier in the phases `heads` and
+            `consistent`; defaults to the phase's own.
+        policy_learning_rate, policy_num_train_epochs, policy_batch_size: of the phase `policy` on stored states.
+        policy_gradient (`str`): `"exact"` (default) or `"reinforce"` with `policy_samples` draws (the paper's).
+        policy_holdout (`float`): share of the training rows that the heads never see and the policies learn from.
+            Heads have memorised their own training rows, which makes early exits look better than they are.
+        policy_exploration (`float`): share of decisions taken by a fair coin while training. Off by default.
+        policy_entropy_bonus (`float`): weight of the exit distribution's entropy. Off by default.
+        reward_loss (`str`): `"ce"` (the paper) or `"error"` as the loss term of the reward.
+        hardness_tolerance (`float`): in regression, the absolute error up to which a head counts as right.
+        consistent_num_rounds (`int`): rounds of one model step and one policy step.
+        consistent_num_train_epochs (`float`): epochs of each model step.
+        consistent_objective (`str`): `"expected"` (default) or `"sampled"` at `consistent_samples` exits.
+        store_memory_limit_mb (`int`): exit states above this size (MB) are memory-mapped on disk.
+        eval_exit_thresholds (`list[float]`): operating points of `evaluate()`.
+        eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times; 0 takes none.
+    """
+
+    phases: list[str] = field(
+        default_factory=lambda: list(PHASES), metadata={"help": f"Phases to run, of {', '.join(PHASES)}."}
+    )
+    heads_objective: str = field(
+        default="layer_weighted", metadata={"help": "Loss of the heads: layer_weighted, uniform or last."}
+    )
+    heads_learning_rate: float | None = field(default=None, metadata={"help": "Defaults to learning_rate."})
+    heads_num_train_epochs: float | None = field(default=None, metadata={"help": "Defaults to num_train_epochs."})
+    exit_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of exit heads, norms, pooler and classifier."}
+    )
+    policy_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the policies."})
+    policy_num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs of policies on stored states."})
+    policy_batch_size: int = field(default=256, metadata={"help": "Rows per step of the policies, per device."})
+    policy_gradient: str = field(default="exact", metadata={"help": "Policy gradient: exact or reinforce."})
+    policy_samples: int = field(default=8, metadata={"help": "Draws per row of reinforce."})
+    policy_holdout: float = field(
+        default=0.0, metadata={"help": "Share of training rows kept from the heads and used for the policies."}
+    )
+    policy_exploration: float = field(default=0.0, metadata={"help": "Share of decisions taken by a fair coin."})
+    policy_entropy_bonus: float = field(default=0.0, metadata={"help": "Weight of the exit distribution's entropy."})
+    reward_loss: str = field(default="ce", metadata={"help": "Loss term of the reward: ce or error."})
+    hardness_tolerance: float = field(
+        default=0.5, metadata={"help": "Absolute error up to which a regression head counts as right."}
+    )
+    consistent_num_rounds: int = field(default=1, metadata={"help": "Rounds of model step and policy step."})
+    consistent_learning_rate: float | None = field(default=None, metadata={"help": "Defaults to learning_rate."})
+    consistent_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of each model step."})
+    consistent_objective: str = field(
+        default="expected", metadata={"help": "Loss at the exit only: expected or sampled."}
+    )
+    consistent_samples: int = field(default=8, metadata={"help": "Exits drawn per row by consistent_objective=sampled."})
+    store_memory_limit_mb: int = field(
+        default=2048, metadata={"help": "Exit states larger than this are memory-mapped on disk."}
+    )
+    eval_exit_thresholds: list[float] = field(
+        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9], metadata={"help": "Operating points of evaluate()."}
+    )
+    eval_timing_rows: int = field(
+        default=512, metadata={"help": "Rows on which evaluate() measures wall-clock; 0 for none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from transformers_cee.training.objectives import HEADS_OBJECTIVES
+
+        unknown = [phase for phase in self.phases if phase not in PHASES]
+        if unknown or not self.phases:
+            raise ValueError(f"`phases`={self.phases}: {unknown} unknown; accepted are {', '.join(PHASES)}.")
+        for name, accepted in (
+            ("heads_objective", tuple(HEADS_OBJECTIVES)),
+            ("policy_gradient", POLICY_GRADIENTS),
+            ("reward_loss", REWARD_LOSSES),
+            ("consistent_objective", CONSISTENT_OBJECTIVES),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"`{name}`={getattr(self, name)!r} is unknown; accepted are {', '.join(accepted)}.")
+        for name in ("policy_holdout", "policy_exploration"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}`={getattr(self, name)} must lie in [0, 1).")
+        for name in ("policy_batch_size", "policy_samples", "consistent_samples", "consistent_num_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
+        if not all(0.0 <= threshold <= 1.0 for threshold in self.eval_exit_thresholds):
+            raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds} must lie in [0, 1].")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor`={self.label_smoothing_factor} is not supported: losses are those of exits."
+            )
