@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from transformers_cee.evaluation.operating_points import (
     Metrics,
     OperatingPoint,
+    depth_figures,
+    exit_histogram,
     full_depth_point,
     hindsight_curve,
     hindsight_point,
+    measure_wall_clock,
     metric_at_depth,
     oracle_point,
     score_exits,
@@ -24,10 +28,11 @@ from transformers_cee.evaluation.operating_points import (
 
 
 if TYPE_CHECKING:
+    from transformers_cee.evaluation.store import ExitStore
+    from transformers_cee.exits.criteria import Thresholds
     from transformers_cee.exits.policy import ExitPolicies
-    from transformers_cee.training.store import ExitStore
 
-__all__ = ["Comparison", "compare_criteria", "exit_points"]
+__all__ = ["Comparison", "compare_criteria", "exit_points", "time_points"]
 
 # Thresholds per curve on which metrics at matched depths are interpolated.
 DENSE_POINTS = 48
@@ -60,6 +65,7 @@ def compare_criteria(
     metrics: Metrics,
     metric: str,
     depths: Sequence[float],
+    own: tuple[str, Thresholds] | None = None,
 ) -> Comparison:
     """Compares exit criteria at the same depths.
 
@@ -71,6 +77,7 @@ def compare_criteria(
         metrics: the task's metrics.
         metric: the headline, a key of what `metrics` returns.
         depths: wanted mean exit layers, in 1..L.
+        own: the model's own criterion and threshold, a further point of that criterion's curve.
     """
     layers = test.layers.tolist()
     exits = exit_points(test, metrics)
@@ -81,6 +88,10 @@ def compare_criteria(
         test_scores = score_exits(criterion, test, policies)
         thresholds = thresholds_for_depths(criterion, dev_scores, layers, depths)
         curves[criterion] = hindsight_curve(criterion, thresholds, test_scores, test, metrics)
+        if own is not None and own[0] == criterion:
+            point = hindsight_point(*own, test_scores, test, metrics)
+            others = [other for other in curves[criterion] if other.depth != point.depth]
+            curves[criterion] = sorted([*others, point], key=lambda point: point.depth)
         thresholds = thresholds_for_depths(criterion, dev_scores, layers, dense)
         # Every criterion can send all rows to the first or to the last exit.
         curve = [exits[0], *hindsight_curve(criterion, thresholds, test_scores, test, metrics), exits[-1]]
@@ -97,3 +108,27 @@ def exit_points(store: ExitStore, metrics: Metrics) -> list[OperatingPoint]:
         scores = torch.full((len(store), num_exits - 1), 0.5)
         points.append(hindsight_point("policy", thresholds, scores, store, metrics))
     return points
+
+
+@torch.no_grad()
+def time_points(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], points: Sequence[OperatingPoint]
+) -> list[OperatingPoint]:
+    """The same operating points as executed on `batches`: depth, exit histogram and wall-clock speed-up, no metrics.
+
+    Args:
+        model: an early-exit model.
+        batches: tokenised inputs without labels, on the model's device.
+        points: which criteria and thresholds.
+    """
+    settings = [(point.criterion, point.exit_threshold) for point in points]
+    timed = []
+    for (criterion, threshold), speedup in zip(settings, measure_wall_clock(model, batches, settings), strict=True):
+        outputs = [model(**batch, exit_criterion=criterion, exit_threshold=threshold) for batch in batches]
+        layers = torch.cat([output.exit_layers for output in outputs])
+        figures = depth_figures(layers, model.config.num_hidden_layers)
+        histogram = exit_histogram(layers, model.config.exit_layer_numbers)
+        timed.append(
+            OperatingPoint(criterion, threshold, **figures, wall_clock_speedup=speedup, exit_histogram=histogram)
+        )
+    return timed

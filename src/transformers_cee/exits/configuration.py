@@ -67,6 +67,8 @@ class ExitConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        # The config of a stock checkpoint becomes ours: it would otherwise keep the stock name until it is saved.
+        self.model_type = type(self).model_type  # type: ignore[attr-defined]
         self.check_exits()
 
     @property

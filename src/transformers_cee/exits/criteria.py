@@ -94,7 +94,7 @@ class ExitCriterion(ABC):
         """True when no row can leave at any internal exit."""
         return not any(self.can_exit(index) for index in range(len(self.thresholds) - 1))
 
-    def select(self, kept: Tensor) -> None:
+    def select(self, kept: Tensor) -> None:  # noqa: B027
         """Keeps the memory of rows `kept` (remaining rows,). Nothing to do without memory."""
 
 
@@ -211,7 +211,7 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
         thresholds = [float(value) for value in threshold]
         if len(thresholds) != num_exits:
             raise ValueError(
-                f"`exit_threshold` has {len(thresholds)} values; accepted are one number or one per exit ({num_exits})."
+                f"`exit_threshold` has {len(thresholds)} values; accepted: one number, or one per exit ({num_exits})."
             )
     elif isinstance(threshold, int | float) and not isinstance(threshold, bool):
         thresholds = [float(threshold)] * num_exits
@@ -227,4 +227,5 @@ def build_criterion(
     criterion: str, threshold: Thresholds, num_exits: int, problem_type: str, policies: ExitPolicies | None = None
 ) -> ExitCriterion:
     """A fresh criterion object for one walk through the layers. Errors as `check_thresholds`."""
-    return CRITERIA[criterion](check_thresholds(criterion, threshold, num_exits), problem_type, policies)
+    thresholds = check_thresholds(criterion, threshold, num_exits)
+    return CRITERIA[criterion](thresholds, problem_type, policies)

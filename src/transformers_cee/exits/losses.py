@@ -40,7 +40,8 @@ def check_labels(labels: Tensor, rows: int, num_labels: int, problem_type: str) 
             raise ValueError(f"`labels` must lie in 0..{num_labels - 1} (`num_labels`={num_labels}); got {labels}.")
     elif labels.numel() != rows * num_labels:
         raise ValueError(
-            f"`labels` of shape {tuple(labels.shape)} must be ({rows}, {num_labels}) for `problem_type`={problem_type!r}."
+            f"`labels` of shape {tuple(labels.shape)} must be ({rows}, {num_labels}) for "
+            f"`problem_type`={problem_type!r}."
         )
 
 

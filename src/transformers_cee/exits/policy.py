@@ -105,7 +105,9 @@ class ExitPolicies(nn.Module):
         network = self.networks[index]
         return network(torch.cat(parts, dim=-1)).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
-    def forward(self, states: Tensor, logits: Tensor | None = None, problem_type: str = "single_label_classification") -> Tensor:
+    def forward(
+        self, states: Tensor, logits: Tensor | None = None, problem_type: str = "single_label_classification"
+    ) -> Tensor:
         """Logits (rows, exits − 1) of leaving at every internal exit, as if all rows reached all of them.
 
         Args:

@@ -49,9 +49,9 @@ class RowBatch:
             attention_mask,
             padding_mask,
             self.index.index_select(0, kept),
-            None if dense or self.spans is None else self.spans.index_select(0, kept) - self.spans.new_tensor(
-                (columns.start, columns.start, 0)
-            ),
+            None
+            if dense or self.spans is None
+            else self.spans.index_select(0, kept) - self.spans.new_tensor((columns.start, columns.start, 0)),
         )
 
 

@@ -149,7 +149,9 @@ class EarlyExitCard:
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
             title=self.model_name,
-            base_sentence=_sentence("{} with early exits.", self.base_model, "A transformer encoder with early exits."),
+            base_sentence=_sentence(
+                "{} with early exits.", self.base_model, "A transformer encoder with early exits."
+            ),
             method=self._method(),
             num_layers=self.num_layers,
             exit_layers=_and(self.exit_layers or ()),
@@ -216,7 +218,9 @@ def installed_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
 
 def _is_hub_name(name: str | None) -> bool:
     """Whether `name` looks like `owner/name` of the Hub and is not a folder."""
-    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return (
+        name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    )
 
 
 def _two_columns(header: str, values: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ def remote_auto_map(model_type: str) -> dict[str, str]:
     """The `auto_map` of config.json for a model type of this package: Auto class to `file.Class`."""
     module = Path(REMOTE_CODE_FILE).stem
     config, model = _class_names(model_type)
-    models = {auto_class: f"{module}.{model}" for auto_class in MODELS[model_type].auto_classes}
+    models = dict.fromkeys(MODELS[model_type].auto_classes, f"{module}.{model}")
     return {"AutoConfig": f"{module}.{config}", **models}
 
 

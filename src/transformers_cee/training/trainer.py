@@ -4,8 +4,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +87,10 @@ class ConsistentEETrainer(Trainer):
             raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
+        if args.prediction_loss_only or args.batch_eval_metrics:
+            raise ValueError(
+                "`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed."
+            )
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         self.reward_function = reward_function
         self._own_callbacks = list(callbacks or [])
@@ -385,36 +388,35 @@ class ConsistentEETrainer(Trainer):
         ignore_keys = [key for key in ignore_keys if key != "exit_layers"]
         return super().prediction_step(model, {**inputs, **self._exit_arguments}, prediction_loss_only, ignore_keys)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Trainer's loop; metrics get the depth, predictions are the logits alone."""
-        layers: list[Tensor] = []
-        with self._metrics_with_depth(layers):
-            output = super().evaluation_loop(*args, **kwargs)
-        predictions = output.predictions
-        if isinstance(predictions, tuple):
-            predictions = predictions[0]
-        if layers:
-            self._last_exit_layers = layers[-1]
-        return output._replace(predictions=predictions)
-
-    @contextmanager
-    def _metrics_with_depth(self, layers: list[Tensor]) -> Iterator[None]:
         compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
-        num_layers = self.model.config.num_hidden_layers
-
-        def with_depth(prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
-            logits, exit_layers = prediction.predictions
-            layers.append(torch.as_tensor(exit_layers))
-            metrics = {} if compute is None else compute(EvalPrediction(logits, prediction.label_ids), **kwargs)
-            return {**metrics, **depth_figures(layers[-1], num_layers)}
-
-        self.compute_metrics = with_depth
+        if compute is not None:
+            self.compute_metrics = lambda prediction: compute(
+                EvalPrediction(prediction.predictions[0], prediction.label_ids)
+            )
         if preprocess is not None:
             self.preprocess_logits_for_metrics = lambda outputs, labels: (preprocess(outputs[0], labels), outputs[1])
         try:
-            yield
+            output = super().evaluation_loop(
+                dataloader, description, self.args.prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
+        if output.predictions is None:
+            return output
+        logits, exit_layers = output.predictions
+        self._exit_layers = torch.as_tensor(exit_layers)
+        figures = depth_figures(self._exit_layers, self.model.config.num_hidden_layers)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output._replace(predictions=logits)
 
     # Evaluation
 
@@ -434,42 +436,45 @@ class ConsistentEETrainer(Trainer):
         if self._phase is not None or isinstance(eval_dataset or self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         config = self.model.config
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         settings = [(config.exit_criterion, config.exit_threshold)]
-        settings += [("policy", threshold) for threshold in self.args.eval_exit_thresholds]
-        results, points = [], []
-        for criterion, threshold in settings:
-            self._exit_arguments = {"exit_criterion": criterion, "exit_threshold": threshold}
+        points = [self._point(*settings[0], metrics, metric_key_prefix)]
+        loader = self.get_eval_dataloader(eval_dataset)
+        for threshold in self.args.eval_exit_thresholds:
+            settings.append(("policy", threshold))
+            self._exit_arguments = {"exit_criterion": "policy", "exit_threshold": threshold}
             try:
-                results.append(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
+                output = self.evaluation_loop(
+                    loader, f"Exit threshold {threshold}", None, ignore_keys, metric_key_prefix
+                )
             finally:
                 self._exit_arguments = {}
-            points.append(self._point(criterion, threshold, results[-1], metric_key_prefix))
-        self._time_points(eval_dataset, settings, points)
-        first = points[0]
+            points.append(self._point(*settings[-1], output.metrics, metric_key_prefix))
+        self._time_points(loader, settings, points)
         return {
-            **results[0],
-            f"{metric_key_prefix}_wall_clock_speedup": first.wall_clock_speedup,
-            f"{metric_key_prefix}_exit_histogram": first.exit_histogram,
+            **metrics,
+            f"{metric_key_prefix}_wall_clock_speedup": points[0].wall_clock_speedup,
+            f"{metric_key_prefix}_exit_histogram": points[0].exit_histogram,
             f"{metric_key_prefix}_operating_points": [point.to_dict() for point in points[1:]],
         }
 
     def _point(self, criterion: str, threshold: Any, metrics: dict[str, float], prefix: str) -> OperatingPoint:
         values = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
-        figures = {name: values.pop(name) for name in ("depth", "saved_layers", "layer_speedup")}
         ignored = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+        ignored += ("depth", "saved_layers", "layer_speedup")
         return OperatingPoint(
             criterion,
             threshold,
-            **figures,
+            **depth_figures(self._exit_layers, self.model.config.num_hidden_layers),
             metrics={name: value for name, value in values.items() if name not in ignored},
-            exit_histogram=exit_histogram(self._last_exit_layers, self.model.config.exit_layer_numbers),
+            exit_histogram=exit_histogram(self._exit_layers, self.model.config.exit_layer_numbers),
         )
 
-    def _time_points(self, eval_dataset: Any, settings: list[tuple[str, Any]], points: list[OperatingPoint]) -> None:
+    def _time_points(self, loader: Any, settings: list[tuple[str, Any]], points: list[OperatingPoint]) -> None:
         if self.args.eval_timing_rows == 0:
             return
         batches, rows = [], 0
-        for batch in self.get_eval_dataloader(eval_dataset):
+        for batch in loader:
             batch = self._prepare_inputs(batch)
             batches.append({name: value for name, value in batch.items() if name not in self.label_names})
             rows += self.args.per_device_eval_batch_size

@@ -75,7 +75,9 @@ class ConsistentEETrainingArguments(TrainingArguments):
     consistent_objective: str = field(
         default="expected", metadata={"help": "Loss at the exit only: expected or sampled."}
     )
-    consistent_samples: int = field(default=8, metadata={"help": "Exits drawn per row by consistent_objective=sampled."})
+    consistent_samples: int = field(
+        default=8, metadata={"help": "Exits drawn per row by consistent_objective=sampled."}
+    )
     store_memory_limit_mb: int = field(
         default=2048, metadata={"help": "Exit states larger than this are memory-mapped on disk."}
     )

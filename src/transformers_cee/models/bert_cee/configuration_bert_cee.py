@@ -5,9 +5,10 @@
 from transformers import BertConfig
 
 from transformers_cee.exits.configuration import ExitConfigMixin
+from transformers_cee.hub.remote_code import RemoteCodeConfigMixin
 
 
-class BertCeeConfig(ExitConfigMixin, BertConfig):
+class BertCeeConfig(RemoteCodeConfigMixin, ExitConfigMixin, BertConfig):
     """Configuration of [`BertForConsistentEE`]: the fields of `BertConfig` and those of `ExitConfigMixin`.
 
     Raises:

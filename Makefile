@@ -1,0 +1,56 @@
+# Two commands do everything: `make demo` and `make test`. Both create .venv on first use, from pinned versions.
+#
+#   PYTHON       interpreter that .venv is made with (3.11 or newer for constraints.txt)
+#   CONSTRAINTS  constraints.txt (newest tested versions) or constraints-lowest.txt (oldest)
+#   THREADS      OpenMP threads per test process
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv
+THREADS ?= 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(basename $(notdir $(CONSTRAINTS)))
+SOURCES := $(wildcard src tests examples benchmarks)
+
+.PHONY: help venv demo test test-slow quality style clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      train, evaluate and use an early-exit classifier on real data"
+	@echo "make test      run the tests with branch coverage"
+	@echo "make test-slow run the tests marked slow"
+	@echo "make quality   lint, format check, types"
+	@echo "make style     apply lint fixes and format"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev,plots,demo]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo_assets.py --output runs/assets
+	$(BIN)/python examples/run_glue_cee.py examples/configs/demo.yaml
+	$(BIN)/python examples/classify_demo.py --model runs/demo </dev/null
+
+test: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q --cov --cov-report=term --cov-fail-under=90
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m slow
+
+quality: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

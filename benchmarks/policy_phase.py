@@ -1,0 +1,114 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""How much faster is an epoch of the policy phase on stored exit states than through the backbone?
+
+    python benchmarks/policy_phase.py --model runs/demo --train_file assets/trec/train.csv
+
+Both epochs do the same updates of the same policies: forward of the policies, policy gradient, optimizer step. One
+takes exit states from the store; the other runs the frozen backbone for every batch, rows sorted by length. The two
+alternate; medians are printed as JSON. The price of filling the store once is printed beside them.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import time
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from transformers_cee import BertForConsistentEE
+from transformers_cee.evaluation.store import collect_exits, length_sorted_batches
+from transformers_cee.exits.losses import exit_losses
+from transformers_cee.training.hardness import memorized_layers
+from transformers_cee.training.objectives import policy_loss
+from transformers_cee.training.policy_phase import StoredRewards
+from transformers_cee.training.rewards import layer_reward
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a BertForConsistentEE checkpoint")
+    parser.add_argument("--train_file", required=True, help="csv with the columns sentence and label")
+    parser.add_argument("--max_train_samples", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def read_rows(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with open(args.train_file, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[: args.max_train_samples]
+    encoded = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=128)
+    labels = [label2id.get(row["label"], None) for row in rows]
+    if None in labels:
+        labels = [int(row["label"]) for row in rows]
+    return Dataset.from_dict({**encoded, "labels": labels})
+
+
+def main() -> None:
+    args = parse_arguments()
+    model = BertForConsistentEE.from_pretrained(args.model).eval()
+    rows = read_rows(args, model.config.label2id)
+    collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(args.model))
+    config, policies = model.config, model.exit_policies
+    optimizer = torch.optim.AdamW(policies.parameters(), lr=1e-3)
+
+    def update(states: torch.Tensor, logits: torch.Tensor, rewards: torch.Tensor) -> None:
+        loss = policy_loss(policies(states, logits), rewards)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    start = time.perf_counter()
+    store = collect_exits(
+        model, rows, collator, Accelerator(cpu=True), problem_type="single_label_classification", batch_size=64
+    )
+    filling = time.perf_counter() - start
+    hardness = memorized_layers(store.correct, store.layers)
+    price = (config.num_hidden_layers, config.reward_alpha, config.reward_hardness)
+    data = StoredRewards(store, layer_reward(store.losses, store.layers, hardness, *price))
+
+    def stored_epoch() -> None:
+        for indices in torch.randperm(len(data)).split(args.batch_size):
+            update(**data.__getitems__(indices))
+
+    def backbone_epoch() -> None:
+        for indices in tqdm(length_sorted_batches(rows, args.batch_size), desc="through the backbone"):
+            batch = collator([rows[index] for index in indices])
+            with torch.no_grad():
+                output = model(**batch, output_all_exits=True)
+            losses = exit_losses(output.all_exit_logits, batch["labels"], "single_label_classification")
+            rewards = layer_reward(losses, store.layers, hardness[indices], *price)
+            update(output.all_exit_states, output.all_exit_logits, rewards)
+
+    times: dict[str, list[float]] = {"stored": [], "backbone": []}
+    stored_epoch()  # warm-up
+    for _ in range(args.repeats):
+        for name, epoch in (("stored", stored_epoch), ("backbone", backbone_epoch)):
+            start = time.perf_counter()
+            epoch()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(
+        json.dumps(
+            {
+                "rows": len(rows),
+                "layers": config.num_hidden_layers,
+                "seconds_to_fill_the_store": round(filling, 3),
+                "seconds_per_epoch_stored": round(medians["stored"], 3),
+                "seconds_per_epoch_through_the_backbone": round(medians["backbone"], 3),
+                "times_faster": round(medians["backbone"] / medians["stored"], 1),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

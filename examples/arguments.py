@@ -1,0 +1,125 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Arguments of `run_glue_cee.py`, from the command line, from a .yaml or .json file, or from both."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from glue_data import DataArguments
+from transformers import HfArgumentParser
+
+from transformers_cee import ConsistentEETrainingArguments
+from transformers_cee.exits.criteria import CRITERIA
+
+
+EXIT_FIELDS = (
+    "exit_layers",
+    "exit_pooling",
+    "exit_norm",
+    "exit_threshold",
+    "policy_inputs",
+    "policy_hidden_size",
+    "policy_activation",
+    "reward_alpha",
+    "reward_hardness",
+)
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint to start from, and its exits. What is not given stays as in the checkpoint's config."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or Hub name of a BERT checkpoint, with or without exits."}
+    )
+    base_model: str | None = field(default=None, metadata={"help": "What the model card calls that checkpoint."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not that of the checkpoint."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    exit_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "One number: a stride, 2 for every second layer. Several: these layers."},
+    )
+    exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
+    exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
+    exit_threshold: list[float] | None = field(default=None, metadata={"help": "One for all exits, or one per exit."})
+    policy_inputs: str | None = field(default=None, metadata={"help": "state, confidence or both."})
+    policy_hidden_size: int | None = field(default=None, metadata={"help": "Hidden units of each policy."})
+    policy_activation: str | None = field(default=None, metadata={"help": "Activation of the policies."})
+    reward_alpha: float | None = field(default=None, metadata={"help": "Weight of a layer in the reward."})
+    reward_hardness: bool | None = field(default=None, metadata={"help": "Scale alpha by 1 - M/L."})
+
+    def exit_options(self) -> dict[str, Any]:
+        """The exit fields that were given, as the config takes them."""
+        options = {name: getattr(self, name) for name in EXIT_FIELDS if getattr(self, name) is not None}
+        for name in ("exit_layers", "exit_threshold"):
+            if len(options.get(name, ())) == 1:
+                options[name] = options[name][0]
+        return options
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured after training."""
+
+    operating_points: int = field(default=6, metadata={"help": "How many depths, from 1/4 of the layers upwards."})
+    baselines: list[str] = field(
+        default_factory=lambda: ["max_probability", "entropy", "patience"],
+        metadata={"help": "Exit criteria that ConsistentEE is compared with."},
+    )
+    timing_batch_sizes: list[int] = field(
+        default_factory=lambda: [32, 1],
+        metadata={"help": "Batch sizes of wall-clock figures; the first is plotted."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop a phase after so many dev evaluations without improvement."}
+    )
+
+    def __post_init__(self):
+        unknown = [name for name in self.baselines if name not in CRITERIA or name == "policy"]
+        if unknown:
+            accepted = sorted(set(CRITERIA) - {"policy"})
+            raise ValueError(f"`baselines` must be among {', '.join(accepted)}; got {unknown[0]!r}.")
+        for name in ("operating_points", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        if not self.timing_batch_sizes or min(self.timing_batch_sizes) < 1:
+            raise ValueError(f"`timing_batch_sizes` must be numbers of at least 1; got {self.timing_batch_sizes}.")
+
+    def target_depths(self, num_layers: int) -> list[float]:
+        """Evenly spaced depths from a quarter of the layers up, in layers; half of them for even numbers of points."""
+        count = self.operating_points
+        return [num_layers * (index + 1) / (count + 2) for index in range(1, count + 1)]
+
+
+Arguments = tuple[ModelArguments, DataArguments, EvaluationArguments, ConsistentEETrainingArguments]
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Command line to dataclasses; a leading .yaml or .json file stands for the options in it."""
+    types = (ModelArguments, DataArguments, EvaluationArguments, ConsistentEETrainingArguments)
+    parser = HfArgumentParser(types, description="Fine-tunes a BERT with exits and measures accuracy against speed.")
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        argv = options_from_file(Path(argv[0])) + argv[1:]
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def options_from_file(path: Path) -> list[str]:
+    """The options in a .yaml or .json file as command-line words, so that later words override them."""
+    if not path.is_file():
+        raise ValueError(f"No such configuration file: {str(path)!r}.")
+    text = path.read_text(encoding="utf-8")
+    options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected `name: value` pairs; got {type(options).__name__}.")
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words

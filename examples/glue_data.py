@@ -1,0 +1,441 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Reading classification corpora for the examples: GLUE (online or its own tsv files), csv, tsv and json files.
+
+Everything ends as one [`Corpus`]: a `DatasetDict` with the splits `train`, `validation` and `test` and the columns
+`sentence1`, `sentence2` (pairs only) and `label`. Thresholds and early stopping may use `validation` only; reported
+numbers come from `test`. Where a corpus has no labelled test split, one is made from the rows there are, and
+`Corpus.notes` says so.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from prepare_data import stratified_rows
+from transformers import EvalPrediction
+
+
+@dataclass(frozen=True)
+class Task:
+    """One GLUE task.
+
+    Args:
+        folder: name of the task's folder in GLUE's own download.
+        hub_columns: text columns in `nyu-mll/glue`.
+        tsv_columns: text columns in GLUE's own tsv files.
+        tsv_label: label column in those files.
+        labels: class names in the order of their ids; empty for regression.
+        metrics: metric names, the headline first (see [`METRICS`]).
+        tsv_header: column names of a file that has no header line.
+    """
+
+    folder: str
+    hub_columns: tuple[str, ...]
+    tsv_columns: tuple[str, ...]
+    tsv_label: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    tsv_header: tuple[str, ...] = ()
+
+
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task(
+        "CoLA", ("sentence",), ("sentence",), "label", ("unacceptable", "acceptable"),
+        ("matthews_correlation", "accuracy"), ("source", "label", "star", "sentence"),
+    ),
+    "mnli": Task("MNLI", ("premise", "hypothesis"), PAIR, "gold_label", ("entailment", "neutral", "contradiction")),
+    "mrpc": Task(
+        "MRPC", PAIR, ("#1 String", "#2 String"), "Quality", ("not_equivalent", "equivalent"), ("accuracy", "f1")
+    ),
+    "qnli": Task("QNLI", ("question", "sentence"), ("question", "sentence"), "label", ENTAILMENT),
+    "qqp": Task(
+        "QQP", ("question1", "question2"), ("question1", "question2"), "is_duplicate", ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+    ),
+    "rte": Task("RTE", PAIR, PAIR, "label", ENTAILMENT),
+    "sst2": Task("SST-2", ("sentence",), ("sentence",), "label", ("negative", "positive")),
+    "stsb": Task("STS-B", PAIR, PAIR, "score", (), ("pearson", "spearmanr")),
+    "wnli": Task("WNLI", PAIR, PAIR, "label", ("not_entailment", "entailment")),
+}  # fmt: skip
+
+DEV_FILES = {"mnli": "dev_matched.tsv"}
+LABELLED_TEST_FILES = ("test-labeled.tsv", "msr_paraphrase_test.txt", "test.tsv")
+FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl")
+
+
+@dataclass
+class DataArguments:
+    """Which corpus to read, and how to split it."""
+
+    task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(TASKS)}."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with GLUE's own tsv files of --task_name. Without it the task comes from the Hub."},
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Training rows: csv, tsv, json or jsonl."})
+    validation_file: str | None = field(default=None, metadata={"help": "Dev rows, same format and columns."})
+    test_file: str | None = field(default=None, metadata={"help": "Labelled test rows, same format and columns."})
+    text_columns: list[str] = field(
+        default_factory=lambda: ["sentence"],
+        metadata={"help": "One text column, or two for pairs, of the files given by --train_file and its siblings."},
+    )
+    label_column: str = field(default="label", metadata={"help": "Label column of those files."})
+    regression: bool = field(default=False, metadata={"help": "The labels of those files are numbers to predict."})
+    validation_split: float = field(
+        default=0.1, metadata={"help": "Share of the training rows that becomes dev when there is no dev file."}
+    )
+    test_split: float = field(
+        default=0.1, metadata={"help": "Share of the training rows that becomes test when there is no test file."}
+    )
+    split_seed: int = field(
+        default=42,
+        metadata={"help": "Seed of all splits and samples of rows. Not --seed, so that runs share one test split."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random sample this large."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use a random sample of dev this large."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use a random sample of test this large."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are truncated to this many tokens."})
+
+    def __post_init__(self):
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower().replace("-", "")
+            if self.task_name not in TASKS:
+                raise ValueError(f"`task_name` must be one of {', '.join(TASKS)}; got {self.task_name!r}.")
+        files = {name: getattr(self, name) for name in ("train_file", "validation_file", "test_file")}
+        given = {name: path for name, path in files.items() if path is not None}
+        if self.task_name is not None and given:
+            raise ValueError(f"`task_name` and {', '.join(f'`{name}`' for name in given)} exclude each other.")
+        if self.task_name is None and self.train_file is None:
+            raise ValueError("Give either `task_name` (with or without `data_dir`) or `train_file`; got neither.")
+        if self.data_dir is not None:
+            if self.task_name is None:
+                raise ValueError("`data_dir` needs `task_name`, which says how to read the folder's files.")
+            if not Path(self.data_dir).is_dir():
+                raise ValueError(f"`data_dir` must be an existing folder; got {self.data_dir!r}.")
+        for name, path in given.items():
+            if Path(path).suffix not in FILE_TYPES:
+                raise ValueError(f"`{name}` must end in one of {', '.join(FILE_TYPES)}; got {path!r}.")
+            if not Path(path).is_file():
+                raise ValueError(f"`{name}` must be an existing file; got {path!r}.")
+        self._check_numbers()
+
+    def _check_numbers(self):
+        if not 1 <= len(self.text_columns) <= 2:
+            raise ValueError(f"`text_columns` must name one or two columns; got {self.text_columns!r}.")
+        for name in ("validation_split", "test_split"):
+            if not 0.0 < getattr(self, name) < 0.5:
+                raise ValueError(f"`{name}` must lie between 0 and 0.5 (both excluded); got {getattr(self, name)}.")
+        for name in ("max_train_samples", "max_eval_samples", "max_test_samples", "max_seq_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+
+
+@dataclass
+class Corpus:
+    """A corpus ready for tokenisation.
+
+    Args:
+        name: what to call it in reports, e.g. `"GLUE SST-2"`.
+        splits: `train`, `validation`, `test` (and `test_mismatched` for MNLI), see above.
+        label_names: class names in the order of their ids; empty for regression.
+        metrics: metric names, the headline first.
+        notes: one sentence for every split that is not the publisher's own.
+    """
+
+    name: str
+    splits: DatasetDict
+    label_names: list[str]
+    metrics: tuple[str, ...]
+    notes: list[str]
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.label_names
+
+    @property
+    def text_columns(self) -> list[str]:
+        return [column for column in PAIR if column in self.splits["train"].column_names]
+
+
+def load_corpus(args: DataArguments) -> Corpus:
+    """Reads, splits and samples the corpus that `args` describes.
+
+    Raises:
+        ValueError: a file, column or label is missing or not understood; the message names file and row.
+    """
+    if args.task_name is None:
+        corpus = _corpus_from_files(args)
+    elif args.data_dir is None:
+        corpus = _corpus_from_hub(args)
+    else:
+        corpus = _corpus_from_glue_folder(args)
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    for name, split in corpus.splits.items():
+        limit = limits.get(name, args.max_test_samples)
+        if limit is not None and limit < len(split):
+            corpus.splits[name] = split.select(stratified_rows(split["label"], limit, args.split_seed))
+            note = f"{name}: a stratified sample of {limit} of {len(split)} rows, seed {args.split_seed}."
+            corpus.notes.append(note)
+    return corpus
+
+
+def take_split(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits `rows` into (rest, part of `count` rows), stratified and seeded."""
+    if not 0 < count < len(rows):
+        raise ValueError(f"Cannot take {count} of {len(rows)} rows for a split: both parts need at least one row.")
+    part = stratified_rows(rows["label"], count, seed)
+    rest = sorted(set(range(len(rows))) - set(part))
+    return rows.select(rest), rows.select(part)
+
+
+def _halve_dev(splits: dict[str, Dataset], seed: int) -> str:
+    """Replaces `validation` by one half of it and adds the other as `test`; returns the note to print."""
+    dev = splits["validation"]
+    splits["validation"], splits["test"] = take_split(dev, len(dev) // 2, seed)
+    return (
+        f"no labelled test split: the dev split ({len(dev)} rows) was divided into dev ({len(splits['validation'])}) "
+        f"and test ({len(splits['test'])}), stratified, seed {seed}."
+    )
+
+
+def _complete_splits(splits: dict[str, Dataset], args: DataArguments) -> list[str]:
+    """Takes the splits that the corpus does not have from `train`, in place; returns the notes to print."""
+    notes, total = [], len(splits["train"])
+    shares = {"test": args.test_split, "validation": args.validation_split}
+    for seed, (name, share) in enumerate(shares.items(), start=args.split_seed):
+        if name not in splits:
+            count = max(1, round(share * total))
+            splits["train"], splits[name] = take_split(splits["train"], count, seed)
+            taken = f"{count} of {total} training rows ({share:.0%}) taken for it"
+            notes.append(f"no {name} split: {taken}, stratified, seed {seed}.")
+    return notes
+
+
+def _corpus_from_hub(args: DataArguments) -> Corpus:
+    """GLUE from `nyu-mll/glue` on the Hub; its test labels are withheld (-1), so dev is divided."""
+    task = TASKS[args.task_name]
+    raw = load_dataset("nyu-mll/glue", args.task_name)
+    names = {"train": "train", "validation": "validation"}
+    if args.task_name == "mnli":
+        names |= {"validation": "validation_matched", "test_mismatched": "validation_mismatched"}
+    splits = {}
+    for name, source in names.items():
+        columns = dict(zip(task.hub_columns, PAIR, strict=False))
+        kept = raw[source].select_columns([*columns, "label"])
+        splits[name] = kept.rename_columns({old: new for old, new in columns.items() if old != new})
+    notes = [_halve_dev(splits, args.split_seed)]
+    return Corpus(f"GLUE {task.folder}", DatasetDict(splits), list(task.labels), task.metrics, notes)
+
+
+def _corpus_from_glue_folder(args: DataArguments) -> Corpus:
+    """GLUE's own tsv files, with a labelled test file where the folder has one."""
+    task, folder = TASKS[args.task_name], Path(args.data_dir)
+    dev_file = folder / DEV_FILES.get(args.task_name, "dev.tsv")
+    if not dev_file.is_file():
+        raise ValueError(f"`data_dir` {str(folder)!r} has no {dev_file.name}; it has {_names_in(folder)}.")
+    notes: list[str] = []
+    splits = {"validation": _read_glue_file(dev_file, task, notes)}
+    if (folder / "train.tsv").is_file():
+        splits["train"] = _read_glue_file(folder / "train.tsv", task, notes)
+    test_file = _labelled_test_file(folder, task)
+    if test_file is not None:
+        splits["test"] = _read_glue_file(test_file, task, notes)
+        notes.append(f"test: the labelled {test_file.name} of the folder.")
+    if (folder / "dev_mismatched.tsv").is_file():
+        splits["test_mismatched"] = _read_glue_file(folder / "dev_mismatched.tsv", task, notes)
+    if "train" not in splits:
+        notes.append(f"no train.tsv: {dev_file.name} serves as the training rows.")
+        splits["train"] = splits.pop("validation")
+        notes += _complete_splits(splits, args)
+    elif "test" not in splits:
+        notes.append(_halve_dev(splits, args.split_seed))
+    order = ("train", "validation", "test", "test_mismatched")
+    splits = {name: splits[name] for name in order if name in splits}
+    return Corpus(f"GLUE {task.folder}", DatasetDict(splits), list(task.labels), task.metrics, notes)
+
+
+def _labelled_test_file(folder: Path, task: Task) -> Path | None:
+    for name in LABELLED_TEST_FILES:
+        path = folder / name
+        if not path.is_file() or (task.tsv_header and name == "test.tsv"):
+            continue
+        if task.tsv_header or task.tsv_label in _header(path):
+            return path
+    return None
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return lines.readline().rstrip("\r\n").split("\t")
+
+
+def _read_glue_file(path: Path, task: Task, notes: list[str]) -> Dataset:
+    """One of GLUE's tsv files; QQP's hold a few broken lines, which are dropped and counted in `notes`."""
+    rows = _read_tsv(path, list(task.tsv_header) or None)
+    _check_columns(path, rows, [*task.tsv_columns, task.tsv_label])
+    complete = [row for row in rows if all(row[column] is not None for column in (*task.tsv_columns, task.tsv_label))]
+    if len(complete) < len(rows):
+        notes.append(f"{path.name}: {len(rows) - len(complete)} of {len(rows)} lines lack cells and were dropped.")
+    return _to_dataset(path, complete, list(task.tsv_columns), task.tsv_label, list(task.labels))
+
+
+def _names_in(folder: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())) or "no files"
+
+
+def _corpus_from_files(args: DataArguments) -> Corpus:
+    """csv, tsv, json or jsonl files; class names are the distinct labels of the training file."""
+    paths = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    raw = {name: (Path(path), _read_rows(Path(path))) for name, path in paths.items() if path is not None}
+    for path, rows in raw.values():
+        _check_columns(path, rows, [*args.text_columns, args.label_column])
+    label_names = [] if args.regression else _label_names(*raw["train"], args.label_column)
+    splits = {
+        name: _to_dataset(path, rows, args.text_columns, args.label_column, label_names)
+        for name, (path, rows) in raw.items()
+    }
+    notes = _complete_splits(splits, args)
+    splits = {name: splits[name] for name in ("train", "validation", "test")}
+    metrics = ("pearson", "spearmanr") if args.regression else ("accuracy",)
+    train_path = Path(args.train_file)
+    name = train_path.parent.name if train_path.stem == "train" else train_path.stem
+    return Corpus(name or train_path.stem, DatasetDict(splits), label_names, metrics, notes)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".tsv":
+        return _read_tsv(path)
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            return list(csv.DictReader(lines))
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: neither a json list of objects nor one json object per line ({error}).") from error
+
+
+def _read_tsv(path: Path, header: list[str] | None = None) -> list[dict[str, Any]]:
+    """Tab-separated rows in which quotation marks are ordinary characters; missing cells are None."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, fieldnames=header, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return list(reader)
+
+
+def _check_columns(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    if not rows:
+        raise ValueError(f"{path}: no rows.")
+    if not isinstance(rows[0], dict):
+        raise ValueError(f"{path}: expected rows with named columns; got {type(rows[0]).__name__}.")
+    missing = [column for column in columns if column not in rows[0]]
+    if missing:
+        raise ValueError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(map(str, rows[0]))}.")
+
+
+def _label_names(path: Path, rows: list[dict[str, Any]], column: str) -> list[str]:
+    """The distinct labels, sorted: as numbers if all are whole numbers, as text otherwise."""
+    names = {str(row[column]).strip() for row in rows}
+    if len(names) < 2:
+        raise ValueError(f"{path}: column {column!r} has only the label {names.pop()!r}; two classes are needed.")
+    if all(_is_whole_number(name) for name in names):
+        return sorted(names, key=int)
+    if all(_is_number(name) for name in names):
+        raise ValueError(f"{path}: the labels in {column!r} are fractional numbers; `--regression` predicts such.")
+    return sorted(names)
+
+
+def _is_whole_number(text: str) -> bool:
+    return text.lstrip("-").isdecimal()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _to_dataset(
+    path: Path, rows: list[dict[str, Any]], text_columns: list[str], label_column: str, label_names: list[str]
+) -> Dataset:
+    """Rows of a file as a dataset with `sentence1`[, `sentence2`] and `label` (class id, or number for regression)."""
+    _check_columns(path, rows, [*text_columns, label_column])
+    ids = {name: index for index, name in enumerate(label_names)}
+    columns: dict[str, list] = {new: [] for new, _ in zip(PAIR, text_columns, strict=False)} | {"label": []}
+    for number, row in enumerate(rows, start=1):
+        for new, old in zip(PAIR, text_columns, strict=False):
+            if row[old] is None:
+                raise ValueError(f"{path}: row {number} has no {old!r}; its cells are {list(row.values())}.")
+            columns[new].append(str(row[old]))
+        columns["label"].append(_parse_label(path, number, row[label_column], ids))
+    label_type = ClassLabel(names=label_names) if label_names else Value("float32")
+    features = {name: Value("string") for name in columns if name != "label"} | {"label": label_type}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _parse_label(path: Path, number: int, value: Any, ids: dict[str, int]) -> int | float:
+    """Class id of a label given by name or by number (GLUE uses both); the number itself for regression."""
+    text = "" if value is None else str(value).strip()
+    if not ids and _is_number(text):
+        return float(text)
+    if text in ids:
+        return ids[text]
+    if _is_whole_number(text) and 0 <= int(text) < len(ids) and not all(_is_whole_number(name) for name in ids):
+        return int(text)
+    accepted = ", ".join(ids) if ids else "a number"
+    raise ValueError(f"{path}: row {number} has the label {text!r}; accepted: {accepted}.")
+
+
+def _metric_functions() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    return {
+        "accuracy": accuracy_score,
+        "f1": f1_score,
+        "matthews_correlation": matthews_corrcoef,
+        "pearson": lambda labels, predictions: pearsonr(labels, predictions)[0],
+        "spearmanr": lambda labels, predictions: spearmanr(labels, predictions)[0],
+    }
+
+
+METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
+
+
+def make_compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A `compute_metrics` for `Trainer` that needs no network.
+
+    Args:
+        names: metrics out of [`METRICS`]. `pearson` and `spearmanr` read the first logit, the others its arg max.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"`names` must be among {', '.join(METRICS)}; got {unknown[0]!r}.")
+    functions = _metric_functions()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+        labels = np.asarray(prediction.label_ids).reshape(-1)
+        result = {}
+        for name in names:
+            predictions = logits.reshape(len(labels), -1)
+            predictions = predictions[:, 0] if name in ("pearson", "spearmanr") else predictions.argmax(-1)
+            result[name] = float(functions[name](labels, predictions))
+        return result
+
+    return compute_metrics

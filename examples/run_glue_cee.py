@@ -1,0 +1,273 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Fine-tunes a BERT with exits on GLUE or on your own files and measures accuracy against speed.
+
+    python examples/run_glue_cee.py --model_name_or_path google-bert/bert-base-uncased --do_train --do_eval \\
+        --task_name sst2 --output_dir runs/sst2 --exit_pooling mean --exit_norm layer_norm
+    python examples/run_glue_cee.py examples/configs/demo.yaml --seed 1
+
+Options are those of `arguments.ModelArguments`, `arguments.EvaluationArguments`, `glue_data.DataArguments` and
+`ConsistentEETrainingArguments`. They may come from a .yaml or .json file; options after the file name override it.
+As in run_glue.py of 🤗 Transformers, `--do_train` and `--do_eval` say what is done.
+
+ConsistentEE and the baselines share one model and its heads. Their thresholds are picked on dev, for the same depths;
+the figures come from test. Metrics and depths are computed from stored exits, wall-clock figures from runs in which
+rows really leave the batch.
+"""
+
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from arguments import EXIT_FIELDS, Arguments, EvaluationArguments, ModelArguments, parse_arguments
+from glue_data import Corpus, load_corpus, make_compute_metrics
+from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, set_seed
+
+from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer, ConsistentEETrainingArguments
+from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
+from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
+from transformers_cee.evaluation.report import matched_depth_table, method_name, operating_points_table, write_results
+from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
+
+
+logger = logging.getLogger("run_glue_cee")
+
+CARD_ARGUMENTS = (
+    "phases",
+    "heads_objective",
+    "learning_rate",
+    "exit_learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "policy_learning_rate",
+    "policy_num_train_epochs",
+    "policy_gradient",
+    "policy_holdout",
+    "reward_loss",
+    "consistent_num_rounds",
+    "consistent_num_train_epochs",
+    "consistent_objective",
+)
+
+
+def set_up_logging(log_level: int) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True)
+    logger.setLevel(log_level)
+    datasets.utils.logging.set_verbosity(max(log_level, logging.WARNING))
+    transformers.utils.logging.set_verbosity(max(log_level, logging.WARNING))
+
+
+def load_model(args: ModelArguments, corpus: Corpus) -> BertForConsistentEE:
+    """The checkpoint with exits, and with the corpus' labels in its config."""
+    names = corpus.label_names
+    labels = {"num_labels": 1} if corpus.is_regression else {"id2label": dict(enumerate(names))}
+    if not corpus.is_regression:
+        labels["label2id"] = {name: index for index, name in enumerate(names)}
+    source = {"cache_dir": args.cache_dir, "revision": args.model_revision}
+    config = BertCeeConfig.from_pretrained(
+        args.model_name_or_path,
+        problem_type="regression" if corpus.is_regression else "single_label_classification",
+        **labels,
+        **source,
+        **args.exit_options(),
+    )
+    # Training needs float32 weights, also from a checkpoint saved in half precision; --bf16 and --fp16 autocast.
+    return BertForConsistentEE.from_pretrained(
+        args.model_name_or_path, config=config, dtype=torch.float32, **source
+    )
+
+
+def tokenize(corpus: Corpus, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
+    """Token ids instead of texts, unpadded: batches are padded to their own longest row."""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        texts = [rows[column] for column in corpus.text_columns]
+        return {**tokenizer(*texts, max_length=max_length, truncation=True), "labels": rows["label"]}
+
+    texts_and_labels = corpus.splits["train"].column_names
+    return corpus.splits.map(encode, batched=True, remove_columns=texts_and_labels, desc="Tokenize")
+
+
+def compare_on_test(
+    trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus: Corpus, args: EvaluationArguments
+) -> dict[str, Comparison]:
+    """One comparison of the exit criteria per test split; thresholds come from dev."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    stores = {name: trainer.collect_exits(rows, name) for name, rows in splits.items() if name != "train"}
+    dev = stores.pop("validation")
+    if corpus.is_regression:
+        corpus.notes.append("regression has no class probabilities: the baselines do not apply.")
+    return {
+        name: compare_criteria(
+            ["policy", *([] if corpus.is_regression else args.baselines)],
+            dev,
+            test,
+            policies=model.exit_policies,
+            metrics=trainer.compute_metrics,
+            metric=corpus.metrics[0],
+            depths=args.target_depths(model.config.num_hidden_layers),
+            own=(model.config.exit_criterion, model.config.exit_threshold),
+        )
+        for name, test in stores.items()
+    }
+
+
+def time_on_test(
+    trainer: ConsistentEETrainer, rows: datasets.Dataset, comparison: Comparison, batch_sizes: list[int]
+) -> dict[str, list]:
+    """Executed points by batch size: all criteria at the first one, which the comparison then shows, and ConsistentEE
+    at the others."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    rows = rows.shuffle(seed=trainer.args.seed).select(range(min(len(rows), trainer.args.eval_timing_rows)))
+    timed = {}
+    for batch_size in batch_sizes if len(rows) else ():
+        points = comparison.curves["policy"]
+        if batch_size == batch_sizes[0]:
+            points = [point for curve in comparison.curves.values() for point in curve]
+        loader = DataLoader(rows.remove_columns("labels"), batch_size, collate_fn=trainer.data_collator)
+        batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in loader]
+        timed[str(batch_size)] = time_points(model, batches, points)
+        if batch_size == batch_sizes[0]:
+            comparison.full.wall_clock_speedup = 1.0
+            for point, executed in zip(points, timed[str(batch_size)], strict=True):
+                point.wall_clock_speedup = executed.wall_clock_speedup
+    return timed
+
+
+def print_tables(corpus: Corpus, comparisons: dict[str, Comparison], timed: dict[str, list], num_layers: int) -> None:
+    for name, comparison in comparisons.items():
+        curves = [point for curve in comparison.curves.values() for point in curve]
+        points = [comparison.full, *curves, comparison.oracle]
+        print(f"\n{corpus.name}, {name}\n\n{operating_points_table(points, corpus.metrics)}")
+        print(f"\n{matched_depth_table(comparison.matched, corpus.metrics[0], num_layers)}")
+    for batch_size, points in timed.items():
+        points = [point for point in points if point.criterion == "policy"]
+        print(f"\nExecuted, batch size {batch_size}, on the timed rows\n\n{operating_points_table(points, [])}")
+    print("\n".join(["", *corpus.notes]))
+
+
+def write_card(
+    corpus: Corpus, comparison: Comparison, timing: str | None, arguments: Arguments, config: BertCeeConfig
+) -> None:
+    """README.md of the model folder, from what was measured."""
+    model_args, data_args, _, training_args = arguments
+    online = data_args.task_name is not None
+    EarlyExitCard(
+        model_name=Path(training_args.output_dir).name,
+        repo_id=training_args.hub_model_id or training_args.output_dir,
+        num_layers=config.num_hidden_layers,
+        dataset_name=corpus.name,
+        dataset_id="nyu-mll/glue" if online else None,
+        dataset_config=data_args.task_name,
+        metric_name=corpus.metrics[0],
+        curves=comparison.curves,
+        full_depth=comparison.full,
+        exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
+        exit_threshold=config.exit_threshold,
+        base_model=model_args.base_model or model_args.model_name_or_path,
+        data_notes=" ".join(corpus.notes),
+        timing=timing,
+        training_arguments={name: getattr(training_args, name) for name in CARD_ARGUMENTS}
+        | {name: getattr(config, name) for name in EXIT_FIELDS},
+        seeds=[training_args.seed],
+        examples=corpus.splits["validation"]["sentence1"][:2],
+        regression=corpus.is_regression,
+    ).save(training_args.output_dir)
+
+
+def evaluate(trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus: Corpus, arguments: Arguments) -> dict:
+    """Compares, times, and writes curve.png, exits.png and the card; returns what goes to results.json."""
+    eval_args, output = arguments[2], Path(trainer.args.output_dir)
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    metric, half = corpus.metrics[0], config.num_hidden_layers / 2
+    comparisons = compare_on_test(trainer, splits, corpus, eval_args)
+    if not trainer.is_world_process_zero():
+        return {}
+    test = comparisons["test"]
+    timed = time_on_test(trainer, splits["test"], test, eval_args.timing_batch_sizes)
+    hardware = f"{trainer.args.device.type}, {torch.get_num_threads()} threads"
+    rows = min(len(splits["test"]), trainer.args.eval_timing_rows)
+    timing = f"Timed on {rows} test rows, batch size {eval_args.timing_batch_sizes[0]}, {hardware}." if timed else None
+    curves = {method_name(name): curve for name, curve in test.curves.items()}
+    plot_curves(curves, metric, output / "curve.png", test.full, test.oracle, f"{corpus.name}, test. {timing or ''}")
+    nearest = {name: min(curve, key=lambda point: abs(point.depth - half)) for name, curve in curves.items()}
+    histograms = {f"{name}, depth {point.depth:.1f}": point.exit_histogram for name, point in nearest.items()}
+    plot_exit_histogram(histograms, output / "exits.png", f"{corpus.name}, test: exits at about half depth")
+    write_card(corpus, test, timing, arguments, config)
+    print_tables(corpus, comparisons, timed, config.num_hidden_layers)
+    tests = {name: vars(comparison) for name, comparison in comparisons.items()}
+    return {"comparisons": tests, "executed": timed, "timing": timing}
+
+
+def push(folder: Path, args: ConsistentEETrainingArguments) -> None:
+    """Uploads the model folder: weights, config, tokenizer, card, pictures and results, without checkpoints."""
+    api = HfApi(token=args.hub_token)
+    repo = api.create_repo(args.hub_model_id or folder.name, private=args.hub_private_repo, exist_ok=True)
+    files = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".bin"]
+    files = [name for name in files if name != "hardness.safetensors"]
+    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, allow_patterns=files)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, eval_args, training_args = arguments
+    if not (training_args.do_train or training_args.do_eval):
+        raise ValueError("Nothing to do: pass `--do_train`, `--do_eval` or both.")
+    # The folder is uploaded once, when everything is in it.
+    pushes, training_args.push_to_hub = training_args.push_to_hub, False
+    set_up_logging(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="data"):
+        corpus = load_corpus(data_args)
+    sizes = {name: len(rows) for name, rows in corpus.splits.items()}
+    logger.info(f"{corpus.name}: {sizes}. {' '.join(corpus.notes)}")
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name or model_args.model_name_or_path,
+        cache_dir=model_args.cache_dir,
+        revision=model_args.model_revision,
+    )
+    model = load_model(model_args, corpus)
+    with training_args.main_process_first(desc="tokenization"):
+        splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
+
+    patience = eval_args.early_stopping_patience
+    trainer = ConsistentEETrainer(
+        model=model,
+        args=training_args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=make_compute_metrics(corpus.metrics),
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+    )
+    results: dict[str, Any] = {"corpus": vars(corpus) | {"splits": sizes}, "versions": installed_versions()}
+    results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
+    results["arguments"] |= training_args.to_sanitized_dict()
+    if training_args.do_train:
+        resume = training_args.resume_from_checkpoint
+        start = time.perf_counter()
+        steps = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+        results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
+        results["train_seconds"] = time.perf_counter() - start
+        trainer.save_model()
+    if training_args.do_eval:
+        results |= evaluate(trainer, splits, corpus, arguments)
+    if trainer.is_world_process_zero():
+        write_results(results, Path(training_args.output_dir) / "results.json")
+        if pushes:
+            push(Path(training_args.output_dir), training_args)
+    return results
+
+
+if __name__ == "__main__":
+    main()

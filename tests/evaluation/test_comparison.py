@@ -1,0 +1,105 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import EvalPrediction
+
+from transformers_cee import BertCeeConfig, BertForConsistentEE
+from transformers_cee.evaluation.comparison import compare_criteria, exit_points, time_points
+from transformers_cee.evaluation.store import ExitStore
+
+
+LAYERS = 4
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make_store(rows: int, seed: int) -> ExitStore:
+    """Exits whose logits grow more certain and more often right with depth."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (rows,), generator=generator)
+    signal = torch.nn.functional.one_hot(labels, 3)[:, None] * torch.arange(1.0, LAYERS + 1)[None, :, None]
+    logits = signal + torch.randn(rows, LAYERS, 3, generator=generator)
+    states = torch.randn(rows, LAYERS, 16, generator=generator)
+    return ExitStore(states, logits, labels, torch.arange(1, LAYERS + 1), "single_label_classification")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = BertCeeConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
+        policy_inputs="confidence",
+    )
+    return BertForConsistentEE(config).eval()
+
+
+def test_thresholds_come_from_dev_and_figures_from_test(model):
+    dev, test, depths = make_store(400, 1), make_store(300, 2), [1.5, 2.5, 3.5]
+    criteria = ["policy", "max_probability", "entropy"]
+    comparison = compare_criteria(criteria, dev, test, model.exit_policies, accuracy, "accuracy", depths)
+    assert list(comparison.curves) == criteria
+    for curve in comparison.curves.values():
+        assert all(sum(point.exit_histogram.values()) == 300 for point in curve)
+    for criterion in ("max_probability", "entropy"):
+        found = [point.depth for point in comparison.curves[criterion]]
+        assert found == pytest.approx(depths, abs=0.3)
+    other = make_store(300, 3)
+    again = compare_criteria(criteria, dev, other, model.exit_policies, accuracy, "accuracy", depths)
+    for criterion in criteria:
+        thresholds = {point.exit_threshold for point in again.curves[criterion]}
+        assert thresholds == {point.exit_threshold for point in comparison.curves[criterion]}
+
+
+def test_matched_depths_lie_between_first_exit_and_full_depth(model):
+    dev, test = make_store(400, 1), make_store(300, 2)
+    depths = [1.0, 2.0, 4.0]
+    criteria = ["max_probability", "patience"]
+    comparison = compare_criteria(criteria, dev, test, model.exit_policies, accuracy, "accuracy", depths)
+    first, last = comparison.exits[0].metrics["accuracy"], comparison.full.metrics["accuracy"]
+    for values in comparison.matched.values():
+        assert values[1.0] == pytest.approx(first)
+        assert values[4.0] == pytest.approx(last)
+        assert values[2.0] is not None
+    assert comparison.matched["max_probability"][2.0] > comparison.exits[1].metrics["accuracy"]
+    assert comparison.oracle.metrics["accuracy"] >= last
+
+
+def test_the_models_own_threshold_joins_its_curve_once(model):
+    store = make_store(300, 1)
+    arguments = (["policy", "entropy"], store, store, model.exit_policies, accuracy, "accuracy", [2.0])
+    without = compare_criteria(*arguments)
+    threshold = without.curves["policy"][0].exit_threshold
+    assert len(compare_criteria(*arguments, own=("policy", threshold)).curves["policy"]) == 1
+    comparison = compare_criteria(*arguments, own=("policy", [0.0] * LAYERS))
+    assert [0.0] * LAYERS in [point.exit_threshold for point in comparison.curves["policy"]]
+    assert len(comparison.curves["entropy"]) == 1
+
+
+def test_exit_points():
+    store = make_store(200, 1)
+    points = exit_points(store, accuracy)
+    assert [point.depth for point in points] == [1.0, 2.0, 3.0, 4.0]
+    expected = (store.logits.argmax(-1) == store.labels[:, None]).float().mean(0)
+    assert [point.metrics["accuracy"] for point in points] == pytest.approx(expected.tolist())
+
+
+def test_time_points_executes(model):
+    store = make_store(50, 1)
+    curves = compare_criteria(["entropy"], store, store, model.exit_policies, accuracy, "accuracy", [2.0]).curves
+    batches = [{"input_ids": torch.randint(20, (4, 7)), "attention_mask": torch.ones(4, 7, dtype=torch.long)}] * 2
+    timed = time_points(model, batches, curves["entropy"])
+    assert timed[0].exit_threshold == curves["entropy"][0].exit_threshold
+    assert timed[0].wall_clock_speedup > 0
+    assert sum(timed[0].exit_histogram.values()) == 8
+    assert timed[0].layer_speedup == pytest.approx(LAYERS / timed[0].depth)

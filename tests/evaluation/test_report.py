@@ -1,0 +1,80 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transformers_cee.evaluation.operating_points import OperatingPoint
+from transformers_cee.evaluation.report import (
+    markdown_table,
+    matched_depth_table,
+    method_name,
+    operating_points_table,
+    write_results,
+)
+
+
+POINT = OperatingPoint("policy", 0.5, 3.0, 0.5, 2.0, 1.8, {"accuracy": 0.875}, {"2": 2, "4": 2})
+
+
+def test_markdown_table_lines_up():
+    table = markdown_table(["method", "accuracy"], [["policy", "0.9"], ["maximum probability", "0.85"]])
+    assert table.splitlines() == [
+        "| method              | accuracy |",
+        "| ------------------- | -------: |",
+        "| policy              |      0.9 |",
+        "| maximum probability |     0.85 |",
+    ]
+
+
+def test_operating_points_never_show_layer_speedup_without_wall_clock():
+    untimed = OperatingPoint("max_probability", [0.1, 0.2], 4.0, 1 / 3, 1.5, None, {"accuracy": math.nan})
+    header, _, first, second = operating_points_table([POINT, untimed], ["accuracy", "f1"]).splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "criterion", "threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", "accuracy", "f1",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in first.strip("|").split("|")] == [
+        "ConsistentEE (policy)", "0.5", "3.00", "50.0%", "2.00x", "1.80x", "0.8750", "-",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.strip("|").split("|")] == [
+        "maximum probability", "per exit", "4.00", "33.3%", "1.50x", "-", "-", "-",
+    ]  # fmt: skip
+
+
+def test_matched_depths():
+    table = matched_depth_table({"policy": {3.0: 0.9, 1.5: None}, "entropy": {3.0: 0.8}}, "accuracy", 6)
+    assert [" ".join(line.replace("|", " ").split()) for line in table.splitlines()[::2]] == [
+        "accuracy at depth (of 6) 1.50 3.00",
+        "ConsistentEE (policy) - 0.9000",
+    ]
+
+
+def test_method_names():
+    assert method_name("full depth") == "full depth"
+    assert method_name("my_rule") == "my rule"
+
+
+def test_results_are_plain_json(tmp_path):
+    results = {
+        "points": [POINT],
+        "nan": math.nan,
+        1: np.float32(0.5),
+        "rows": np.arange(2),
+        "path": Path("a"),
+        "t": ("b",),
+    }
+    path = write_results(results, tmp_path / "new" / "results.json")
+    read = json.loads(path.read_text())
+    assert read["points"] == [POINT.to_dict()]
+    assert read["nan"] is None
+    assert (read["1"], read["rows"], read["path"], read["t"]) == (0.5, [0, 1], "a", ["b"])
+
+
+def test_results_refuse_other_objects(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_results({"model": object()}, tmp_path / "results.json")

@@ -1,0 +1,271 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The example script end to end, with a tiny random BERT on 60 generated rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import run_glue_cee
+import torch
+import yaml
+from arguments import EvaluationArguments, options_from_file, parse_arguments
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+
+WORDS = "who where how many did was is the a river painted city long people ?".split()
+QUESTIONS = {
+    "human": "who painted the {} ?",
+    "location": "where is the {} ?",
+    "number": "how many people was the {} ?",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random BERT of 3 layers and its word tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "train.csv"
+    labels = sorted(QUESTIONS)
+    rows = [(QUESTIONS[labels[index % 3]].format(WORDS[index % len(WORDS)]), labels[index % 3]) for index in range(60)]
+    path.write_text("\n".join(["sentence,label", *(f"{text},{label}" for text, label in rows)]) + "\n")
+    return path
+
+
+def make_options(checkpoint, questions, output):
+    return {
+        "model_name_or_path": str(checkpoint),
+        "base_model": "a tiny BERT",
+        "train_file": str(questions),
+        "validation_split": 0.2,
+        "test_split": 0.2,
+        "output_dir": str(output),
+        "do_train": True,
+        "do_eval": True,
+        "exit_pooling": "mean",
+        "exit_norm": "layer_norm",
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 12,
+        "policy_num_train_epochs": 2,
+        "operating_points": 2,
+        "timing_batch_sizes": [4, 1],
+        "eval_timing_rows": 8,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, questions, tmp_path_factory):
+    """(folder, results.json) of a run of all phases, from a yaml file and an override."""
+    output = tmp_path_factory.mktemp("run")
+    config = output / "config.yaml"
+    config.write_text(yaml.safe_dump(make_options(checkpoint, questions, output) | {"seed": 1}))
+    run_glue_cee.main([str(config), "--seed", "2"])
+    return output, json.loads((output / "results.json").read_text())
+
+
+def test_all_phases_run(run):
+    _, results = run
+    assert list(results["train"]) == ["heads", "policy", "consistent-1-model", "consistent-1-policy"]
+    assert results["arguments"]["seed"] == 2
+    assert results["train_seconds"] > 0
+
+
+def test_results_name_the_splits(run):
+    _, results = run
+    assert results["corpus"]["splits"] == {"train": 36, "validation": 12, "test": 12}
+    assert any(note.startswith("no test split: 12 of 60") for note in results["corpus"]["notes"])
+    assert results["corpus"]["label_names"] == ["human", "location", "number"]
+
+
+def test_every_criterion_is_compared_on_test(run):
+    _, results = run
+    test = results["comparisons"]["test"]
+    assert set(test["curves"]) == set(test["matched"]) == {"policy", "max_probability", "entropy", "patience"}
+    for curve in test["curves"].values():
+        for point in curve:
+            assert 1.0 <= point["depth"] <= 3.0
+            assert sum(point["exit_histogram"].values()) == 12
+            assert point["wall_clock_speedup"] > 0
+    assert 0.5 in [point["exit_threshold"] for point in test["curves"]["policy"]]
+    assert test["full"]["depth"] == 3.0
+    assert test["oracle"]["metrics"]["accuracy"] >= max(point["metrics"]["accuracy"] for point in test["exits"])
+    assert set(results["executed"]) == {"4", "1"}
+    assert len(results["executed"]["1"]) == len(test["curves"]["policy"])
+
+
+def test_pictures_and_card(run):
+    output, _ = run
+    for name in ("curve.png", "exits.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    card = (output / "README.md").read_text()
+    assert "a tiny BERT" in card
+    assert "ConsistentEE (policy)" in card
+    assert "no test split: 12 of 60" in card
+
+
+def test_saved_folder_loads_through_the_auto_classes(run):
+    output, _ = run
+    import classify_demo
+
+    model, tokenizer = AutoModel.from_pretrained(output).eval(), AutoTokenizer.from_pretrained(output)
+    results = classify_demo.classify(model, tokenizer, ["Who painted the city ?", "Where is the river ?"], 1.0)
+    assert [result["exit_layer"] for result in results] == [3, 3]
+    assert {result["label"] for result in results} <= set(QUESTIONS)
+
+
+def test_classify_demo_prints_layers(run, capsys):
+    output, _ = run
+    import classify_demo
+
+    classify_demo.main(["--model", str(output), "--exit_threshold", "0", "who painted the river ?"])
+    printed = capsys.readouterr().out
+    assert "[#..] 1/3" in printed
+    assert "depth 1.00 of 3 layers" in printed
+
+
+def test_evaluation_alone(run, questions, tmp_path):
+    options = make_options(run[0], questions, tmp_path)
+    words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
+    words = [word for word in words if not word.startswith("--do_train")]
+    results = run_glue_cee.main([*words, "--eval_timing_rows=0", "--baselines", "entropy"])
+    assert "train" not in results
+    assert results["executed"] == {}
+    assert results["comparisons"]["test"].keys() >= {"curves", "full"}
+    again = run[1]["comparisons"]["test"]["full"]["metrics"]
+    assert results["comparisons"]["test"]["full"].metrics == pytest.approx(again)
+
+
+def test_pairs_and_regression(checkpoint, tmp_path):
+    rows = [
+        {"one": f"who {WORDS[index % 9]} ?", "two": "where is the river ?", "score": index / 7} for index in range(40)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    options = make_options(checkpoint, data, tmp_path / "out")
+    options |= {"phases": "heads", "regression": True, "label_column": "score", "eval_timing_rows": 0}
+    words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
+    results = run_glue_cee.main([*words, "--text_columns", "one", "two"])
+    assert list(results["comparisons"]["test"]["curves"]) == ["policy"]
+    assert set(results["comparisons"]["test"]["full"].metrics) == {"pearson", "spearmanr"}
+
+
+def test_yaml_with_overrides(checkpoint, questions, tmp_path):
+    config = tmp_path / "run.yaml"
+    options = make_options(checkpoint, questions, tmp_path / "a") | {
+        "exit_layers": 2,
+        "phases": ["heads", "policy"],
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "max_train_samples": None,
+        "policy_learning_rate": "1e-4",
+    }
+    config.write_text(yaml.safe_dump(options))
+    model, data, evaluation, training = parse_arguments(
+        [str(config), "--output_dir", str(tmp_path / "b"), "--phases", "heads", "--reward_hardness", "false"]
+    )
+    assert training.output_dir == str(tmp_path / "b")
+    assert training.phases == ["heads"]
+    assert training.policy_learning_rate == 1e-4
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert data.max_train_samples is None
+    assert evaluation.timing_batch_sizes == [4, 1]
+    assert model.exit_options() == {
+        "exit_layers": 2, "exit_pooling": "mean", "exit_norm": "layer_norm", "reward_hardness": False,
+    }  # fmt: skip
+
+
+def test_json_configuration(checkpoint, questions, tmp_path):
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(make_options(checkpoint, questions, tmp_path) | {"exit_layers": [1, 2]}))
+    model, *_ = parse_arguments([str(config)])
+    assert model.exit_options()["exit_layers"] == [1, 2]
+
+
+def test_unknown_option_in_the_file(checkpoint, questions, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(make_options(checkpoint, questions, tmp_path) | {"policy_learning_rat3": 1}))
+    with pytest.raises(ValueError, match="policy_learning_rat3"):
+        parse_arguments([str(config)])
+
+
+def test_configuration_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"No such configuration file: .*missing\.yaml"):
+        options_from_file(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="expected `name: value` pairs; got list"):
+        options_from_file(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"baselines": ["luck"]}, "`baselines` must be among entropy, max_probability, patience; got 'luck'"),
+        ({"operating_points": 0}, "`operating_points` must be at least 1"),
+        ({"timing_batch_sizes": [0]}, "`timing_batch_sizes` must be numbers of at least 1"),
+    ],
+)
+def test_bad_evaluation_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments(**arguments)
+
+
+def test_target_depths_include_half():
+    assert EvaluationArguments(operating_points=6).target_depths(12) == [3.0, 4.5, 6.0, 7.5, 9.0, 10.5]
+
+
+def test_nothing_to_do(checkpoint, questions, tmp_path):
+    words = ["--model_name_or_path", str(checkpoint), "--train_file", str(questions), "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="Nothing to do"):
+        run_glue_cee.main(words)
+
+
+def test_push_uploads_the_folder_without_checkpoints(tmp_path, monkeypatch):
+    calls = {}
+
+    class FakeApi:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls["repo"] = repo_id
+            return type("Repo", (), {"repo_id": f"org/{repo_id}"})()
+
+        def upload_folder(self, **kwargs):
+            calls.update(kwargs)
+
+    monkeypatch.setattr(run_glue_cee, "HfApi", FakeApi)
+    for name in ("config.json", "model.safetensors", "training_args.bin", "hardness.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "phases").mkdir()
+    run_glue_cee.push(
+        tmp_path, run_glue_cee.ConsistentEETrainingArguments(output_dir=str(tmp_path), hub_model_id="bert")
+    )
+    assert calls["repo_id"] == "org/bert"
+    assert sorted(calls["allow_patterns"]) == ["README.md", "config.json", "model.safetensors"]

@@ -1,0 +1,210 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The loop alone, on a toy architecture of the test: any form of mask, any criterion, rows in any pattern."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from transformers_cee.exits.criteria import ExitCriterion
+from transformers_cee.exits.runner import RowBatch, run_all_exits, run_exits
+
+
+HIDDEN, LAYERS = 3, 5
+
+
+class Planned(ExitCriterion):
+    """Row `i` leaves at exit `plan[i]`; scores are the plan's, so that they can be told apart."""
+
+    name = "planned"
+
+    def __init__(self, plan: list[int], exits: int) -> None:
+        super().__init__([0.5] * exits)
+        self.plan = torch.tensor(plan)
+
+    def score(self, step) -> Tensor:
+        assert len(self.plan) == len(step.state)
+        return (self.plan == step.index).float()
+
+    def select(self, kept: Tensor) -> None:
+        self.plan = self.plan[kept]
+
+
+class Toy:
+    """A layer adds to each token a mean over the tokens it may see; exits read the mean of unmasked tokens."""
+
+    def __init__(self, layer_numbers: list[int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.layer_numbers = layer_numbers
+        self.weights = torch.randn(LAYERS, HIDDEN, HIDDEN, generator=generator)
+        self.heads = torch.randn(LAYERS, HIDDEN, 2, generator=generator)
+        self.calls: list[tuple] = []
+
+    def state(self, hidden: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
+        if padding_mask is None:
+            return hidden.mean(1)
+        share = padding_mask.float().unsqueeze(-1)
+        return (hidden * share).sum(1) / share.sum(1)
+
+    def logits(self, state: Tensor, index: int) -> Tensor:
+        return state @ self.heads[index]
+
+    def layers(self):
+        return [lambda batch, number=number: self.layer(batch, number) for number in range(LAYERS)]
+
+    def layer(self, batch: RowBatch, number: int) -> Tensor:
+        hidden, mask = batch.hidden_states, batch.attention_mask
+        self.calls.append((number + 1, *hidden.shape[:2], None if mask is None else tuple(mask.shape)))
+        rows, time = hidden.shape[:2]
+        if mask is None:
+            seen = hidden.new_ones(rows, time, time)
+        elif mask.dim() == 2:
+            seen = mask.float()[:, None].expand(rows, time, time)
+        elif mask.dtype == torch.bool:
+            seen = mask[:, 0].float().expand(rows, time, time)
+        else:
+            seen = mask[:, 0].exp().expand(rows, time, time)
+        context = seen @ hidden / seen.sum(-1, keepdim=True)
+        return torch.tanh((hidden + context) @ self.weights[number])
+
+    def reference(self, tokens: Tensor) -> list[Tensor]:
+        """Hidden states (time, hidden) of one row without padding behind every layer."""
+        states = []
+        for number in range(LAYERS):
+            tokens = torch.tanh(
+                torch.stack([(token + tokens.mean(0)) @ self.weights[number] for token in tokens])
+            )
+            states.append(tokens)
+        return states
+
+
+def masks_of(mask: Tensor, form: str) -> Tensor | None:
+    time = mask.shape[1]
+    return {
+        "flash": mask,
+        "sdpa": mask[:, None, None].expand(-1, 1, time, time),
+        "sdpa, one query": mask[:, None, None],
+        "eager": torch.where(mask, 0.0, -1e9)[:, None, None].expand(-1, 1, time, time),
+    }[form]
+
+
+@settings(max_examples=120)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    side=st.sampled_from(["left", "right"]),
+    extra=st.integers(0, 2),
+    form=st.sampled_from(["flash", "sdpa", "sdpa, one query", "eager"]),
+    exits=st.lists(st.integers(1, LAYERS - 1), unique=True).map(lambda some: sorted({*some, LAYERS})),
+    data=st.data(),
+)
+def test_any_pattern(lengths, side, extra, form, exits, data):
+    plan = data.draw(st.lists(st.integers(0, len(exits) - 1), min_size=len(lengths), max_size=len(lengths)))
+    toy, time = Toy(exits), max(lengths) + extra
+    hidden = torch.randn(len(lengths), time, HIDDEN, generator=torch.Generator().manual_seed(sum(lengths)))
+    mask = torch.zeros(len(lengths), time, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, length) if side == "right" else slice(time - length, time)] = True
+    run = run_exits(RowBatch(hidden, masks_of(mask, form), mask), toy.layers(), toy, Planned(plan, len(exits)))
+    assert run.exit_layers.tolist() == [exits[index] for index in plan]
+    for row, index in enumerate(plan):
+        state = toy.reference(hidden[row, mask[row]])[exits[index] - 1].mean(0)
+        torch.testing.assert_close(run.logits[row], toy.logits(state, index), rtol=1e-4, atol=1e-5)
+        asked = min(index + 1, len(exits) - 1)
+        assert run.scores[row, :asked].tolist() == [float(one == index) for one in range(asked)]
+        assert run.scores[row, asked:].isnan().all()
+    for number, rows, width, shape in toy.calls:
+        left = [row for row, index in enumerate(plan) if exits[index] >= number]
+        assert rows == len(left)
+        narrow = max(lengths[row] for row in left)
+        assert width == (time if rows == len(lengths) else narrow)
+        if shape is not None:
+            assert shape[0] == rows and shape[-1] == width
+            assert len(shape) == 2 or shape[-2] in (1, width)
+    assert toy.calls[-1][0] == max(exits[index] for index in plan)
+
+
+@pytest.mark.parametrize("plan", [[2, 0, 1], [0, 0, 0], [4, 4, 4], [4, 0, 0]])
+def test_without_masks(plan):
+    toy = Toy([1, 2, 3, 4, 5])
+    hidden = torch.randn(3, 4, HIDDEN)
+    run = run_exits(RowBatch(hidden), toy.layers(), toy, Planned(plan, 5))
+    for row, index in enumerate(plan):
+        state = toy.reference(hidden[row])[index].mean(0)
+        torch.testing.assert_close(run.logits[row], toy.logits(state, index), rtol=1e-4, atol=1e-5)
+    assert {call[2:] for call in toy.calls} == {(4, None)}
+
+
+def test_padding_mask_without_attention_mask():
+    """As flash attention without padding in this very batch: pooling still needs its mask."""
+    toy = Toy([1, 2, 3, 4, 5])
+    hidden = torch.randn(3, 4, HIDDEN)
+    run = run_exits(RowBatch(hidden, None, torch.ones(3, 4)), toy.layers(), toy, Planned([0, 2, 1], 5))
+    assert run.exit_layers.tolist() == [1, 3, 2]
+    torch.testing.assert_close(run.logits[1], toy.logits(toy.reference(hidden[1])[2].mean(0), 2), rtol=1e-4, atol=1e-5)
+
+
+def test_all_exits():
+    toy = Toy([2, 4, 5])
+    hidden = torch.randn(3, 4, HIDDEN)
+    run = run_all_exits(RowBatch(hidden), toy.layers(), toy)
+    assert run.all_logits.shape == (3, 3, 2) and run.all_states.shape == (3, 3, HIDDEN)
+    for row in range(3):
+        states = toy.reference(hidden[row])
+        for index, layer in enumerate(toy.layer_numbers):
+            torch.testing.assert_close(run.all_states[row, index], states[layer - 1].mean(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(run.logits, run.all_logits[:, -1])
+    assert run.exit_layers.tolist() == [5, 5, 5] and run.scores.isnan().all()
+
+
+def test_gradients_flow_to_the_rows_own_path():
+    toy = Toy([1, 2, 3, 4, 5])
+    toy.weights = nn.Parameter(toy.weights)
+    hidden = torch.randn(3, 4, HIDDEN)
+    run = run_exits(RowBatch(hidden), toy.layers(), toy, Planned([2, 0, 1], 5))
+    run.logits.sum().backward()
+    given = toy.weights.grad.clone()
+    toy.weights.grad = None
+    sum(toy.logits(toy.reference(hidden[row])[index].mean(0), index).sum() for row, index in enumerate([2, 0, 1])).backward()
+    torch.testing.assert_close(given, toy.weights.grad, rtol=1e-4, atol=1e-5)
+    assert not given[3:].any() and given[:3].any()
+    assert not run.scores.requires_grad
+
+
+class TestSelect:
+    def batch(self, mask: Tensor | None, attention_mask: Tensor | None, rows: int = 4, time: int = 5) -> RowBatch:
+        hidden = torch.arange(rows * time).view(rows, time, 1).float()
+        spans = torch.tensor([[0, 4, 5]]).repeat(rows, 1) if mask is not None else None
+        return RowBatch(hidden, attention_mask, mask, torch.arange(rows) + 10, spans)
+
+    def test_two_dimensional(self):
+        mask = torch.arange(20).view(4, 5)
+        some = self.batch(mask, mask).select(torch.tensor([1, 3]), slice(1, 4), dense=False)
+        assert some.hidden_states[:, :, 0].tolist() == [[6, 7, 8], [16, 17, 18]]
+        assert some.attention_mask.tolist() == some.padding_mask.tolist() == [[6, 7, 8], [16, 17, 18]]
+        assert some.index.tolist() == [11, 13]
+        assert some.spans.tolist() == [[-1, 3, 5], [-1, 3, 5]]
+
+    def test_four_dimensional(self):
+        mask = torch.arange(100).view(4, 1, 5, 5)
+        some = self.batch(torch.ones(4, 5), mask).select(torch.tensor([2]), slice(0, 2), dense=False)
+        assert some.attention_mask.tolist() == [[[[50, 51], [55, 56]]]]
+
+    def test_one_row_for_all(self):
+        """A mask that is broadcast over rows stays so."""
+        some = self.batch(torch.ones(4, 5), torch.arange(5).view(1, 1, 1, 5)).select(
+            torch.tensor([2, 3]), slice(1, 3), dense=False
+        )
+        assert some.attention_mask.tolist() == [[[[1, 2]]]]
+
+    def test_none(self):
+        some = self.batch(None, None).select(torch.tensor([0]), slice(0, 5), dense=False)
+        assert some.attention_mask is None and some.padding_mask is None and some.spans is None
+
+    def test_dense_drops_masks(self):
+        some = self.batch(torch.ones(4, 5), torch.ones(4, 5)).select(torch.tensor([0]), slice(0, 3), dense=True)
+        assert some.attention_mask is None and some.padding_mask is None and some.spans is None
+        assert some.hidden_states.shape == (1, 3, 1)

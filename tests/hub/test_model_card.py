@@ -1,0 +1,140 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+from __future__ import annotations
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny_models import run_python, tiny_tokenizer
+
+from transformers_cee import OperatingPoint
+from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
+
+
+def point(criterion="policy", threshold=0.5, depth=2.0, wall_clock=1.8, **metrics):
+    return OperatingPoint(
+        criterion,
+        threshold,
+        depth=depth,
+        saved_layers=1 - depth / 4,
+        layer_speedup=4 / depth,
+        wall_clock_speedup=wall_clock,
+        metrics=metrics or {"accuracy": 0.9123},
+    )
+
+
+def make(**arguments):
+    return EarlyExitCard(
+        **{
+            "model_name": "bert-cee-sst2",
+            "num_layers": 4,
+            "dataset_name": "SST-2",
+            "metric_name": "accuracy",
+            "curves": {
+                "policy": [point(depth=3.0, threshold=0.7, accuracy=0.93), point()],
+                "entropy": [point("entropy", 0.2, wall_clock=None)],
+            },
+            **arguments,
+        }
+    )
+
+
+def test_full_card():
+    card = make(
+        base_model="google-bert/bert-base-uncased",
+        repo_id="org/bert-cee-sst2",
+        dataset_id="nyu-mll/glue",
+        dataset_config="sst2",
+        data_notes="The dev rows were split in two.",
+        full_depth=point("full depth", 1.0, depth=4.0, wall_clock=1.0, accuracy=0.94),
+        exit_layers=[2, 3, 4],
+        timing="2 CPU threads, batch size 32.",
+        training_arguments={"learning_rate": 2e-5, "phases": ["heads", "policy"], "note": "a|b"},
+        seeds=[1, 2, 3],
+        limits=["Only English film reviews were seen."],
+        library_versions={"torch": "2.13.0"},
+        license="apache-2.0",
+    ).render()
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
+    assert data["base_model"] == "google-bert/bert-base-uncased" and data["datasets"] == ["nyu-mll/glue"]
+    assert "early-exit" in data["tags"] and data["metrics"] == ["accuracy"] and data["license"] == "apache-2.0"
+    result = data["model-index"][0]["results"][0]
+    assert result["dataset"] == {"name": "SST-2", "type": "nyu-mll/glue", "config": "sst2", "split": "test"}
+    assert result["metrics"][0]["value"] == 0.9123
+    headings = re.findall(r"^#+ (.+)$", card.text, flags=re.MULTILINE)
+    assert headings[:1] == ["bert-cee-sst2"]
+    assert {"Method", "Usage", "Data", "Operating points", "Training arguments", "Limits", "Versions"} <= set(headings)
+    assert "AAAI 2024" in card.text and "exit after layers 2, 3 and 4" in card.text
+    assert "memorized layer" not in card.text and "policy gradient" in card.text  # only the phases that ran
+    assert "The dev rows were split in two." in card.text and "Seeds: 1, 2, 3." in card.text
+    assert "![accuracy against depth and wall-clock time](curve.png)" in card.text
+    assert "2 CPU threads, batch size 32." in card.text
+    assert re.search(r"\| `learning_rate` +\| +2e-05 \|", card.text) and "a\\|b" in card.text
+    assert "- Only English film reviews were seen." in card.text
+    assert "{{" not in card.text and "{%" not in card.text
+
+
+def test_table_has_both_speedups_of_every_point():
+    rows = [line for line in make(full_depth=point("full depth", 1.0, depth=4.0)).render().text.splitlines()]
+    header = next(line for line in rows if "wall-clock speed-up" in line and line.startswith("|"))
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    for name in ("threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", "accuracy"):
+        assert name in columns
+    points = rows[rows.index(header) + 2 : rows.index(header) + 6]
+    assert [row.split("|")[1].strip() for row in points] == [
+        "full depth",
+        "ConsistentEE (policy)",
+        "ConsistentEE (policy)",
+        "entropy",
+    ]
+    assert "0.9300" in points[1] and "1.33x" in points[1] and "1.80x" in points[1] and "25.0%" in points[1]
+    assert points[3].split("|")[columns.index("wall-clock speed-up") + 1].strip() == "-"
+
+
+def test_least_card(tmp_path):
+    card = make(figure=None, curves={"policy": [point(wall_clock=None)]}, base_model="../folder")
+    path = card.save(tmp_path / "new")
+    loaded = ModelCard.load(path)
+    assert "model-index" not in loaded.data.to_dict() and "base_model" not in loaded.data.to_dict()
+    assert "![" not in loaded.text and "an exit after every one" in loaded.text
+    assert "The seed was not recorded." in loaded.text and "Not recorded." in loaded.text
+    assert f"| {installed_versions()['torch']} |".replace(" ", "") in loaded.text.replace(" ", "")
+
+
+def test_published_point_must_have_been_measured():
+    assert make(dataset_id="nyu-mll/glue", exit_threshold=0.4).published_point is None
+    assert "model-index" not in make(dataset_id="nyu-mll/glue", exit_threshold=0.4).metadata().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"curves": {}}, "`curves`"),
+        ({"metric_name": "f1"}, "`metric_name`='f1' is missing .* 'policy', which has 'accuracy'"),
+        ({"examples": "one text"}, "`examples`='one text' must be a list"),
+        ({"examples": []}, "`examples`"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_usage_runs_as_pasted(tmp_path, saved, regression):
+    folder = saved
+    if regression:
+        from tiny_models import tiny_model
+
+        folder = tmp_path / "model"
+        tiny_model(id2label={0: "score"}, label2id={"score": 0}, problem_type="regression").save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    examples = ["a film with heart", 'not a "single" joke\nlands']
+    text = make(repo_id=str(folder), exit_threshold=0.0, examples=examples, regression=regression).render().text
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    done = run_python(snippet)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left after layer 1") == 2
+    assert regression or re.match(r"(negative|positive) \(", done.stdout)
