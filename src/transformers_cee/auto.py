@@ -76,8 +76,8 @@ def register_configs() -> None:
         taken_by = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else config_class
         if taken_by is not config_class:
             raise ValueError(
-                f"The model type {model_type!r} belongs to {entry.config}, but {_full_name(taken_by)} is registered for "
-                "it. Do not use the package of the latter together with transformers_cee."
+                f"The model type {model_type!r} belongs to {entry.config}, but {_full_name(taken_by)} is registered "
+                "for it. Do not use the package of the latter together with transformers_cee."
             )
         AutoConfig.register(model_type, config_class)
 

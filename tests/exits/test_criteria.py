@@ -102,7 +102,8 @@ class TestOff:
         model = tiny_model()
         with torch.no_grad():
             for head in (*model.exit_heads.heads, model.classifier):
-                head.weight.zero_()  # all heads agree everywhere
+                head.weight.zero_()
+                head.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # all heads agree everywhere
         batch = pad(random_rows(4, seed=1))
         output = model(**batch, exit_criterion="patience", exit_threshold=patience)
         assert output.exit_layers.tolist() == [6] * 4

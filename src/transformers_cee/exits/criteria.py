@@ -14,7 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from transformers_cee.exits.policy import ExitHistory, ExitPolicies, confidence_scores, predicted_classes
+from transformers_cee.exits.policy import (
+    ExitHistory,
+    ExitPolicies,
+    check_has_classes,
+    confidence_scores,
+    predicted_classes,
+)
 
 
 Thresholds = float | Sequence[float]
@@ -60,6 +66,8 @@ class ExitCriterion(ABC):
     accepted: ClassVar[str] = "numbers in [0, 1]"
     # Does a larger threshold send rows deeper? Calibration needs the direction.
     higher_is_deeper: ClassVar[bool] = True
+    # Does the score need class probabilities, which regression has not?
+    needs_classes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -67,6 +75,8 @@ class ExitCriterion(ABC):
         problem_type: str = "single_label_classification",
         policies: ExitPolicies | None = None,
     ) -> None:
+        if self.needs_classes:
+            check_has_classes(problem_type)
         self.thresholds = thresholds
         self.problem_type = problem_type
         self.policies = policies
@@ -117,6 +127,8 @@ class Policy(ExitCriterion):
         super().__init__(*args, **kwargs)
         if self.policies is None:
             raise ValueError("`exit_criterion`='policy' needs `policies`.")
+        if self.policies.needs_logits:
+            check_has_classes(self.problem_type)
         self.history = ExitHistory()
 
     def score(self, step: ExitStep) -> Tensor:
@@ -132,6 +144,7 @@ class MaximumProbability(ExitCriterion):
     """Leave where the head's largest class probability exceeds the threshold."""
 
     name = "max_probability"
+    needs_classes = True
 
     def score(self, step: ExitStep) -> Tensor:
         return confidence_scores(step.logits, self.problem_type)[0]
@@ -143,6 +156,7 @@ class Entropy(ExitCriterion):
     who compare the entropy in nats)."""
 
     name = "entropy"
+    needs_classes = True
     higher_is_deeper = False
 
     def score(self, step: ExitStep) -> Tensor:
@@ -162,6 +176,7 @@ class Patience(ExitCriterion):
     Zhou et al. 2020). The threshold is that number; as many as there are exits switches exits off."""
 
     name = "patience"
+    needs_classes = True
     accepted = "numbers of at least 1"
 
     def __init__(self, *args, **kwargs) -> None:

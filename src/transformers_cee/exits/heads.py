@@ -48,4 +48,4 @@ class ExitHeads(nn.Module):
 
     def forward(self, state: Tensor, index: int) -> Tensor:
         """Logits (rows, labels) of internal exit `index` (0-based) from its state (rows, hidden)."""
-        return self.heads[index](self.dropout(state))
+        return self.heads[index](self.dropout(state) if self.training else state)

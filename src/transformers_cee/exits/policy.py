@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Exit policies: the networks that give `p_l = P(exit at l | reached l)`, what they see, and the exit distribution."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,32 +15,53 @@ NUM_CONFIDENCE_FEATURES = 5
 _MAX_LOGIT = 30.0
 
 
-def class_probabilities(logits: Tensor, problem_type: str) -> Tensor:
-    """Probabilities (rows, labels, 2 or K groups flattened): softmax (rows, 1, K), or per label (rows, labels, 2)."""
+def check_has_classes(problem_type: str) -> None:
+    """Raises `ValueError` for a problem whose logits are no scores of classes."""
     if problem_type == "regression":
         raise ValueError(
             "`problem_type`='regression' has no class probabilities: use `policy_inputs`='state' and the 'policy' "
             "criterion."
         )
-    if problem_type == "multi_label_classification":
-        positive = logits.float().sigmoid()
-        return torch.stack((1 - positive, positive), dim=-1)
-    return logits.float().softmax(-1).unsqueeze(-2)
+
+
+def _check_classes(problem_type: str) -> None:
+    if problem_type == "regression":
+        raise ValueError(
+            "`problem_type`='regression' has no class probabilities: use `policy_inputs`='state' and the 'policy' "
+            "criterion."
+        )
 
 
 def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum probability, margin (top-1 minus top-2) and entropy over its maximum, each (rows,), mean over labels."""
-    probabilities = class_probabilities(logits, problem_type)
+    """Maximum probability, margin (top-1 minus top-2) and entropy over its maximum, each (rows,).
+
+    With many labels each is a decision between yes and no, and the scores are means over labels.
+
+    Raises:
+        ValueError: regression, which has no class probabilities.
+    """
+    _check_classes(problem_type)
+    if problem_type == "multi_label_classification":
+        positive = logits.float().sigmoid()
+        probabilities = torch.stack((1 - positive, positive), dim=-1)
+    else:
+        probabilities = logits.float().softmax(-1)
     top = probabilities.topk(2, dim=-1).values
-    entropy = torch.special.entr(probabilities).sum(-1) / torch.log(
-        torch.tensor(float(probabilities.shape[-1]), device=logits.device)
-    )
-    return top[..., 0].mean(-1), (top[..., 0] - top[..., 1]).mean(-1), entropy.mean(-1)
+    entropy = torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
+    scores = (top[..., 0], top[..., 0] - top[..., 1], entropy)
+    if problem_type == "multi_label_classification":
+        return scores[0].mean(-1), scores[1].mean(-1), scores[2].mean(-1)
+    return scores
 
 
 def predicted_classes(logits: Tensor, problem_type: str) -> Tensor:
-    """Predictions (rows, labels) that two exits must share to agree: one class, or one indicator per label."""
-    return class_probabilities(logits, problem_type).argmax(-1)
+    """Predictions that two exits must share to agree: one class (rows, 1), or one indicator per label (rows, labels).
+
+    Raises:
+        ValueError: regression, which has no classes.
+    """
+    _check_classes(problem_type)
+    return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1, keepdim=True)
 
 
 class ExitHistory:
@@ -46,27 +69,27 @@ class ExitHistory:
 
     def __init__(self) -> None:
         self.margin: Tensor | None = None
-        self.predictions: list[Tensor] = []
+        self.predictions: Tensor | None = None
 
     def features(self, logits: Tensor, problem_type: str) -> Tensor:
         """Confidence features (rows, 5) at the next exit: maximum probability, margin, entropy, the previous exit's
         margin, and the share of earlier exits that predict the same (0 and 0 at the first exit)."""
         maximum, margin, entropy = confidence_scores(logits, problem_type)
-        prediction = predicted_classes(logits, problem_type)
-        previous = torch.zeros_like(margin) if self.margin is None else self.margin
-        agreement = torch.zeros_like(margin)
-        if self.predictions:
-            same = [(earlier == prediction).all(-1) for earlier in self.predictions]
-            agreement = torch.stack(same).float().mean(0)
+        prediction = predicted_classes(logits, problem_type).unsqueeze(1)
+        if self.margin is None or self.predictions is None:
+            previous = agreement = torch.zeros_like(margin)
+            self.predictions = prediction
+        else:
+            previous = self.margin
+            agreement = (self.predictions == prediction).all(-1).float().mean(1)
+            self.predictions = torch.cat((self.predictions, prediction), dim=1)
         self.margin = margin
-        self.predictions.append(prediction)
         return torch.stack((maximum, margin, entropy, previous, agreement), dim=-1)
 
     def select(self, kept: Tensor) -> None:
         """Keeps the rows of `kept` (remaining rows,)."""
-        if self.margin is not None:
-            self.margin = self.margin[kept]
-        self.predictions = [prediction[kept] for prediction in self.predictions]
+        if self.margin is not None and self.predictions is not None:
+            self.margin, self.predictions = self.margin[kept], self.predictions[kept]
 
 
 class ExitPolicies(nn.Module):
@@ -102,8 +125,8 @@ class ExitPolicies(nn.Module):
             parts.append(state)
         if features is not None:
             parts.append(features.to(state.dtype))
-        network = self.networks[index]
-        return network(torch.cat(parts, dim=-1)).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
+        inputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return self.networks[index](inputs).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
     def forward(
         self, states: Tensor, logits: Tensor | None = None, problem_type: str = "single_label_classification"

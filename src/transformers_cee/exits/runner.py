@@ -135,7 +135,7 @@ def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion:
             record.leave(batch.index, step.logits, number)
             break
         scores = criterion.score(step)
-        record.scores[batch.index, index] = scores.detach().to(record.scores.dtype)
+        record.keep_scores(batch.index, index, scores)
         if criterion.can_exit(index):
             batch = _compact(batch, step, criterion, scores, number, record)
             if batch is None:
@@ -149,12 +149,12 @@ def _compact(
     """Lets the rows out that pass, and returns the rest; `None` when nobody is left."""
     passed = criterion.passes(scores, criterion.thresholds[step.index])
     # The one synchronisation: who leaves and how long each row is, in one transfer.
-    known = passed.unsqueeze(1).long()
-    host = (known if batch.spans is None else torch.cat((known, batch.spans), dim=1)).cpu()
-    leaves = host[:, 0].bool()
-    if not bool(leaves.any()):
+    host = passed.cpu() if batch.spans is None else torch.cat((passed.unsqueeze(1), batch.spans), dim=1).cpu()
+    leaves = host if batch.spans is None else host[:, 0].bool()
+    count = int(leaves.sum())
+    if count == 0:
         return batch
-    if bool(leaves.all()):
+    if count == len(leaves):
         record.leave(batch.index, step.logits, number)
         return None
     device = batch.hidden_states.device
@@ -162,13 +162,17 @@ def _compact(
     kept = (~leaves).nonzero().squeeze(1).to(device, non_blocking=True)
     record.leave(batch.index.index_select(0, leaving), step.logits_of(leaving), number)
     criterion.select(kept)
-    return batch.select(kept, *_trim(host[~leaves], batch.hidden_states.shape[1]))
+    if batch.spans is None:
+        return batch.select(kept, slice(0, batch.hidden_states.shape[1]), dense=False)
+    return batch.select(kept, *_trim(host[~leaves]))
 
 
-def _trim(host: Tensor, time: int) -> tuple[slice, bool]:
-    """Columns that the remaining rows still need, and whether no padding is left in them."""
-    if host.shape[1] == 1:
-        return slice(0, time), False
+def _trim(host: Tensor) -> tuple[slice, bool]:
+    """Columns that the remaining rows still need, and whether no padding is left in them.
+
+    Args:
+        host (`LongTensor` of shape `(rows, 4)`): whether the row leaves, then its span.
+    """
     start, stop = int(host[:, 1].min()), int(host[:, 2].max()) + 1
     return slice(start, stop), bool((host[:, 3] == stop - start).all())
 
@@ -181,6 +185,13 @@ class _Record:
         self.exit_layers = torch.zeros(rows, dtype=torch.long, device=device)
         self.rows: list[Tensor] = []
         self.logits: list[Tensor] = []
+
+    def keep_scores(self, rows: Tensor, exit_index: int, scores: Tensor) -> None:
+        scores = scores.detach().to(self.scores.dtype)
+        if len(rows) == len(self.scores):
+            self.scores[:, exit_index] = scores
+        else:
+            self.scores[rows, exit_index] = scores
 
     def leave(self, rows: Tensor, logits: Tensor, layer: int) -> None:
         self.exit_layers[rows] = layer

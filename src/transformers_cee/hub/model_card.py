@@ -24,15 +24,18 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 LIBRARIES = ("transformers-cee", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 PHASE_SENTENCES = {
     "heads": "Every exit head learned the task together with the encoder.",
-    "hardness": "For each training input, the first layer from which all exit heads are right was recorded (its memorized layer).",
-    "policy": "The exit policy learned by policy gradient to leave where the exit head's loss and the cost of the layers run are lowest.",
+    "hardness": "For each training input, the first layer from which all exit heads are right was recorded (its memorized "
+    "layer).",
+    "policy": "The exit policy learned by policy gradient to leave where the exit head's loss and the cost of the layers "
+    "run are lowest.",
     "consistent": "Then the model learned from the exits that the policy takes, which is how it is used.",
 }
 GENERAL_LIMITS = (
-    "Thresholds and speed-ups hold for inputs like those they were measured on; under other data the policy may leave too early or too "
-    "late without any sign of it.",
+    "Thresholds and speed-ups hold for inputs like those they were measured on; under other data the policy may leave "
+    "too early or too late without any sign of it.",
     "Speed-ups depend on hardware, batch size and sequence length: a batch ends with its slowest row.",
-    "Whatever biases the base model and the training data have, an early exit has too, and it may hit easy and hard inputs unequally.",
+    "Whatever biases the base model and the training data have, an early exit has too, and it may hit easy "
+    "and hard inputs unequally.",
 )
 
 
@@ -48,15 +51,15 @@ class EarlyExitCard:
         curves (`dict[str, list[OperatingPoint]]`): operating points per method; `"policy"` is this model's own.
         base_model (`str`, *optional*): Hub name or description of the encoder that training started from.
         repo_id (`str`, *optional*): where the usage snippet loads from; defaults to `model_name`.
-        dataset_id (`str`, *optional*): Hub name of the data, such as `"nyu-mll/glue"`; without it the card names no data
-            set in its metadata and has no model index.
+        dataset_id (`str`, *optional*): Hub name of the data, such as `"nyu-mll/glue"`; without it the card
+            names no data set in its metadata and has no model index.
         dataset_config (`str`, *optional*): configuration of the data set, such as `"sst2"`.
         split (`str`, *optional*, defaults to `"test"`): rows that the operating points were measured on.
         data_notes (`str`, *optional*): how the splits were made.
         full_depth (`OperatingPoint`, *optional*): the same model with exits off.
         exit_layers (`list[int]`, *optional*): layers (1-based) with an exit, where not every layer has one.
         exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5): the published threshold of the policy.
-        figure (`str`, *optional*, defaults to `"curve.png"`): picture of the curve, relative to the card; None for none.
+        figure (`str`, *optional*, defaults to `"curve.png"`): picture of the curve, beside the card; None for none.
         timing (`str`, *optional*): what the wall-clock figures were measured on.
         training_arguments (`dict`): name to value.
         seeds (`list[int]`): seeds of the runs behind the figures.
@@ -101,8 +104,8 @@ class EarlyExitCard:
         for point in self.points:
             if self.metric_name not in point.metrics:
                 raise ValueError(
-                    f"`metric_name`={self.metric_name!r} is missing from an operating point of {point.criterion!r}, which has "
-                    f"{', '.join(map(repr, point.metrics)) or 'no metrics'}."
+                    f"`metric_name`={self.metric_name!r} is missing from an operating point of "
+                    f"{point.criterion!r}, which has {', '.join(map(repr, point.metrics)) or 'no metrics'}."
                 )
         if isinstance(self.examples, str) or not self.examples:
             raise ValueError(f"`examples`={self.examples!r} must be a list of at least one text.")

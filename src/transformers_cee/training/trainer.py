@@ -13,19 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from transformers_cee.evaluation.operating_points import (
-    OperatingPoint,
-    depth_figures,
-    exit_histogram,
-    measure_wall_clock,
-)
 from transformers_cee.evaluation.store import ExitStore, collect_exits
-from transformers_cee.exits.configuration import ExitConfigMixin
-from transformers_cee.exits.losses import exit_losses, resolve_problem_type
+from transformers_cee.exits.losses import exit_losses
 from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
 from transformers_cee.training.hardness import fingerprint, memorized_layers
 from transformers_cee.training.objectives import HEADS_OBJECTIVES, consistent_expected, consistent_sampled
 from transformers_cee.training.phases import PhaseLog
@@ -45,7 +39,7 @@ class _ModelPhase:
     exit_threshold: float | list[float] | None
 
 
-class ConsistentEETrainer(Trainer):
+class ConsistentEETrainer(EarlyExitTrainer):
     """Trains an early-exit model by ConsistentEE (Zeng et al., AAAI 2024).
 
     `train()` runs the phases of `args.phases`, and each can be run alone:
@@ -80,22 +74,10 @@ class ConsistentEETrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(getattr(model, "config", None), ExitConfigMixin):
-            raise ValueError(f"`model` of type {type(model).__name__} has no exits; give a model such as "
-                             "BertForConsistentEE.")  # fmt: skip
-        if not isinstance(args, ConsistentEETrainingArguments):
-            raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
-        if args.prediction_loss_only or args.batch_eval_metrics:
-            raise ValueError(
-                "`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed."
-            )
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         self.reward_function = reward_function
         self._own_callbacks = list(callbacks or [])
         self._phase: _ModelPhase | None = None
-        self._exit_arguments: dict[str, Any] = {}
         self._stores: dict[str, tuple[str, ExitStore]] = {}
 
     # The run
@@ -233,7 +215,7 @@ class ConsistentEETrainer(Trainer):
         own.push_to_hub = False
         kept = (self.args, self.train_dataset, self._exit_arguments)
         policies = self.accelerator.unwrap_model(self.model).exit_policies
-        self.args, self._phase = own, phase
+        self.args, self._phase, self._in_phase = own, phase, True
         self.train_dataset = _subset(self.train_dataset, self._split()[0])
         if phase.exit_threshold is not None:
             self._exit_arguments = {"exit_criterion": "policy", "exit_threshold": phase.exit_threshold}
@@ -247,7 +229,7 @@ class ConsistentEETrainer(Trainer):
         finally:
             policies.requires_grad_(True)
             self.args, self.train_dataset, self._exit_arguments = kept
-            self._phase = None
+            self._phase, self._in_phase = None, False
 
     def _policy(self, folder: str, checkpoint: str | None) -> Any:
         model = self.accelerator.unwrap_model(self.model)
@@ -327,13 +309,6 @@ class ConsistentEETrainer(Trainer):
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
         return order[held_out:].sort().values, order[:held_out].sort().values
 
-    def _problem_type(self, dataset: Any = None) -> str:
-        config = self.model.config
-        labels = None
-        if config.problem_type is None and config.num_labels > 1:
-            labels = self.data_collator([(self.train_dataset if dataset is None else dataset)[0]]).get("labels")
-        return resolve_problem_type(config.problem_type, config.num_labels, labels)
-
     def _folder(self, step: str) -> str:
         return PhaseLog(self._phases_directory(None)).folder(step)
 
@@ -375,114 +350,6 @@ class ConsistentEETrainer(Trainer):
         if self.args.exit_learning_rate is not None and len(optimizer.param_groups) < 4:
             _split_exit_groups(optimizer, self.model, self.args.exit_learning_rate)
         return optimizer
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """Trainer's step; the predictions are a pair of logits and exit layers."""
-        ignore_keys = list(self.model.config.keys_to_ignore_at_inference if ignore_keys is None else ignore_keys)
-        ignore_keys = [key for key in ignore_keys if key != "exit_layers"]
-        return super().prediction_step(model, {**inputs, **self._exit_arguments}, prediction_loss_only, ignore_keys)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Trainer's loop; metrics get the depth, predictions are the logits alone."""
-        compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
-        if compute is not None:
-            self.compute_metrics = lambda prediction: compute(
-                EvalPrediction(prediction.predictions[0], prediction.label_ids)
-            )
-        if preprocess is not None:
-            self.preprocess_logits_for_metrics = lambda outputs, labels: (preprocess(outputs[0], labels), outputs[1])
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, self.args.prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        finally:
-            self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
-        if output.predictions is None:
-            return output
-        logits, exit_layers = output.predictions
-        self._exit_layers = torch.as_tensor(exit_layers)
-        figures = depth_figures(self._exit_layers, self.model.config.num_hidden_layers)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        return output._replace(predictions=logits)
-
-    # Evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, Any]:
-        """Metrics and depth at the configured threshold, and the operating points of `args.eval_exit_thresholds`.
-
-        Every operating point is executed; its wall-clock speed-up over full depth is taken in the same run, on up to
-        `args.eval_timing_rows` rows. Inside a training phase only the metrics and depth are computed.
-
-        Returns:
-            `dict[str, Any]`: Trainer's metrics, and with the prefix `depth`, `saved_layers`, `layer_speedup`,
-            `wall_clock_speedup`, `exit_histogram` (rows per layer) and `operating_points` (list of `dict`, see
-            [`OperatingPoint`]).
-        """
-        if self._phase is not None or isinstance(eval_dataset or self.eval_dataset, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        config = self.model.config
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        settings = [(config.exit_criterion, config.exit_threshold)]
-        points = [self._point(*settings[0], metrics, metric_key_prefix)]
-        loader = self.get_eval_dataloader(eval_dataset)
-        for threshold in self.args.eval_exit_thresholds:
-            settings.append(("policy", threshold))
-            self._exit_arguments = {"exit_criterion": "policy", "exit_threshold": threshold}
-            try:
-                output = self.evaluation_loop(
-                    loader, f"Exit threshold {threshold}", None, ignore_keys, metric_key_prefix
-                )
-            finally:
-                self._exit_arguments = {}
-            points.append(self._point(*settings[-1], output.metrics, metric_key_prefix))
-        self._time_points(loader, settings, points)
-        return {
-            **metrics,
-            f"{metric_key_prefix}_wall_clock_speedup": points[0].wall_clock_speedup,
-            f"{metric_key_prefix}_exit_histogram": points[0].exit_histogram,
-            f"{metric_key_prefix}_operating_points": [point.to_dict() for point in points[1:]],
-        }
-
-    def _point(self, criterion: str, threshold: Any, metrics: dict[str, float], prefix: str) -> OperatingPoint:
-        values = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
-        ignored = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-        ignored += ("depth", "saved_layers", "layer_speedup")
-        return OperatingPoint(
-            criterion,
-            threshold,
-            **depth_figures(self._exit_layers, self.model.config.num_hidden_layers),
-            metrics={name: value for name, value in values.items() if name not in ignored},
-            exit_histogram=exit_histogram(self._exit_layers, self.model.config.exit_layer_numbers),
-        )
-
-    def _time_points(self, loader: Any, settings: list[tuple[str, Any]], points: list[OperatingPoint]) -> None:
-        if self.args.eval_timing_rows == 0:
-            return
-        batches, rows = [], 0
-        for batch in loader:
-            batch = self._prepare_inputs(batch)
-            batches.append({name: value for name, value in batch.items() if name not in self.label_names})
-            rows += self.args.per_device_eval_batch_size
-            if rows >= self.args.eval_timing_rows:
-                break
-        model = self.accelerator.unwrap_model(self.model)
-        for point, speedup in zip(points, measure_wall_clock(model, batches, settings), strict=True):
-            point.wall_clock_speedup = speedup
 
 
 def _subset(dataset: Any, rows: Tensor) -> Any:

@@ -131,7 +131,7 @@ class TestStockBackbone:
                 if name.endswith("bias"):
                     assert not parameter.any(), name
                 else:
-                    assert 0.1 < float(parameter.std()) < 0.3, name
+                    assert 0.1 < float(parameter.detach().std()) < 0.3, name
             elif name.startswith("exit_norms"):
                 assert bool((parameter == (0 if name.endswith("bias") else 1)).all()), name
 
@@ -145,14 +145,13 @@ class TestOwnCheckpoints:
             {
                 "exit_layers": 3, "exit_threshold": [0.25, 0.5], "exit_criterion": "entropy",
                 "policy_inputs": "confidence", "policy_hidden_size": 5, "policy_activation": "relu",
-                "reward_alpha": 0.3, "reward_hardness": False, "num_labels": 1,
+                "reward_alpha": 0.3, "reward_hardness": False,
             },
+            {"num_labels": 1, "exit_threshold": 0.25},
         ],
     )  # fmt: skip
     @torch.no_grad()
     def test_round_trip(self, tmp_path, fields):
-        if fields.get("num_labels") == 1:
-            fields = {**fields, "exit_criterion": "policy"}
         model = tiny_model(**fields)
         model.save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "config.json").read_text())
@@ -169,16 +168,22 @@ class TestOwnCheckpoints:
             assert getattr(again.config, name) == value
         batch = pad(random_rows(8, seed=1))
         first, second = model(**batch), again.eval()(**batch)
-        assert torch.equal(first.logits, second.logits)
+        # Not bit for bit: loaded weights may lie at other addresses, and sums are then vectorised in another order.
+        torch.testing.assert_close(first.logits, second.logits, rtol=1e-5, atol=1e-6)
         assert torch.equal(first.exit_layers, second.exit_layers)
-        assert not again.training or True
 
     def test_reload_with_another_threshold(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
         model = BertForConsistentEE.from_pretrained(tmp_path, exit_threshold=0.0)
         assert model(torch.tensor([[5, 6]])).exit_layers.tolist() == [1]
-        with pytest.raises(ValueError, match=r"exit_threshold.*1\.5"):
-            BertForConsistentEE.from_pretrained(tmp_path, exit_threshold=1.5)
+
+    @pytest.mark.parametrize(
+        "field,value", [("exit_threshold", 1.5), ("exit_pooling", "max"), ("exit_layers", [9]), ("exit_criterion", "hope")]
+    )
+    def test_fields_given_on_loading_are_checked(self, tmp_path, field, value):
+        tiny_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=field):
+            BertForConsistentEE.from_pretrained(tmp_path, **{field: value})
 
 
 class TestConfig:

@@ -126,10 +126,14 @@ class TestAgainstReference:
         thresholds = reference.spreading_thresholds(model, rows, "policy", problem_type="regression")
         check(model, rows, "policy", thresholds, problem_type="regression")
 
-    @pytest.mark.parametrize("criterion", ["max_probability", "entropy", "patience"])
-    def test_regression_has_no_confidence(self, criterion):
-        with pytest.raises(ValueError, match="regression"):
-            tiny_model(num_labels=1)(**pad(random_rows(2, 0)), exit_criterion=criterion, exit_threshold=1.0 if criterion == "patience" else 0.5)
+    @pytest.mark.parametrize(
+        "inputs,criterion", [("state", "max_probability"), ("state", "entropy"), ("state", "patience"), ("both", "policy")]
+    )
+    def test_regression_has_no_confidence(self, inputs, criterion):
+        model = tiny_model(num_labels=1, policy_inputs=inputs)
+        with layer_inputs(model) as seen, pytest.raises(ValueError, match="regression.*state"):
+            model(**pad(random_rows(2, 0)), exit_criterion=criterion, exit_threshold=1.0)
+        assert not seen
 
     @torch.no_grad()
     def test_all_exits(self):

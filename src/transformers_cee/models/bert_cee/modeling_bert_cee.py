@@ -38,6 +38,8 @@ class BertForConsistentEE(BertPreTrainedModel):
     _can_compile_fullgraph = False
 
     def __init__(self, config: BertCeeConfig) -> None:
+        # Fields given to `from_pretrained` are set on a config that has been checked before.
+        config.check_exits()
         super().__init__(config)
         self.num_labels = config.num_labels
         self.layer_numbers = config.exit_layer_numbers
@@ -148,7 +150,8 @@ class BertForConsistentEE(BertPreTrainedModel):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        return RowBatch(hidden_states, mask, attention_mask)
+        # No mask for the layers means that nothing is padded: then pooling needs none either.
+        return RowBatch(hidden_states, mask, None if mask is None else attention_mask)
 
     def _loss(self, run: ExitRun, labels: Tensor | None, problem_type: str) -> Tensor | None:
         if labels is None:
