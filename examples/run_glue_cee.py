@@ -80,9 +80,7 @@ def load_model(args: ModelArguments, corpus: Corpus) -> BertForConsistentEE:
         **args.exit_options(),
     )
     # Training needs float32 weights, also from a checkpoint saved in half precision; --bf16 and --fp16 autocast.
-    return BertForConsistentEE.from_pretrained(
-        args.model_name_or_path, config=config, dtype=torch.float32, **source
-    )
+    return BertForConsistentEE.from_pretrained(args.model_name_or_path, config=config, dtype=torch.float32, **source)
 
 
 def tokenize(corpus: Corpus, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
@@ -193,7 +191,8 @@ def evaluate(trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus:
         return {}
     test = comparisons["test"]
     timed = time_on_test(trainer, splits["test"], test, eval_args.timing_batch_sizes)
-    hardware = f"{trainer.args.device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    hardware = f"{trainer.args.device.type}, {threads} thread{'s' if threads > 1 else ''}"
     rows = min(len(splits["test"]), trainer.args.eval_timing_rows)
     timing = f"Timed on {rows} test rows, batch size {eval_args.timing_batch_sizes[0]}, {hardware}." if timed else None
     curves = {method_name(name): curve for name, curve in test.curves.items()}

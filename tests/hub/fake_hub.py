@@ -1,9 +1,10 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""A model hub in memory, over HTTP on the loopback interface: what `push_to_hub` and `from_pretrained` ask of the real one.
+"""A model hub in memory, over HTTP on the loopback interface.
 
-Every file is uploaded as a regular one, which leaves out LFS and Xet. Clients find it through `HF_ENDPOINT`, which
-huggingface_hub reads when it is imported: run them in a process of their own, with `FakeHub.environment`.
+It answers what `push_to_hub` and `from_pretrained` ask of the real one. Every file is uploaded as a regular one, which
+leaves out LFS and Xet. Clients find it through `HF_ENDPOINT`, which huggingface_hub reads when it is imported: run them
+in a process of their own, with `FakeHub.environment`.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_full_card():
 
 
 def test_table_has_both_speedups_of_every_point():
-    rows = [line for line in make(full_depth=point("full depth", 1.0, depth=4.0)).render().text.splitlines()]
+    rows = make(full_depth=point("full depth", 1.0, depth=4.0)).render().text.splitlines()
     header = next(line for line in rows if "wall-clock speed-up" in line and line.startswith("|"))
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     for name in ("threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", "accuracy"):

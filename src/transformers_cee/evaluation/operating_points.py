@@ -77,7 +77,7 @@ def score_exits(criterion: str, store: ExitStore, policies: ExitPolicies | None 
             walk.score(ExitStep(index, states[:, index], lambda _, index=index, logits=logits: logits[:, index]))
             for index in range(num_exits - 1)
         ]
-        columns.append(torch.stack(scores, dim=1).cpu())
+        columns.append(torch.stack(scores, dim=1).cpu() if scores else torch.empty(len(logits), 0))
     return torch.cat(columns)
 
 

@@ -157,7 +157,9 @@ def _draw_curve(axis: Any, points: Sequence[tuple[float, float]], style: dict[st
 def _finish(figure: Any, legend_axis: Any, path: str | Path, title: str | None) -> Path:
     handles, labels = legend_axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        # Two columns fit below one panel, whatever the labels.
+        columns = min(2 * len(figure.axes), len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     if title is not None:
         figure.suptitle(title, fontsize=11)
     path = Path(path)

@@ -166,6 +166,9 @@ def _empty(
     shape = (rows, *states.shape[1:])
     if path is not None and 4 * np.prod(shape) > memory_limit_mb * 2**20:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.exists(path):
+            # A new file, not the old one overwritten: an earlier store may still be mapped to that.
+            os.remove(path)
         kept = torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
     else:
         kept = torch.empty(shape)

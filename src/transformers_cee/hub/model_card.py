@@ -24,10 +24,10 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 LIBRARIES = ("transformers-cee", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 PHASE_SENTENCES = {
     "heads": "Every exit head learned the task together with the encoder.",
-    "hardness": "For each training input, the first layer from which all exit heads are right was recorded (its memorized "
-    "layer).",
-    "policy": "The exit policy learned by policy gradient to leave where the exit head's loss and the cost of the layers "
-    "run are lowest.",
+    "hardness": "For each training input, the first layer from which all exit heads are right was recorded (its "
+    "memorized layer).",
+    "policy": "The exit policy learned by policy gradient to leave where the exit head's loss and the cost of the "
+    "layers run are lowest.",
     "consistent": "Then the model learned from the exits that the policy takes, which is how it is used.",
 }
 GENERAL_LIMITS = (

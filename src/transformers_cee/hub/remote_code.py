@@ -19,7 +19,7 @@ REMOTE_CODE_FILE = "modeling_cee.py"
 
 # transformers scans the imports of a remote file and reports what is missing in its own words; it leaves out what
 # stands in a `try`, so that this message is what a user sees.
-_REMOTE_CODE = '''"""Hands the installed package transformers-cee to `trust_remote_code=True`; no model code lives here."""
+_REMOTE_CODE = '''"""Hands out the installed package transformers-cee; no model code lives here."""
 
 try:
     import transformers_cee

@@ -5,6 +5,7 @@
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,4 +46,5 @@ def _update(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     else:
-        digest.update(repr(value).encode())
+        # Lists, since `repr` shortens and rounds arrays.
+        digest.update(repr(value.tolist() if isinstance(value, np.ndarray) else value).encode())

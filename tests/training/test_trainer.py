@@ -1,0 +1,664 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Phases of `ConsistentEETrainer`: what each learns, leaves alone, keeps and reports."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import accuracy, changed, collate, pad, task, tiny_model, tiny_trainer, training_arguments, weights
+from torch.nn import functional as F
+from transformers import (
+    BertForSequenceClassification,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from transformers_cee import ConsistentEETrainer
+from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.training.hardness import memorized_layers
+from transformers_cee.training.objectives import policy_exact
+from transformers_cee.training.rewards import layer_reward
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "weight_decay": 0.0}
+
+
+def is_policy(name: str) -> bool:
+    return name.startswith("exit_policies.")
+
+
+class Recorder(TrainerCallback):
+    """Keeps what callbacks see, by the folder of the phase."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, dict]] = []
+        self.groups: dict[str, list] = {}
+        self.steps: dict[str, int] = {}
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.metrics.append((os.path.basename(args.output_dir), metrics))
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        groups = [([id(p) for p in g["params"]], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+        self.groups[os.path.basename(args.output_dir)] = groups
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps[os.path.basename(args.output_dir)] = state.global_step
+
+
+class TestRun:
+    def test_all_phases(self, tmp_path):
+        recorder = Recorder()
+        trainer = tiny_trainer(
+            tmp_path, eval_strategy="epoch", consistent_num_rounds=2, trainer={"callbacks": [recorder]}
+        )
+        before = weights(trainer.model)
+        results = trainer.train()
+        steps = ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy", "consistent-2-model", "consistent-2-policy"]  # fmt: skip
+        assert list(results) == steps
+        assert results["hardness"].shape == (48,)
+        assert recorder.steps == {
+            "heads": 6, "policy": 6, "consistent-1-model": 6, "consistent-1-policy": 6, "consistent-2-model": 6,
+            "consistent-2-policy": 6,
+        }  # fmt: skip
+        assert len(changed(before, trainer.model.state_dict())) > 60
+        by_phase = dict(recorder.metrics)
+        assert by_phase["heads"]["eval_depth"] == 4.0, "heads are judged at full depth"
+        assert 1.0 <= by_phase["consistent-1-model"]["eval_depth"] <= 4.0
+        policy = by_phase["consistent-2-policy"]
+        assert policy["eval_reward"] == -policy["eval_loss"] and "eval_accuracy" in policy and "eval_depth" in policy
+        assert (tmp_path / "phases" / "finished" / "model.safetensors").is_file()
+        # Nothing of a phase stays behind.
+        assert trainer.args.output_dir == str(tmp_path) and len(trainer.train_dataset) == 48
+        assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+    def test_phases_by_choice(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, phases=["hardness", "policy"])
+        before = weights(trainer.model)
+        assert list(trainer.train()) == ["hardness", "policy"]
+        assert all(is_policy(name) for name in changed(before, trainer.model.state_dict()))
+
+    def test_an_earlier_run_is_moved_aside(self, tmp_path):
+        for _ in range(2):
+            tiny_trainer(tmp_path, phases=["hardness"], rows=8).train()
+        assert len([name for name in os.listdir(tmp_path) if name.startswith("phases")]) == 2
+
+    def test_phases_alone(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=16)
+        assert trainer.train_heads().global_step == 2
+        assert trainer.compute_hardness().shape == (16,)
+        assert trainer.train_policy().global_step == 2
+        assert list(trainer.train_consistent()) == ["consistent-1-model", "consistent-1-policy"]
+
+    def test_learning_pays(self, tmp_path):
+        """The losses that the phases minimise go down."""
+        trainer = tiny_trainer(tmp_path, rows=96, learning_rate=2e-3, num_train_epochs=6, policy_num_train_epochs=10)
+        first = trainer.collect_exits(trainer.train_dataset)
+        trainer.train_heads()
+        second = trainer.collect_exits(trainer.train_dataset)
+        assert bool((second.losses.mean(0) < 0.9 * first.losses.mean(0)).all())
+        memorized = memorized_layers(second.correct, second.layers)
+        rewards = layer_reward(second.losses, second.layers, memorized, 4, 0.02)
+
+        def earned() -> float:
+            with torch.no_grad():
+                logits = trainer.model.exit_policies(second.states, second.logits)
+                return -float(policy_exact(exit_log_distribution(logits), rewards))
+
+        before = earned()
+        trainer.train_policy()
+        assert earned() > before + 0.02
+
+    def test_arguments_that_are_refused(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=8)
+        with pytest.raises(ValueError, match="trial"):
+            trainer.train(trial=1)
+        with pytest.raises(ValueError, match="resume_from_checkpoint"):
+            trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="compute_loss_func"):
+            tiny_trainer(tmp_path, trainer={"compute_loss_func": lambda *_: None})
+        stock = BertForSequenceClassification(tiny_model().config)
+        with pytest.raises(ValueError, match="BertForSequenceClassification.*BertForConsistentEE"):
+            ConsistentEETrainer(stock, training_arguments(tmp_path))
+        with pytest.raises(ValueError, match="args.*ConsistentEETrainingArguments"):
+            ConsistentEETrainer(tiny_model(), Trainer(tiny_model()).args)
+
+
+class TestWhatStaysAsItIs:
+    @pytest.mark.parametrize("objective", ["layer_weighted", "uniform", "last"])
+    def test_heads_leave_policies(self, tmp_path, objective):
+        trainer = tiny_trainer(tmp_path, rows=16, heads_objective=objective, weight_decay=0.1)
+        before = weights(trainer.model)
+        trainer.train_heads()
+        names = changed(before, trainer.model.state_dict())
+        assert not any(map(is_policy, names))
+        heads = {name for name in before if name.startswith("exit_heads.")}
+        assert "classifier.weight" in names and "bert.encoder.layer.0.output.dense.weight" in names
+        assert heads <= names if objective != "last" else not heads & names
+
+    @pytest.mark.parametrize("inputs", ["state", "confidence", "both"])
+    def test_policy_leaves_the_rest(self, tmp_path, inputs):
+        model = tiny_model(num_hidden_layers=4, policy_inputs=inputs)
+        trainer = tiny_trainer(tmp_path, model, rows=16, weight_decay=0.1)
+        before = weights(model)
+        trainer.train_policy()
+        names = changed(before, model.state_dict())
+        assert names == {name for name in before if is_policy(name)}
+
+    def test_consistent_model_leaves_policies(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=16)
+        before = weights(trainer.model)
+        trainer._consistent_model(str(tmp_path / "one"), None)
+        assert not any(map(is_policy, changed(before, trainer.model.state_dict())))
+
+
+class TestGradients:
+    """One step of plain SGD shows the gradient."""
+
+    def step(self, folder, **fields):
+        fields = {"max_steps": 1, "train_sampling_strategy": "sequential", **SGD, **fields}
+        return tiny_trainer(folder, rows=8, phases=["heads"], **fields)
+
+    def manual(self, loss_of) -> dict:
+        model = tiny_model(num_hidden_layers=4).train()
+        batch = collate(list(task(8, seed=1)))
+        loss_of(model, batch).backward()
+        return {
+            name: parameter.detach() - (0.0 if parameter.grad is None else 0.1 * parameter.grad)
+            for name, parameter in model.named_parameters()
+        }
+
+    def compare(self, trainer, expected, atol=2e-6):
+        for name, parameter in trainer.model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=atol, msg=name)
+
+    @pytest.mark.parametrize("accumulation", [1, 2, 4])
+    def test_heads(self, tmp_path, accumulation):
+        """The same for one batch of 8 rows and for micro-batches: no factor by accumulation steps."""
+        trainer = self.step(tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
+        trainer.train_heads()
+
+        def loss(model, batch):
+            logits = model(**batch, output_all_exits=True).all_exit_logits
+            losses = [F.cross_entropy(logits[:, index], batch["labels"]) for index in range(4)]
+            return sum((index + 1) * one for index, one in enumerate(losses)) / 10
+
+        expected = self.manual(loss)
+        start = tiny_model(num_hidden_layers=4)
+        assert max(float((expected[n] - p.detach()).abs().max()) for n, p in start.named_parameters()) > 1e-3
+        self.compare(trainer, expected)
+
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_consistent(self, tmp_path, accumulation):
+        trainer = self.step(tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
+        trainer._consistent_model(str(tmp_path / "one"), None)
+
+        def loss(model, batch):
+            output = model(**batch, output_all_exits=True)
+            total = 0.0
+            for row in range(8):
+                reached = 1.0
+                for index in range(4):
+                    p = 1.0
+                    if index < 3:
+                        state = output.all_exit_states[row, index].detach()
+                        p = float(model.exit_policies.networks[index](state).sigmoid().detach())
+                    one = F.cross_entropy(output.all_exit_logits[row, index][None], batch["labels"][row][None])
+                    total = total + reached * p * one / 8
+                    reached *= 1 - p
+            return total
+
+        self.compare(trainer, self.manual(loss))
+
+    def test_consistent_sampled(self, tmp_path):
+        """With many draws the sampled objective takes the step of the expected one."""
+        trainers = {}
+        for objective in ("expected", "sampled"):
+            trainer = self.step(tmp_path, consistent_objective=objective, consistent_samples=20_000)
+            trainer._consistent_model(str(tmp_path / objective), None)
+            trainers[objective] = weights(trainer.model)
+        start = weights(tiny_model(num_hidden_layers=4))
+        for name, value in trainers["expected"].items():
+            step = float((value - start[name]).abs().max())
+            assert float((trainers["sampled"][name] - value).abs().max()) <= 0.05 * step + 1e-7, name
+
+    @pytest.mark.parametrize("reward_loss,hardness", [("ce", True), ("error", False)])
+    def test_policy(self, tmp_path, reward_loss, hardness):
+        """One step of the policy phase against the gradient of the expected reward, row by row."""
+        model = tiny_model(num_hidden_layers=4, reward_alpha=0.3, reward_hardness=hardness)
+        fields = {**SGD, "policy_learning_rate": 0.5, "policy_batch_size": 8, "policy_num_train_epochs": 1}
+        trainer = tiny_trainer(tmp_path, model, rows=8, reward_loss=reward_loss, **fields)
+        twin = tiny_model(num_hidden_layers=4)
+        batch = collate(list(task(8, seed=1)))
+        with torch.no_grad():
+            output = twin(**batch, output_all_exits=True)
+        correct = output.all_exit_logits.argmax(-1) == batch["labels"][:, None]
+        expected = 0.0
+        for row in range(8):
+            memorized = next((layer for layer in range(1, 5) if bool(correct[row, layer - 1 :].all())), 4)
+            reached = 1.0
+            for index in range(4):
+                p = twin.exit_policies.networks[index](output.all_exit_states[row, index]).sigmoid() if index < 3 else 1.0
+                cost = float(F.cross_entropy(output.all_exit_logits[row, index], batch["labels"][row]))
+                cost = cost if reward_loss == "ce" else float(not correct[row, index])
+                price = 0.3 * (1 - memorized / 4) if hardness else 0.3
+                expected = expected + reached * p * (-cost - price * (index + 1)) / 8
+                reached = reached * (1 - p)
+        (-expected).backward()
+        trainer.train_policy()
+        for (name, parameter), (_, own) in zip(
+            model.exit_policies.named_parameters(), twin.exit_policies.named_parameters(), strict=True
+        ):
+            wanted = own.detach() - 0.5 * own.grad.reshape(own.shape)
+            torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=2e-6, msg=name)
+
+    def test_reinforce(self, tmp_path):
+        """With many draws the policies end where the exact gradient leads."""
+        ends = {}
+        for gradient in ("exact", "reinforce"):
+            model = tiny_model(num_hidden_layers=4, reward_alpha=0.3)
+            fields = {**SGD, "policy_learning_rate": 0.5, "policy_batch_size": 16, "policy_num_train_epochs": 3}
+            tiny_trainer(
+                tmp_path, model, rows=16, policy_gradient=gradient, policy_samples=20_000, **fields
+            ).train_policy()
+            ends[gradient] = torch.cat([p.detach().flatten() for p in model.exit_policies.parameters()])
+        start = torch.cat([p.detach().flatten() for p in tiny_model(num_hidden_layers=4).exit_policies.parameters()])
+        moved = (ends["exact"] - start).norm()
+        assert float(moved) > 0.01
+        assert float((ends["reinforce"] - ends["exact"]).norm() / moved) < 0.05
+        assert not torch.equal(ends["reinforce"], ends["exact"])
+
+
+class TestGroups:
+    def names(self, trainer, recorder, phase="heads"):
+        by_id = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        return [({by_id[i] for i in group}, rate, decay) for group, rate, decay in recorder.groups[phase]]
+
+    @pytest.mark.parametrize("pooling,norm", [("cls", "none"), ("mean", "layer_norm")])
+    def test_exit_learning_rate(self, tmp_path, pooling, norm):
+        recorder = Recorder()
+        model = tiny_model(num_hidden_layers=4, exit_pooling=pooling, exit_norm=norm)
+        options = {"lr_scheduler_type": "constant", "weight_decay": 0.1, "exit_learning_rate": 0.02}
+        trainer = tiny_trainer(tmp_path, model, rows=8, trainer={"callbacks": [recorder]}, **options)
+        trainer.train_heads()
+        trainer.train_consistent()
+        for phase in ("heads", "consistent-1-model"):
+            rates = {}
+            for group, rate, decay in self.names(trainer, recorder, phase):
+                for name in group:
+                    assert name not in rates
+                    rates[name] = rate
+                    assert decay == (0.0 if name.endswith("bias") or "norm" in name.lower() else 0.1), name
+            own = ("exit_heads.", "exit_norms.", "classifier.", "bert.pooler.")
+            assert rates == {
+                name: 0.02 if name.startswith(own) else 1e-3
+                for name, _ in model.named_parameters()
+                if not is_policy(name)
+            }
+
+    def test_learning_rates_of_phases(self, tmp_path):
+        recorder = Recorder()
+        options = {"lr_scheduler_type": "constant", "heads_learning_rate": 0.01, "consistent_learning_rate": 0.02}
+        trainer = tiny_trainer(tmp_path, rows=16, policy_learning_rate=0.03, policy_batch_size=8, heads_num_train_epochs=2,
+                               consistent_num_train_epochs=3, policy_num_train_epochs=5, trainer={"callbacks": [recorder]}, **options)  # fmt: skip
+        trainer.train()
+        rates = {phase: {rate for params, rate, _ in groups if params} for phase, groups in recorder.groups.items()}
+        assert rates == {
+            "heads": {0.01}, "policy": {0.03}, "consistent-1-model": {0.02}, "consistent-1-policy": {0.03}
+        }  # fmt: skip
+        assert recorder.steps == {"heads": 4, "policy": 10, "consistent-1-model": 6, "consistent-1-policy": 10}
+
+
+class TestHardness:
+    def file(self, folder):
+        path = folder / "hardness.safetensors"
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("memorized_layers"), file.metadata()["fingerprint"], path.stat().st_mtime_ns
+
+    def test_definition(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=20)
+        layers = trainer.compute_hardness()
+        model, rows = trainer.model.eval(), list(trainer.train_dataset)
+        for row, layer in zip(rows, layers.tolist(), strict=True):
+            with torch.no_grad():
+                logits = model(**collate([row]), output_all_exits=True).all_exit_logits[0]
+            right = [int(one.argmax()) == row["labels"] for one in logits]
+            assert layer == next((number for number in range(1, 5) if all(right[number - 1 :])), 4)
+        assert len(set(layers.tolist())) >= 2
+
+    def test_kept_and_computed_again(self, tmp_path, monkeypatch):
+        model = tiny_model(num_hidden_layers=4)
+        calls = []
+        monkeypatch.setattr(
+            ConsistentEETrainer, "collect_exits",
+            lambda self, *args, original=ConsistentEETrainer.collect_exits: calls.append(1) or original(self, *args),
+        )  # fmt: skip
+        first = tiny_trainer(tmp_path, model, rows=12).compute_hardness()
+        kept = self.file(tmp_path)
+        assert torch.equal(kept[0], first) and len(calls) == 1
+        again = tiny_trainer(tmp_path, model, rows=12).compute_hardness()
+        assert torch.equal(again, first) and len(calls) == 1 and self.file(tmp_path) == kept or kept[1]
+        with torch.no_grad():
+            model.exit_policies.networks[0][0].weight.add_(1.0)
+        tiny_trainer(tmp_path, model, rows=12).compute_hardness()
+        assert len(calls) == 1, "policies do not matter"
+        with torch.no_grad():
+            model.classifier.bias.add_(torch.tensor([9.0, 0.0, 0.0]))
+        second = tiny_trainer(tmp_path, model, rows=12).compute_hardness()
+        assert len(calls) == 2 and self.file(tmp_path)[1] != kept[1] and not torch.equal(second, first)
+        assert len(tiny_trainer(tmp_path, model, rows=13).compute_hardness()) == 13
+        assert len(calls) == 3
+
+    def test_other_tolerance(self, tmp_path):
+        """What counts as right in regression belongs to hardness: a new tolerance, a new computation."""
+        model = tiny_model(num_hidden_layers=4, num_labels=1)
+        rows = task(12, seed=1).map(lambda row: {"labels": float(row["labels"])})
+        strict, lax = (
+            tiny_trainer(tmp_path, model, hardness_tolerance=tolerance, trainer={"train_dataset": rows, "compute_metrics": None}).compute_hardness()
+            for tolerance in (0.0, 100.0)
+        )
+        assert strict.tolist() == [4] * 12
+        assert lax.tolist() == [1] * 12
+
+    def test_dropout_is_off(self, tmp_path):
+        model = tiny_model(num_hidden_layers=4, hidden_dropout_prob=0.5).train()
+        first = tiny_trainer(tmp_path / "a", model).compute_hardness()
+        assert torch.equal(first, tiny_trainer(tmp_path / "b", model).compute_hardness())
+
+
+class TestHoldout:
+    @pytest.mark.parametrize("share,held", [(0.0, 0), (0.25, 12), (0.5, 24)])
+    def test_disjoint(self, tmp_path, share, held):
+        trainer = tiny_trainer(tmp_path, policy_holdout=share)
+        heads, policies = (set(rows.tolist()) for rows in trainer._split())
+        if held == 0:
+            assert heads == policies == set(range(48))
+        else:
+            assert len(policies) == held and not heads & policies and heads | policies == set(range(48))
+        same = tiny_trainer(tmp_path, policy_holdout=share)._split()
+        assert set(same[1].tolist()) == policies
+
+    @pytest.mark.parametrize("kind", ["dataset", "list"])
+    def test_heads_never_see_them(self, tmp_path, kind):
+        rows = [{**row, "input_ids": [*row["input_ids"], 40 + number]} for number, row in enumerate(task(16, seed=1))]
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        dataset = rows if kind == "list" else task(1, seed=1).from_list(rows)
+        seen = []
+
+        def watch(batch):
+            seen.extend(row["input_ids"][-1] - 40 for row in batch)
+            return collate(batch)
+
+        trainer = tiny_trainer(
+            tmp_path, policy_holdout=0.5, per_device_train_batch_size=4, trainer={"train_dataset": dataset, "data_collator": watch}
+        )
+        heads, policies = (rows.tolist() for rows in trainer._split())
+        for run in (trainer.train_heads, lambda: trainer._consistent_model(str(tmp_path / "one"), None)):
+            seen.clear()
+            run()
+            # The loss asks for the first row's labels on the way, to learn their kind.
+            assert set(seen) - {heads[0]} == set(heads) - {heads[0]}
+        used = []
+        trainer.reward_function = lambda losses, layers, memorized, depth: -losses
+        from transformers_cee.training import policy_phase
+
+        original = policy_phase.StoredRewards.__getitems__
+        try:
+            policy_phase.StoredRewards.__getitems__ = lambda self, indices: (
+                used.extend(self.rows[indices].tolist()) or original(self, indices)
+            )
+            trainer.train_policy()
+        finally:
+            policy_phase.StoredRewards.__getitems__ = original
+        assert set(used) == set(policies)
+
+
+class TestRewardFunction:
+    def test_is_asked(self, tmp_path):
+        asked = []
+
+        def reward(losses, layers, memorized, num_layers):
+            asked.append((losses.shape, layers.tolist(), memorized.shape, num_layers))
+            return torch.where(torch.arange(4) == 2, 0.0, -1.0).expand(len(losses), 4)
+
+        fields = {"policy_num_train_epochs": 60, "policy_learning_rate": 0.02}
+        trainer = tiny_trainer(tmp_path, rows=16, trainer={"reward_function": reward}, **fields)
+        trainer.train_policy()
+        assert asked == [((16, 4), [1, 2, 3, 4], (16,), 4)]
+        with torch.no_grad():
+            output = trainer.model.eval()(**collate(list(trainer.train_dataset)), exit_threshold=0.5)
+        assert output.exit_layers.tolist() == [3] * 16, "the only exit that is rewarded"
+
+    def test_gets_errors_on_request(self, tmp_path):
+        seen = []
+        trainer = tiny_trainer(
+            tmp_path, rows=8, reward_loss="error", trainer={"reward_function": lambda errors, *_: seen.append(errors) or -errors}
+        )
+        trainer.train_policy()
+        assert set(seen[0].flatten().tolist()) == {0.0, 1.0}
+
+    def test_wrong_shape(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=8, trainer={"reward_function": lambda losses, *_: losses[:, :2]})
+        with pytest.raises(ValueError, match=r"reward_function.*\(8, 2\).*\(8, 4\)"):
+            trainer.train_policy()
+
+
+class TestStores:
+    def test_memory_mapped_policies_are_the_same(self, tmp_path):
+        ends = []
+        for folder, limit in (("memory", 2048), ("mapped", 0)):
+            trainer = tiny_trainer(tmp_path / folder, phases=["policy", "consistent"], store_memory_limit_mb=limit)
+            trainer.train()
+            ends.append(weights(trainer.model))
+        assert not changed(*ends)
+        assert not (tmp_path / "memory" / "exit_store").exists()
+        assert list((tmp_path / "mapped" / "exit_store" / "train").iterdir())
+
+    def test_the_backbone_runs_once(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=16, policy_num_train_epochs=7)
+        passes = []
+        trainer.model.bert.embeddings.register_forward_hook(lambda *_: passes.append(1))
+        trainer.compute_hardness()
+        trainer.train_policy()
+        assert len(passes) == 2, "two batches of 8 rows, whatever the epochs"
+
+    @pytest.mark.parametrize("columns", ["dataset", "list"])
+    def test_columns_that_the_model_does_not_take(self, tmp_path, columns):
+        """Data sets may carry their texts along, as in Trainer."""
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(55))]
+        tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+        train = task(12, seed=1, sentence=[f"text {number}" for number in range(12)])
+        evaluation = task(6, seed=2, sentence=["text"] * 6)
+        if columns == "list":
+            train, evaluation = list(train), list(evaluation)
+        trainer = tiny_trainer(
+            tmp_path, eval_strategy="epoch",
+            trainer={
+                "train_dataset": train, "eval_dataset": evaluation, "data_collator": DataCollatorWithPadding(tokenizer),
+                "processing_class": tokenizer,
+            },
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.evaluate()["eval_depth"] >= 1.0
+
+
+class TestEvaluate:
+    def test_keys_and_points(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.3, 0.5, 0.6], eval_timing_rows=16)
+        trainer.model.config.exit_threshold = 0.45
+        metrics = trainer.evaluate()
+        expected = {"eval_loss", "eval_accuracy", "eval_depth", "eval_saved_layers", "eval_layer_speedup",
+                    "eval_wall_clock_speedup", "eval_exit_histogram", "eval_operating_points"}  # fmt: skip
+        assert expected <= metrics.keys()
+        assert metrics["eval_wall_clock_speedup"] > 0
+        points = metrics["eval_operating_points"]
+        assert [point["exit_threshold"] for point in points] == [0.3, 0.5, 0.6]
+        batch = collate(list(trainer.eval_dataset))
+        labels = batch.pop("labels")
+        first = {"exit_threshold": 0.45, "depth": metrics["eval_depth"], "saved_layers": metrics["eval_saved_layers"],
+                 "layer_speedup": metrics["eval_layer_speedup"], "exit_histogram": metrics["eval_exit_histogram"],
+                 "metrics": {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}, "wall_clock_speedup": 1.0}  # fmt: skip
+        depths = set()
+        for point in [first, *points]:
+            with torch.no_grad():
+                output = trainer.model.eval()(**batch, exit_threshold=point["exit_threshold"])
+            layers = output.exit_layers
+            depths.add(float(layers.float().mean()))
+            assert point["depth"] == pytest.approx(float(layers.float().mean()))
+            assert point["saved_layers"] == pytest.approx(1 - point["depth"] / 4)
+            assert point["layer_speedup"] == pytest.approx(4 / point["depth"])
+            assert point["exit_histogram"] == {str(n): int((layers == n).sum()) for n in range(1, 5)}
+            assert sum(point["exit_histogram"].values()) == 24
+            assert point["metrics"]["accuracy"] == pytest.approx(float((output.logits.argmax(-1) == labels).float().mean()))
+            loss = float(F.cross_entropy(output.logits, labels))
+            assert point["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
+            assert point["wall_clock_speedup"] > 0
+        assert len(depths) >= 3
+
+    def test_no_timing(self, tmp_path):
+        metrics = tiny_trainer(tmp_path, eval_exit_thresholds=[0.5]).evaluate(metric_key_prefix="test")
+        assert metrics["test_wall_clock_speedup"] is None
+        assert metrics["test_operating_points"][0]["wall_clock_speedup"] is None
+
+    def test_own_data_and_criterion(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[])
+        trainer.model.config.exit_criterion, trainer.model.config.exit_threshold = "patience", 1
+        metrics = trainer.evaluate(task(10, seed=5))
+        assert sum(metrics["eval_exit_histogram"].values()) == 10 and metrics["eval_operating_points"] == []
+        assert metrics["eval_exit_histogram"]["1"] == 0
+
+    def test_without_metrics(self, tmp_path):
+        """Depth and its kin need no `compute_metrics`."""
+        metrics = tiny_trainer(tmp_path, trainer={"compute_metrics": None}).evaluate()
+        assert 1.0 <= metrics["eval_depth"] <= 4.0 and sum(metrics["eval_exit_histogram"].values()) == 24
+
+    def test_batch_by_batch(self, tmp_path):
+        """With `batch_eval_metrics` the metrics come in parts; depth and histogram are those of all rows."""
+        right = []
+
+        def metrics(prediction, compute_result):
+            right.append((prediction.predictions.argmax(-1) == prediction.label_ids).float().mean().item())
+            return {"accuracy": sum(right[-3:]) / 3} if compute_result else {}
+
+        parts = tiny_trainer(tmp_path, batch_eval_metrics=True, trainer={"compute_metrics": metrics}).evaluate()
+        whole = tiny_trainer(tmp_path).evaluate()
+        assert sum(parts["eval_exit_histogram"].values()) == 24
+        assert parts["eval_depth"] == pytest.approx(whole["eval_depth"])
+        assert parts["eval_accuracy"] == pytest.approx(whole["eval_accuracy"])
+
+    def test_metrics_may_want_inputs(self, tmp_path):
+        seen = []
+        tiny_trainer(
+            tmp_path, include_for_metrics=["inputs", "loss"], eval_exit_thresholds=[],
+            trainer={"compute_metrics": lambda prediction: seen.append((prediction.inputs, prediction.losses)) or {}},
+        ).evaluate()  # fmt: skip
+        assert seen[0][0] is not None and seen[0][1] is not None
+
+    def test_preprocessed_logits(self, tmp_path):
+        trainer = tiny_trainer(
+            tmp_path,
+            trainer={
+                "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+                "compute_metrics": lambda p: {"accuracy": float((p.predictions == p.label_ids).mean())},
+            },
+        )
+        plain = tiny_trainer(tmp_path)
+        first, second = trainer.evaluate(), plain.evaluate()
+        assert first["eval_accuracy"] == second["eval_accuracy"] and first["eval_depth"] == second["eval_depth"]
+
+    def test_predict(self, tmp_path):
+        trainer = tiny_trainer(tmp_path)
+        output = trainer.predict(trainer.eval_dataset)
+        assert output.predictions.shape == (24, 3)
+        with torch.no_grad():
+            logits = trainer.model.eval()(**collate(list(trainer.eval_dataset))).logits
+        torch.testing.assert_close(torch.from_numpy(output.predictions), logits, rtol=1e-4, atol=1e-5)
+        assert output.metrics["test_depth"] >= 1.0
+        unlabelled = trainer.eval_dataset.remove_columns("labels")
+        trainer.data_collator = lambda rows: {n: v for n, v in collate([{**r, "labels": 0} for r in rows]).items() if n != "labels"}
+        assert trainer.predict(unlabelled).predictions.shape == (24, 3)
+
+    def test_several_data_sets(self, tmp_path):
+        data = {"one": task(6, seed=3), "two": task(9, seed=4)}
+        metrics = tiny_trainer(tmp_path, trainer={"eval_dataset": data}).evaluate()
+        assert {"eval_one_depth", "eval_two_depth", "eval_one_accuracy"} <= metrics.keys()
+
+
+class TestKinds:
+    @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+    @pytest.mark.parametrize("named", [True, False])
+    def test_problem_types(self, tmp_path, kind, named):
+        labels = 1 if kind == "regression" else 2
+        model = tiny_model(num_hidden_layers=4, num_labels=labels, problem_type=kind if named else None)
+        turn = (lambda row: {"labels": float(row["labels"])}) if labels == 1 else (
+            lambda row: {"labels": [float(row["labels"] > 0), float(row["labels"] > 1)]}
+        )  # fmt: skip
+        trainer = tiny_trainer(
+            tmp_path, model, eval_strategy="epoch",
+            trainer={"train_dataset": task(16, seed=1).map(turn), "eval_dataset": task(8, seed=2).map(turn), "compute_metrics": lambda p: {"shape": float(p.predictions.shape[1])}},
+        )  # fmt: skip
+        before = weights(model)
+        results = trainer.train()
+        assert set(results["hardness"].tolist()) <= {1, 2, 3, 4}
+        assert any(is_policy(name) for name in changed(before, model.state_dict()))
+        assert trainer.evaluate()["eval_shape"] == labels
+
+    def test_bfloat16_autocast(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=16, bf16=True, eval_strategy="epoch")
+        trainer.train()
+        assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+class TestEarlyStopping:
+    def test_in_heads_and_policy(self, tmp_path):
+        """Nothing improves without learning: one evaluation to compare with, one without gain, stop."""
+        recorder = Recorder()
+        trainer = tiny_trainer(
+            tmp_path, rows=16, learning_rate=0.0, policy_learning_rate=0.0, num_train_epochs=9, policy_num_train_epochs=9,
+            consistent_num_train_epochs=9, policy_batch_size=8, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+            metric_for_best_model="accuracy", trainer={"callbacks": [recorder, EarlyStoppingCallback(1)]},
+        )  # fmt: skip
+        trainer.train()
+        assert recorder.steps == {"heads": 4, "policy": 4, "consistent-1-model": 4, "consistent-1-policy": 4}
+
+    def test_best_weights_come_back(self, tmp_path):
+        """With a learning rate that ruins the model, the first epoch is the best one."""
+        recorder = Recorder()
+        trainer = tiny_trainer(
+            tmp_path, rows=32, phases=["heads"], learning_rate=0.5, num_train_epochs=4, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False, trainer={"callbacks": [recorder]},
+        )  # fmt: skip
+        trainer.train()
+        losses = [metrics["eval_loss"] for _, metrics in recorder.metrics]
+        with torch.no_grad():
+            output = trainer.model.eval()(**collate(list(trainer.eval_dataset)), exit_threshold=1.0)
+        assert float(output.loss) == pytest.approx(min(losses), rel=1e-3) and min(losses) < max(losses)
+
+
+class TestLogs:
+    def test_loss_of_heads_is_logged(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, rows=16, logging_strategy="steps", logging_steps=1)
+        trainer.train_heads()
+        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(logged) == 2
+        with torch.no_grad():
+            store = tiny_trainer(tmp_path, rows=16).collect_exits(task(16, seed=1))
+        mean = float((store.losses * torch.tensor([0.1, 0.2, 0.3, 0.4])).sum(1).mean())
+        assert logged[0] == pytest.approx(mean, rel=0.5)
+
+
+def test_accuracy_of_the_helper():
+    """The tests' own metric."""
+    class Prediction:
+        predictions = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).numpy()
+        label_ids = torch.tensor([0, 0]).numpy()
+
+    assert accuracy(Prediction) == {"accuracy": 0.5}
+    assert pad([{"input_ids": torch.tensor([1, 2])}], "left", 1)["attention_mask"].tolist() == [[0, 1, 1]]
