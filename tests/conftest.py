@@ -19,7 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     from hypothesis import HealthCheck, settings
 
     settings.register_profile(
-        "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        "repeatable",
+        max_examples=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("repeatable")
 

@@ -62,7 +62,8 @@ def random_rows(rows: int, seed: int, shortest: int = 2, longest: int = 12, pair
 
 
 def pad(rows: list[dict], side: str = "right", extra: int = 0) -> dict[str, Tensor]:
-    """A batch of rows padded on `side`; `extra` adds columns that no row uses. Padding holds ids that must not count."""
+    """A batch of rows padded on `side`; `extra` adds columns that no row uses. Padding holds ids that must not
+    count."""
     time = max(len(row["input_ids"]) for row in rows) + extra
     batch = {name: torch.full((len(rows), time), 7 if name == "input_ids" else 0) for name in rows[0]}
     batch["attention_mask"] = torch.zeros(len(rows), time, dtype=torch.long)

@@ -86,7 +86,9 @@ class TestHindsight:
     @given(st.data())
     def test_exits_taken(self, data):
         exits = data.draw(st.integers(2, 5))
-        scores = data.draw(st.lists(st.lists(st.floats(0, 1), min_size=exits - 1, max_size=exits - 1), min_size=1, max_size=5))
+        scores = data.draw(
+            st.lists(st.lists(st.floats(0, 1), min_size=exits - 1, max_size=exits - 1), min_size=1, max_size=5)
+        )
         thresholds = data.draw(st.lists(st.floats(0, 1), min_size=exits, max_size=exits))
         for criterion, leaves in (("max_probability", float.__gt__), ("entropy", float.__lt__)):
             taken = exits_taken(criterion, thresholds, torch.tensor(scores, dtype=torch.float64))
@@ -95,7 +97,7 @@ class TestHindsight:
                 assert int(taken[row]) == (first[0] if first else exits - 1)
 
     def test_wrong_thresholds(self):
-        with pytest.raises(ValueError, match="exit_threshold"):
+        with pytest.raises(ValueError, match=r"exit_threshold"):
             exits_taken("policy", [0.5, 0.5], torch.zeros(2, 2))
 
 
@@ -175,10 +177,10 @@ class TestThresholdsForDepths:
 
 
 class TestMetricAtDepth:
-    curve = [
+    curve = tuple(
         OperatingPoint("policy", 0.5, depth, 0.0, 1.0, metrics={"accuracy": value})
         for depth, value in ((4.0, 0.9), (2.0, 0.5), (3.0, 0.8))
-    ]
+    )
 
     @pytest.mark.parametrize("depth,expected", [(2.0, 0.5), (2.5, 0.65), (3.0, 0.8), (3.75, 0.875), (4.0, 0.9)])
     def test_between(self, depth, expected):
@@ -197,8 +199,12 @@ def test_wall_clock(rows):
     model = tiny_model().train()
     batches = [pad(rows[:8]), pad(rows[8:])]
     seen = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((module.training, kwargs["exit_threshold"])), with_kwargs=True)
-    speedups = measure_wall_clock(model, batches, [("policy", 0.0), ("entropy", 0.5), ("policy", [0.5] * 6)], repeats=2)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module.training, kwargs["exit_threshold"])), with_kwargs=True
+    )
+    speedups = measure_wall_clock(
+        model, batches, [("policy", 0.0), ("entropy", 0.5), ("policy", [0.5] * 6)], repeats=2
+    )
     assert len(speedups) == 3 and all(speedup > 0 for speedup in speedups)
     assert model.training and not any(training for training, _ in seen)
     assert len(seen) == 1 + 2 * 2 * 3 * 2

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import reference
 import torch
@@ -84,22 +86,27 @@ class TestCollect:
         assert store.states.dtype == store.logits.dtype == torch.float32
 
     def test_empty(self, accelerator):
-        with pytest.raises(ValueError, match="dataset.*empty"):
+        with pytest.raises(ValueError, match=r"dataset.*empty"):
             collect(tiny_model(), [], accelerator)
 
     def test_no_labels(self, accelerator):
         rows = [{"input_ids": torch.tensor([5, 6])}]
-        with pytest.raises(ValueError, match="labels.*input_ids"):
+        with pytest.raises(ValueError, match=r"labels.*input_ids"):
             collect_exits(
-                tiny_model(), rows, lambda some: {"input_ids": some[0]["input_ids"][None]}, accelerator,
+                tiny_model(),
+                rows,
+                lambda some: {"input_ids": some[0]["input_ids"][None]},
+                accelerator,
                 problem_type="regression",
-            )  # fmt: skip
+            )
 
 
 class TestStore:
     def test_losses_errors_correct(self):
         logits = torch.tensor([[[2.0, 1.0], [0.0, 3.0]], [[1.0, 0.0], [4.0, 0.0]]])
-        store = ExitStore(torch.zeros(2, 2, 1), logits, torch.tensor([1, 0]), torch.tensor([1, 2]), "single_label_classification")
+        store = ExitStore(
+            torch.zeros(2, 2, 1), logits, torch.tensor([1, 0]), torch.tensor([1, 2]), "single_label_classification"
+        )
         assert store.correct.tolist() == [[False, True], [True, True]]
         assert store.errors.tolist() == [[1.0, 0.0], [0.0, 0.0]]
         expected = -torch.stack([logits[0].log_softmax(-1)[:, 1], logits[1].log_softmax(-1)[:, 0]])
@@ -107,17 +114,32 @@ class TestStore:
 
     def test_multi_label_needs_every_label(self):
         logits = torch.tensor([[[2.0, -1.0], [2.0, 1.0]]])
-        store = ExitStore(torch.zeros(1, 2, 1), logits, torch.tensor([[1.0, 1.0]]), torch.tensor([1, 2]), "multi_label_classification")
+        store = ExitStore(
+            torch.zeros(1, 2, 1),
+            logits,
+            torch.tensor([[1.0, 1.0]]),
+            torch.tensor([1, 2]),
+            "multi_label_classification",
+        )
         assert store.correct.tolist() == [[False, True]]
 
     @pytest.mark.parametrize("tolerance,expected", [(0.0, [0, 0]), (0.5, [0, 1]), (2.0, [1, 1])])
     def test_regression_has_a_tolerance(self, tolerance, expected):
         logits = torch.tensor([[[2.0], [1.25]]])
-        store = ExitStore(torch.zeros(1, 2, 1), logits, torch.tensor([1.0]), torch.tensor([1, 2]), "regression", tolerance)
+        store = ExitStore(
+            torch.zeros(1, 2, 1), logits, torch.tensor([1.0]), torch.tensor([1, 2]), "regression", tolerance
+        )
         assert store.correct.int().tolist() == [expected]
 
     def test_select(self):
-        store = ExitStore(torch.arange(8.0).view(4, 2, 1), torch.arange(8.0).view(4, 2, 1), torch.arange(4), torch.tensor([1, 2]), "regression", 0.1)
+        store = ExitStore(
+            torch.arange(8.0).view(4, 2, 1),
+            torch.arange(8.0).view(4, 2, 1),
+            torch.arange(4),
+            torch.tensor([1, 2]),
+            "regression",
+            0.1,
+        )
         some = store.select(torch.tensor([3, 1]))
         assert some.states[:, 0, 0].tolist() == [6.0, 2.0] and some.labels.tolist() == [3, 1] and some.tolerance == 0.1
         assert len(some) == 2 and some.losses[:, 0].tolist() == store.losses[[3, 1], 0].tolist()
@@ -127,8 +149,8 @@ class TestStore:
 def test_batches(rows, batch_size, seed):
     dataset = task(rows, seed)
     batches = length_sorted_batches(dataset, batch_size)
-    assert sorted(sum(batches, [])) == list(range(rows))
+    assert sorted(chain.from_iterable(batches)) == list(range(rows))
     assert all(len(batch) == batch_size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= batch_size
-    lengths = [len(dataset[row]["input_ids"]) for row in sum(batches, [])]
+    lengths = [len(dataset[row]["input_ids"]) for row in list(chain.from_iterable(batches))]
     assert lengths == sorted(lengths, reverse=True)
-    assert sum(length_sorted_batches(list(dataset), batch_size), []) == list(range(rows))
+    assert list(chain.from_iterable(length_sorted_batches(list(dataset), batch_size))) == list(range(rows))

@@ -26,7 +26,7 @@ class TestRegistry:
 
     @pytest.mark.parametrize("call", [check_thresholds, lambda *args: build_criterion(*args, "regression")])
     def test_unknown_name(self, call):
-        with pytest.raises(ValueError, match="`exit_criterion`='hope'.*entropy, max_probability, patience, policy"):
+        with pytest.raises(ValueError, match=r"`exit_criterion`='hope'.*entropy, max_probability, patience, policy"):
             call("hope", 0.5, 3)
 
     @torch.no_grad()
@@ -35,11 +35,11 @@ class TestRegistry:
         with scripted([2, 0, 4]) as name:
             output = model(**pad(random_rows(3, seed=1)), exit_criterion=name)
         assert output.exit_layers.tolist() == [3, 1, 5]
-        with pytest.raises(ValueError, match="scripted"):
+        with pytest.raises(ValueError, match=r"scripted"):
             model(**pad(random_rows(3, seed=1)), exit_criterion=name)
 
     def test_policy_needs_policies(self):
-        with pytest.raises(ValueError, match="policies"):
+        with pytest.raises(ValueError, match=r"policies"):
             build_criterion("policy", 0.5, 3, "single_label_classification")
 
 
@@ -69,19 +69,21 @@ class TestThresholds:
 
     @pytest.mark.parametrize("threshold", [0, 0.5, -1, float("nan")])
     def test_patience_below_one(self, threshold):
-        with pytest.raises(ValueError, match="patience.*at least 1"):
+        with pytest.raises(ValueError, match=r"patience.*at least 1"):
             check_thresholds("patience", threshold, 2)
 
     @pytest.mark.parametrize("threshold", ["0.5", None, True, {}])
     def test_not_a_number(self, threshold):
-        with pytest.raises(ValueError, match="exit_threshold.*number"):
+        with pytest.raises(ValueError, match=r"exit_threshold.*number"):
             check_thresholds("policy", threshold, 2)
 
 
 class TestOff:
     """When may the loop skip looking at scores?"""
 
-    @pytest.mark.parametrize("criterion,off,on", [("policy", 1.0, 0.999), ("max_probability", 1.0, 0.0), ("entropy", 0.0, 1e-9)])
+    @pytest.mark.parametrize(
+        "criterion,off,on", [("policy", 1.0, 0.999), ("max_probability", 1.0, 0.0), ("entropy", 0.0, 1e-9)]
+    )
     def test_by_threshold(self, criterion, off, on):
         policies = tiny_model().exit_policies
         build = lambda thresholds: build_criterion(criterion, thresholds, 3, "single_label_classification", policies)  # noqa: E731
@@ -122,7 +124,11 @@ class TestRules:
     def test_patience_of_labels_needs_all_labels(self):
         criterion = build_criterion("patience", 1, 4, "multi_label_classification")
         rows = [[[5.0, 5.0], [5.0, -5.0]], [[5.0, -5.0], [5.0, -5.0]], [[5.0, -5.0], [5.0, -5.0]]]
-        assert [criterion.score(step(index, one)).tolist() for index, one in enumerate(rows)] == [[0, 0], [0, 1], [1, 2]]
+        assert [criterion.score(step(index, one)).tolist() for index, one in enumerate(rows)] == [
+            [0, 0],
+            [0, 1],
+            [1, 2],
+        ]
 
     def test_patience_follows_the_rows(self):
         criterion = build_criterion("patience", 2, 4, "single_label_classification")

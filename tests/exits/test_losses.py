@@ -32,29 +32,35 @@ class TestAgainstTorch:
 
     def test_single_label(self, dtype):
         self.compare(
-            self.logits(4, dtype), torch.tensor([0, 3, 1, 2, 0]), SINGLE,
+            self.logits(4, dtype),
+            torch.tensor([0, 3, 1, 2, 0]),
+            SINGLE,
             lambda one, label: F.cross_entropy(one[None], label[None]),
             lambda one, label: float(one.argmax() != label),
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("kind", [torch.float32, torch.long])
     def test_multi_label(self, dtype, kind):
         labels = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).to(kind)
         self.compare(
-            self.logits(3, dtype), labels, MULTI,
+            self.logits(3, dtype),
+            labels,
+            MULTI,
             lambda one, label: F.binary_cross_entropy_with_logits(one, label.float()),
             lambda one, label: sum(bool(a > 0) != bool(b) for a, b in zip(one, label, strict=True)) / 3,
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 2)])
     def test_regression(self, dtype, shape):
         width = shape[1] if len(shape) == 2 else 1
         labels = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
         self.compare(
-            self.logits(width, dtype), labels, VALUES,
+            self.logits(width, dtype),
+            labels,
+            VALUES,
             lambda one, label: F.mse_loss(one, label.reshape(width)),
             lambda one, label: (one - label.reshape(width)).abs().mean(),
-        )  # fmt: skip
+        )
 
 
 def test_layer_weighted():
@@ -81,7 +87,7 @@ def test_problem_type_as_transformers_infers_it(named, num_labels, labels, expec
 
 
 def test_unknown_problem_type():
-    with pytest.raises(ValueError, match="`problem_type`='guess'.*regression"):
+    with pytest.raises(ValueError, match=r"`problem_type`='guess'.*regression"):
         resolve_problem_type("guess", 2)
 
 

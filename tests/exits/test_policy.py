@@ -19,7 +19,6 @@ from transformers_cee.exits.criteria import ExitStep, build_criterion
 from transformers_cee.exits.policy import (
     ExitHistory,
     ExitPolicies,
-    class_probabilities,
     confidence_scores,
     exit_log_distribution,
     predicted_classes,
@@ -81,8 +80,12 @@ class TestExitDistribution:
 
 
 class TestConfidence:
-    @given(arrays.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(2, 5)), elements=st.floats(-9, 9, width=32)),
-           st.sampled_from(["single_label_classification", "multi_label_classification"]))  # fmt: skip
+    @given(
+        arrays.arrays(
+            np.float32, st.tuples(st.integers(1, 3), st.integers(2, 5)), elements=st.floats(-9, 9, width=32)
+        ),
+        st.sampled_from(["single_label_classification", "multi_label_classification"]),
+    )
     def test_against_plain_python(self, logits, problem_type):
         tensor = torch.from_numpy(logits)
         scores = torch.stack(confidence_scores(tensor, problem_type), dim=1)
@@ -101,8 +104,9 @@ class TestConfidence:
         torch.testing.assert_close(entropy, torch.tensor([0.0, 1.0]))
 
     def test_regression_has_none(self):
-        with pytest.raises(ValueError, match="regression.*policy_inputs"):
-            class_probabilities(torch.zeros(2, 1), "regression")
+        for scores in (confidence_scores, predicted_classes):
+            with pytest.raises(ValueError, match=r"regression.*policy_inputs"):
+                scores(torch.zeros(2, 1), "regression")
 
 
 class TestPolicies:

@@ -75,9 +75,7 @@ class Toy:
         """Hidden states (time, hidden) of one row without padding behind every layer."""
         states = []
         for number in range(LAYERS):
-            tokens = torch.tanh(
-                torch.stack([(token + tokens.mean(0)) @ self.weights[number] for token in tokens])
-            )
+            tokens = torch.tanh(torch.stack([(token + tokens.mean(0)) @ self.weights[number] for token in tokens]))
             states.append(tokens)
         return states
 
@@ -168,7 +166,9 @@ def test_gradients_flow_to_the_rows_own_path():
     run.logits.sum().backward()
     given = toy.weights.grad.clone()
     toy.weights.grad = None
-    sum(toy.logits(toy.reference(hidden[row])[index].mean(0), index).sum() for row, index in enumerate([2, 0, 1])).backward()
+    sum(
+        toy.logits(toy.reference(hidden[row])[index].mean(0), index).sum() for row, index in enumerate([2, 0, 1])
+    ).backward()
     torch.testing.assert_close(given, toy.weights.grad, rtol=1e-4, atol=1e-5)
     assert not given[3:].any() and given[:3].any()
     assert not run.scores.requires_grad

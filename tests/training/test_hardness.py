@@ -52,9 +52,16 @@ class TestFingerprint:
         assert fingerprint(model, task(5, seed=1)) == before
 
     @pytest.mark.parametrize(
-        "name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.2.output.dense.bias", "bert.pooler.dense.weight",
-                 "exit_heads.heads.1.weight", "exit_norms.norms.0.bias", "classifier.bias"],
-    )  # fmt: skip
+        "name",
+        [
+            "bert.embeddings.word_embeddings.weight",
+            "bert.encoder.layer.2.output.dense.bias",
+            "bert.pooler.dense.weight",
+            "exit_heads.heads.1.weight",
+            "exit_norms.norms.0.bias",
+            "classifier.bias",
+        ],
+    )
     def test_every_other_weight_matters(self, name):
         model = tiny_model(exit_norm="layer_norm")
         before = fingerprint(model, task(5, seed=1))

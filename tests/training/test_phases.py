@@ -39,7 +39,7 @@ def test_a_new_run_keeps_the_old_one(tmp_path):
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(ValueError, match="resume_from_checkpoint.*nowhere"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint.*nowhere"):
         PhaseLog(str(tmp_path / "nowhere")).resume()
 
 

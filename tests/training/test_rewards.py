@@ -14,8 +14,11 @@ from transformers_cee.training.rewards import layer_reward
 
 @given(
     layers=st.sets(st.integers(1, 12), min_size=1, max_size=6).map(sorted),
-    rows=st.integers(1, 4), alpha=st.floats(0, 2), hardness=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 4),
+    alpha=st.floats(0, 2),
+    hardness=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_formula(layers, rows, alpha, hardness, seed):
     generator = torch.Generator().manual_seed(seed)
     losses = torch.rand(rows, len(layers), generator=generator)

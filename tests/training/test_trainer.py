@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tiny import accuracy, changed, collate, pad, task, tiny_model, tiny_trainer, training_arguments, weights
 from torch.nn import functional as F
 from transformers import (
+    BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
     DataCollatorWithPadding,
@@ -24,10 +25,17 @@ from transformers_cee import ConsistentEETrainer
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_exact
+from transformers_cee.training.policy_phase import StoredRewards
 from transformers_cee.training.rewards import layer_reward
 
 
-SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "weight_decay": 0.0}
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "weight_decay": 0.0,
+}
 
 
 def is_policy(name: str) -> bool:
@@ -61,13 +69,25 @@ class TestRun:
         )
         before = weights(trainer.model)
         results = trainer.train()
-        steps = ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy", "consistent-2-model", "consistent-2-policy"]  # fmt: skip
+        steps = [
+            "heads",
+            "hardness",
+            "policy",
+            "consistent-1-model",
+            "consistent-1-policy",
+            "consistent-2-model",
+            "consistent-2-policy",
+        ]
         assert list(results) == steps
         assert results["hardness"].shape == (48,)
         assert recorder.steps == {
-            "heads": 6, "policy": 6, "consistent-1-model": 6, "consistent-1-policy": 6, "consistent-2-model": 6,
+            "heads": 6,
+            "policy": 6,
+            "consistent-1-model": 6,
+            "consistent-1-policy": 6,
+            "consistent-2-model": 6,
             "consistent-2-policy": 6,
-        }  # fmt: skip
+        }
         assert len(changed(before, trainer.model.state_dict())) > 60
         by_phase = dict(recorder.metrics)
         assert by_phase["heads"]["eval_depth"] == 4.0, "heads are judged at full depth"
@@ -118,23 +138,23 @@ class TestRun:
 
     def test_arguments_that_are_refused(self, tmp_path):
         trainer = tiny_trainer(tmp_path, rows=8)
-        with pytest.raises(ValueError, match="trial"):
+        with pytest.raises(ValueError, match=r"trial"):
             trainer.train(trial=1)
-        with pytest.raises(ValueError, match="resume_from_checkpoint"):
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint"):
             trainer.train(resume_from_checkpoint=True)
-        with pytest.raises(ValueError, match="compute_loss_func"):
+        with pytest.raises(ValueError, match=r"compute_loss_func"):
             tiny_trainer(tmp_path, trainer={"compute_loss_func": lambda *_: None})
-        stock = BertForSequenceClassification(tiny_model().config)
-        with pytest.raises(ValueError, match="BertForSequenceClassification.*BertForConsistentEE"):
+        stock = BertForSequenceClassification(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        with pytest.raises(ValueError, match=r"BertForSequenceClassification.*BertForConsistentEE"):
             ConsistentEETrainer(stock, training_arguments(tmp_path))
-        with pytest.raises(ValueError, match="args.*ConsistentEETrainingArguments"):
+        with pytest.raises(ValueError, match=r"args.*ConsistentEETrainingArguments"):
             ConsistentEETrainer(tiny_model(), Trainer(tiny_model()).args)
 
 
 class TestWhatStaysAsItIs:
     @pytest.mark.parametrize("objective", ["layer_weighted", "uniform", "last"])
     def test_heads_leave_policies(self, tmp_path, objective):
-        trainer = tiny_trainer(tmp_path, rows=16, heads_objective=objective, weight_decay=0.1)
+        trainer = tiny_trainer(tmp_path, rows=16, heads_objective=objective)
         before = weights(trainer.model)
         trainer.train_heads()
         names = changed(before, trainer.model.state_dict())
@@ -182,7 +202,9 @@ class TestGradients:
     @pytest.mark.parametrize("accumulation", [1, 2, 4])
     def test_heads(self, tmp_path, accumulation):
         """The same for one batch of 8 rows and for micro-batches: no factor by accumulation steps."""
-        trainer = self.step(tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
+        trainer = self.step(
+            tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation
+        )
         trainer.train_heads()
 
         def loss(model, batch):
@@ -197,7 +219,9 @@ class TestGradients:
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_consistent(self, tmp_path, accumulation):
-        trainer = self.step(tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
+        trainer = self.step(
+            tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation
+        )
         trainer._consistent_model(str(tmp_path / "one"), None)
 
         def loss(model, batch):
@@ -245,7 +269,11 @@ class TestGradients:
             memorized = next((layer for layer in range(1, 5) if bool(correct[row, layer - 1 :].all())), 4)
             reached = 1.0
             for index in range(4):
-                p = twin.exit_policies.networks[index](output.all_exit_states[row, index]).sigmoid() if index < 3 else 1.0
+                p = (
+                    twin.exit_policies.networks[index](output.all_exit_states[row, index]).sigmoid()
+                    if index < 3
+                    else 1.0
+                )
                 cost = float(F.cross_entropy(output.all_exit_logits[row, index], batch["labels"][row]))
                 cost = cost if reward_loss == "ce" else float(not correct[row, index])
                 price = 0.3 * (1 - memorized / 4) if hardness else 0.3
@@ -306,13 +334,25 @@ class TestGroups:
     def test_learning_rates_of_phases(self, tmp_path):
         recorder = Recorder()
         options = {"lr_scheduler_type": "constant", "heads_learning_rate": 0.01, "consistent_learning_rate": 0.02}
-        trainer = tiny_trainer(tmp_path, rows=16, policy_learning_rate=0.03, policy_batch_size=8, heads_num_train_epochs=2,
-                               consistent_num_train_epochs=3, policy_num_train_epochs=5, trainer={"callbacks": [recorder]}, **options)  # fmt: skip
+        trainer = tiny_trainer(
+            tmp_path,
+            rows=16,
+            policy_learning_rate=0.03,
+            policy_batch_size=8,
+            heads_num_train_epochs=2,
+            consistent_num_train_epochs=3,
+            policy_num_train_epochs=5,
+            trainer={"callbacks": [recorder]},
+            **options,
+        )
         trainer.train()
         rates = {phase: {rate for params, rate, _ in groups if params} for phase, groups in recorder.groups.items()}
         assert rates == {
-            "heads": {0.01}, "policy": {0.03}, "consistent-1-model": {0.02}, "consistent-1-policy": {0.03}
-        }  # fmt: skip
+            "heads": {0.01},
+            "policy": {0.03},
+            "consistent-1-model": {0.02},
+            "consistent-1-policy": {0.03},
+        }
         assert recorder.steps == {"heads": 4, "policy": 10, "consistent-1-model": 6, "consistent-1-policy": 10}
 
 
@@ -337,22 +377,26 @@ class TestHardness:
         model = tiny_model(num_hidden_layers=4)
         calls = []
         monkeypatch.setattr(
-            ConsistentEETrainer, "collect_exits",
+            ConsistentEETrainer,
+            "collect_exits",
             lambda self, *args, original=ConsistentEETrainer.collect_exits: calls.append(1) or original(self, *args),
-        )  # fmt: skip
+        )
         first = tiny_trainer(tmp_path, model, rows=12).compute_hardness()
-        kept = self.file(tmp_path)
-        assert torch.equal(kept[0], first) and len(calls) == 1
+        kept, *mark = self.file(tmp_path)
+        assert torch.equal(kept, first) and len(calls) == 1
         again = tiny_trainer(tmp_path, model, rows=12).compute_hardness()
-        assert torch.equal(again, first) and len(calls) == 1 and self.file(tmp_path) == kept or kept[1]
+        assert torch.equal(again, first) and len(calls) == 1 and list(self.file(tmp_path)[1:]) == mark
         with torch.no_grad():
             model.exit_policies.networks[0][0].weight.add_(1.0)
         tiny_trainer(tmp_path, model, rows=12).compute_hardness()
         assert len(calls) == 1, "policies do not matter"
         with torch.no_grad():
-            model.classifier.bias.add_(torch.tensor([9.0, 0.0, 0.0]))
+            for head in (*model.exit_heads.heads, model.classifier):
+                head.weight.zero_()
+                head.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
         second = tiny_trainer(tmp_path, model, rows=12).compute_hardness()
-        assert len(calls) == 2 and self.file(tmp_path)[1] != kept[1] and not torch.equal(second, first)
+        assert len(calls) == 2 and self.file(tmp_path)[1] != mark[0]
+        assert second.tolist() == [1 if label == 0 else 4 for label in task(12, seed=1)["labels"]]
         assert len(tiny_trainer(tmp_path, model, rows=13).compute_hardness()) == 13
         assert len(calls) == 3
 
@@ -361,7 +405,9 @@ class TestHardness:
         model = tiny_model(num_hidden_layers=4, num_labels=1)
         rows = task(12, seed=1).map(lambda row: {"labels": float(row["labels"])})
         strict, lax = (
-            tiny_trainer(tmp_path, model, hardness_tolerance=tolerance, trainer={"train_dataset": rows, "compute_metrics": None}).compute_hardness()
+            tiny_trainer(
+                tmp_path, model, hardness_tolerance=tolerance, trainer={"train_dataset": rows, "compute_metrics": None}
+            ).compute_hardness()
             for tolerance in (0.0, 100.0)
         )
         assert strict.tolist() == [4] * 12
@@ -397,7 +443,10 @@ class TestHoldout:
             return collate(batch)
 
         trainer = tiny_trainer(
-            tmp_path, policy_holdout=0.5, per_device_train_batch_size=4, trainer={"train_dataset": dataset, "data_collator": watch}
+            tmp_path,
+            policy_holdout=0.5,
+            per_device_train_batch_size=4,
+            trainer={"train_dataset": dataset, "data_collator": watch},
         )
         heads, policies = (rows.tolist() for rows in trainer._split())
         for run in (trainer.train_heads, lambda: trainer._consistent_model(str(tmp_path / "one"), None)):
@@ -439,7 +488,10 @@ class TestRewardFunction:
     def test_gets_errors_on_request(self, tmp_path):
         seen = []
         trainer = tiny_trainer(
-            tmp_path, rows=8, reward_loss="error", trainer={"reward_function": lambda errors, *_: seen.append(errors) or -errors}
+            tmp_path,
+            rows=8,
+            reward_loss="error",
+            trainer={"reward_function": lambda errors, *_: seen.append(errors) or -errors},
         )
         trainer.train_policy()
         assert set(seen[0].flatten().tolist()) == {0.0, 1.0}
@@ -461,6 +513,16 @@ class TestStores:
         assert not (tmp_path / "memory" / "exit_store").exists()
         assert list((tmp_path / "mapped" / "exit_store" / "train").iterdir())
 
+    def test_rows_of_the_policy_phase(self, tmp_path):
+        store = tiny_trainer(tmp_path, rows=6).collect_exits(task(6, seed=1))
+        rewards = torch.randn(6, 4)
+        some = StoredRewards(store, rewards, torch.tensor([4, 1]))
+        assert len(some) == 2 and len(StoredRewards(store, rewards)) == 6
+        row = some[1]
+        assert torch.equal(row["states"], store.states[1]) and torch.equal(row["logits"], store.logits[1])
+        assert torch.equal(row["rewards"], rewards[1])
+        assert torch.equal(some.__getitems__([1, 0])["rewards"], rewards[[1, 4]])
+
     def test_the_backbone_runs_once(self, tmp_path):
         trainer = tiny_trainer(tmp_path, rows=16, policy_num_train_epochs=7)
         passes = []
@@ -479,12 +541,15 @@ class TestStores:
         if columns == "list":
             train, evaluation = list(train), list(evaluation)
         trainer = tiny_trainer(
-            tmp_path, eval_strategy="epoch",
+            tmp_path,
+            eval_strategy="epoch",
             trainer={
-                "train_dataset": train, "eval_dataset": evaluation, "data_collator": DataCollatorWithPadding(tokenizer),
+                "train_dataset": train,
+                "eval_dataset": evaluation,
+                "data_collator": DataCollatorWithPadding(tokenizer),
                 "processing_class": tokenizer,
             },
-        )  # fmt: skip
+        )
         trainer.train()
         assert trainer.evaluate()["eval_depth"] >= 1.0
 
@@ -494,17 +559,31 @@ class TestEvaluate:
         trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.3, 0.5, 0.6], eval_timing_rows=16)
         trainer.model.config.exit_threshold = 0.45
         metrics = trainer.evaluate()
-        expected = {"eval_loss", "eval_accuracy", "eval_depth", "eval_saved_layers", "eval_layer_speedup",
-                    "eval_wall_clock_speedup", "eval_exit_histogram", "eval_operating_points"}  # fmt: skip
+        expected = {
+            "eval_loss",
+            "eval_accuracy",
+            "eval_depth",
+            "eval_saved_layers",
+            "eval_layer_speedup",
+            "eval_wall_clock_speedup",
+            "eval_exit_histogram",
+            "eval_operating_points",
+        }
         assert expected <= metrics.keys()
         assert metrics["eval_wall_clock_speedup"] > 0
         points = metrics["eval_operating_points"]
         assert [point["exit_threshold"] for point in points] == [0.3, 0.5, 0.6]
         batch = collate(list(trainer.eval_dataset))
         labels = batch.pop("labels")
-        first = {"exit_threshold": 0.45, "depth": metrics["eval_depth"], "saved_layers": metrics["eval_saved_layers"],
-                 "layer_speedup": metrics["eval_layer_speedup"], "exit_histogram": metrics["eval_exit_histogram"],
-                 "metrics": {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}, "wall_clock_speedup": 1.0}  # fmt: skip
+        first = {
+            "exit_threshold": 0.45,
+            "depth": metrics["eval_depth"],
+            "saved_layers": metrics["eval_saved_layers"],
+            "layer_speedup": metrics["eval_layer_speedup"],
+            "exit_histogram": metrics["eval_exit_histogram"],
+            "metrics": {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]},
+            "wall_clock_speedup": 1.0,
+        }
         depths = set()
         for point in [first, *points]:
             with torch.no_grad():
@@ -516,7 +595,9 @@ class TestEvaluate:
             assert point["layer_speedup"] == pytest.approx(4 / point["depth"])
             assert point["exit_histogram"] == {str(n): int((layers == n).sum()) for n in range(1, 5)}
             assert sum(point["exit_histogram"].values()) == 24
-            assert point["metrics"]["accuracy"] == pytest.approx(float((output.logits.argmax(-1) == labels).float().mean()))
+            assert point["metrics"]["accuracy"] == pytest.approx(
+                float((output.logits.argmax(-1) == labels).float().mean())
+            )
             loss = float(F.cross_entropy(output.logits, labels))
             assert point["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
             assert point["wall_clock_speedup"] > 0
@@ -539,26 +620,19 @@ class TestEvaluate:
         metrics = tiny_trainer(tmp_path, trainer={"compute_metrics": None}).evaluate()
         assert 1.0 <= metrics["eval_depth"] <= 4.0 and sum(metrics["eval_exit_histogram"].values()) == 24
 
-    def test_batch_by_batch(self, tmp_path):
-        """With `batch_eval_metrics` the metrics come in parts; depth and histogram are those of all rows."""
-        right = []
-
-        def metrics(prediction, compute_result):
-            right.append((prediction.predictions.argmax(-1) == prediction.label_ids).float().mean().item())
-            return {"accuracy": sum(right[-3:]) / 3} if compute_result else {}
-
-        parts = tiny_trainer(tmp_path, batch_eval_metrics=True, trainer={"compute_metrics": metrics}).evaluate()
-        whole = tiny_trainer(tmp_path).evaluate()
-        assert sum(parts["eval_exit_histogram"].values()) == 24
-        assert parts["eval_depth"] == pytest.approx(whole["eval_depth"])
-        assert parts["eval_accuracy"] == pytest.approx(whole["eval_accuracy"])
+    @pytest.mark.parametrize("option", ["batch_eval_metrics", "prediction_loss_only"])
+    def test_options_that_hide_exit_layers_are_refused(self, tmp_path, option):
+        with pytest.raises(ValueError, match=option):
+            tiny_trainer(tmp_path, **{option: True})
 
     def test_metrics_may_want_inputs(self, tmp_path):
         seen = []
         tiny_trainer(
-            tmp_path, include_for_metrics=["inputs", "loss"], eval_exit_thresholds=[],
+            tmp_path,
+            include_for_metrics=["inputs", "loss"],
+            eval_exit_thresholds=[],
             trainer={"compute_metrics": lambda prediction: seen.append((prediction.inputs, prediction.losses)) or {}},
-        ).evaluate()  # fmt: skip
+        ).evaluate()
         assert seen[0][0] is not None and seen[0][1] is not None
 
     def test_preprocessed_logits(self, tmp_path):
@@ -582,7 +656,9 @@ class TestEvaluate:
         torch.testing.assert_close(torch.from_numpy(output.predictions), logits, rtol=1e-4, atol=1e-5)
         assert output.metrics["test_depth"] >= 1.0
         unlabelled = trainer.eval_dataset.remove_columns("labels")
-        trainer.data_collator = lambda rows: {n: v for n, v in collate([{**r, "labels": 0} for r in rows]).items() if n != "labels"}
+        trainer.data_collator = lambda rows: {
+            n: v for n, v in collate([{**r, "labels": 0} for r in rows]).items() if n != "labels"
+        }
         assert trainer.predict(unlabelled).predictions.shape == (24, 3)
 
     def test_several_data_sets(self, tmp_path):
@@ -597,13 +673,21 @@ class TestKinds:
     def test_problem_types(self, tmp_path, kind, named):
         labels = 1 if kind == "regression" else 2
         model = tiny_model(num_hidden_layers=4, num_labels=labels, problem_type=kind if named else None)
-        turn = (lambda row: {"labels": float(row["labels"])}) if labels == 1 else (
-            lambda row: {"labels": [float(row["labels"] > 0), float(row["labels"] > 1)]}
-        )  # fmt: skip
+        turn = (
+            (lambda row: {"labels": float(row["labels"])})
+            if labels == 1
+            else (lambda row: {"labels": [float(row["labels"] > 0), float(row["labels"] > 1)]})
+        )
         trainer = tiny_trainer(
-            tmp_path, model, eval_strategy="epoch",
-            trainer={"train_dataset": task(16, seed=1).map(turn), "eval_dataset": task(8, seed=2).map(turn), "compute_metrics": lambda p: {"shape": float(p.predictions.shape[1])}},
-        )  # fmt: skip
+            tmp_path,
+            model,
+            eval_strategy="epoch",
+            trainer={
+                "train_dataset": task(16, seed=1).map(turn),
+                "eval_dataset": task(8, seed=2).map(turn),
+                "compute_metrics": lambda p: {"shape": float(p.predictions.shape[1])},
+            },
+        )
         before = weights(model)
         results = trainer.train()
         assert set(results["hardness"].tolist()) <= {1, 2, 3, 4}
@@ -621,10 +705,20 @@ class TestEarlyStopping:
         """Nothing improves without learning: one evaluation to compare with, one without gain, stop."""
         recorder = Recorder()
         trainer = tiny_trainer(
-            tmp_path, rows=16, learning_rate=0.0, policy_learning_rate=0.0, num_train_epochs=9, policy_num_train_epochs=9,
-            consistent_num_train_epochs=9, policy_batch_size=8, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-            metric_for_best_model="accuracy", trainer={"callbacks": [recorder, EarlyStoppingCallback(1)]},
-        )  # fmt: skip
+            tmp_path,
+            rows=16,
+            learning_rate=0.0,
+            policy_learning_rate=0.0,
+            num_train_epochs=9,
+            policy_num_train_epochs=9,
+            consistent_num_train_epochs=9,
+            policy_batch_size=8,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="accuracy",
+            trainer={"callbacks": [recorder, EarlyStoppingCallback(1)]},
+        )
         trainer.train()
         assert recorder.steps == {"heads": 4, "policy": 4, "consistent-1-model": 4, "consistent-1-policy": 4}
 
@@ -632,14 +726,42 @@ class TestEarlyStopping:
         """With a learning rate that ruins the model, the first epoch is the best one."""
         recorder = Recorder()
         trainer = tiny_trainer(
-            tmp_path, rows=32, phases=["heads"], learning_rate=0.5, num_train_epochs=4, eval_strategy="epoch", save_strategy="epoch",
-            load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False, trainer={"callbacks": [recorder]},
-        )  # fmt: skip
+            tmp_path,
+            rows=32,
+            phases=["heads"],
+            learning_rate=0.5,
+            num_train_epochs=4,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+            trainer={"callbacks": [recorder]},
+        )
         trainer.train()
         losses = [metrics["eval_loss"] for _, metrics in recorder.metrics]
         with torch.no_grad():
             output = trainer.model.eval()(**collate(list(trainer.eval_dataset)), exit_threshold=1.0)
         assert float(output.loss) == pytest.approx(min(losses), rel=1e-3) and min(losses) < max(losses)
+
+
+class TestCard:
+    def test_shows_the_operating_points(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.3, 0.6])
+        trainer.create_model_card(model_name="tiny")
+        assert "accuracy" not in (tmp_path / "README.md").read_text(), "nothing is known yet"
+        metrics = trainer.evaluate()
+        trainer.create_model_card(model_name="tiny", dataset=["one", "two"])
+        card = (tmp_path / "README.md").read_text()
+        assert "one, two" in card
+        for point in metrics["eval_operating_points"]:
+            assert f"{point['depth']:.2f}" in card
+
+    def test_of_a_trainer_that_only_evaluates(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, trainer={"train_dataset": None}, eval_exit_thresholds=[])
+        trainer.evaluate()
+        trainer.create_model_card()
+        assert (tmp_path / "README.md").is_file()
 
 
 class TestLogs:
@@ -656,6 +778,7 @@ class TestLogs:
 
 def test_accuracy_of_the_helper():
     """The tests' own metric."""
+
     class Prediction:
         predictions = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).numpy()
         label_ids = torch.tensor([0, 0]).numpy()

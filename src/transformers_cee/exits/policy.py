@@ -24,14 +24,6 @@ def check_has_classes(problem_type: str) -> None:
         )
 
 
-def _check_classes(problem_type: str) -> None:
-    if problem_type == "regression":
-        raise ValueError(
-            "`problem_type`='regression' has no class probabilities: use `policy_inputs`='state' and the 'policy' "
-            "criterion."
-        )
-
-
 def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum probability, margin (top-1 minus top-2) and entropy over its maximum, each (rows,).
 
@@ -40,7 +32,7 @@ def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor
     Raises:
         ValueError: regression, which has no class probabilities.
     """
-    _check_classes(problem_type)
+    check_has_classes(problem_type)
     if problem_type == "multi_label_classification":
         positive = logits.float().sigmoid()
         probabilities = torch.stack((1 - positive, positive), dim=-1)
@@ -60,7 +52,7 @@ def predicted_classes(logits: Tensor, problem_type: str) -> Tensor:
     Raises:
         ValueError: regression, which has no classes.
     """
-    _check_classes(problem_type)
+    check_has_classes(problem_type)
     return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1, keepdim=True)
 
 

@@ -74,7 +74,10 @@ class EarlyExitTrainer(Trainer):
         config = self.model.config
         labels = None
         if config.problem_type is None and config.num_labels > 1:
-            labels = self.data_collator([(self.train_dataset if dataset is None else dataset)[0]]).get("labels")
+            datasets = (dataset, self.train_dataset, self.eval_dataset)
+            row = next(one for one in datasets if one is not None)[0]
+            # As Trainer's loaders do: a row may carry its text along.
+            labels = self._get_collator_with_removed_columns(self.data_collator)([row]).get("labels")
         return resolve_problem_type(config.problem_type, config.num_labels, labels)
 
     def prediction_step(
@@ -101,7 +104,9 @@ class EarlyExitTrainer(Trainer):
         compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
         if compute is not None:
             self.compute_metrics = lambda prediction: compute(
-                EvalPrediction(prediction.predictions[0], prediction.label_ids)
+                EvalPrediction(
+                    prediction.predictions[0], prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses
+                )
             )
         if preprocess is not None:
             self.preprocess_logits_for_metrics = lambda outputs, labels: (preprocess(outputs[0], labels), outputs[1])

@@ -127,16 +127,19 @@ class ConsistentEETrainer(EarlyExitTrainer):
         either has changed.
         """
         mark = fingerprint(self.accelerator.unwrap_model(self.model), self.train_dataset)
+        about = {"fingerprint": mark, "tolerance": str(self.args.hardness_tolerance)}
         path = os.path.join(self.args.output_dir, HARDNESS_FILE)
         if os.path.isfile(path):
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") == mark:
+                if (file.metadata() or {}) == about:
                     return file.get_tensor("memorized_layers")
         store = self._store("train", self.train_dataset, mark)
         layers = memorized_layers(store.correct, store.layers)
         if self.args.should_save:
             os.makedirs(self.args.output_dir, exist_ok=True)
-            save_file({"memorized_layers": layers}, path, metadata={"fingerprint": mark})
+            # In one move: another process may be looking for the file.
+            save_file({"memorized_layers": layers}, path + ".part", metadata=about)
+            os.replace(path + ".part", path)
         self.log({"memorized_layer": float(layers.float().mean())})
         return layers
 

@@ -61,7 +61,9 @@ class TestStockClassifier:
         model, folder = stock
         model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=implementation).eval()
         ours = BertForConsistentEE.from_pretrained(folder, attn_implementation=implementation).eval()
-        rows = random_rows(6, seed=1, pairs=True) if padded in ("right", "left") else random_rows(6, 1, 8, 8, pairs=True)
+        rows = (
+            random_rows(6, seed=1, pairs=True) if padded in ("right", "left") else random_rows(6, 1, 8, 8, pairs=True)
+        )
         batch = pad(rows, "left" if padded == "left" else "right")
         if padded == "no mask":
             del batch["attention_mask"]
@@ -72,8 +74,12 @@ class TestStockClassifier:
             batch["attention_mask"][:, 0] = 1
         for name, inputs in (("ids", batch), ("labels", {**batch, "labels": torch.arange(6) % 3})):
             expected = model(**inputs)
-            for options in ({"exit_threshold": 1.0}, {"exit_criterion": "entropy", "exit_threshold": 0.0},
-                            {"exit_criterion": "patience", "exit_threshold": 4}, {"output_all_exits": True}):  # fmt: skip
+            for options in (
+                {"exit_threshold": 1.0},
+                {"exit_criterion": "entropy", "exit_threshold": 0.0},
+                {"exit_criterion": "patience", "exit_threshold": 4},
+                {"output_all_exits": True},
+            ):
                 output = ours(**inputs, **options)
                 assert torch.equal(output.logits, expected.logits), (name, options)
                 assert output.exit_layers.tolist() == [4] * 6
@@ -143,13 +149,18 @@ class TestOwnCheckpoints:
             {},
             {"exit_layers": [2, 3], "exit_pooling": "mean", "exit_norm": "layer_norm", "policy_inputs": "both"},
             {
-                "exit_layers": 3, "exit_threshold": [0.25, 0.5], "exit_criterion": "entropy",
-                "policy_inputs": "confidence", "policy_hidden_size": 5, "policy_activation": "relu",
-                "reward_alpha": 0.3, "reward_hardness": False,
+                "exit_layers": 3,
+                "exit_threshold": [0.25, 0.5],
+                "exit_criterion": "entropy",
+                "policy_inputs": "confidence",
+                "policy_hidden_size": 5,
+                "policy_activation": "relu",
+                "reward_alpha": 0.3,
+                "reward_hardness": False,
             },
             {"num_labels": 1, "exit_threshold": 0.25},
         ],
-    )  # fmt: skip
+    )
     @torch.no_grad()
     def test_round_trip(self, tmp_path, fields):
         model = tiny_model(**fields)
@@ -178,7 +189,8 @@ class TestOwnCheckpoints:
         assert model(torch.tensor([[5, 6]])).exit_layers.tolist() == [1]
 
     @pytest.mark.parametrize(
-        "field,value", [("exit_threshold", 1.5), ("exit_pooling", "max"), ("exit_layers", [9]), ("exit_criterion", "hope")]
+        "field,value",
+        [("exit_threshold", 1.5), ("exit_pooling", "max"), ("exit_layers", [9]), ("exit_criterion", "hope")],
     )
     def test_fields_given_on_loading_are_checked(self, tmp_path, field, value):
         tiny_model().save_pretrained(tmp_path)
@@ -197,8 +209,18 @@ class TestConfig:
 
     @pytest.mark.parametrize(
         "exit_layers,expected",
-        [(None, [1, 2, 3, 4, 5, 6]), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [2, 6]), (5, [1, 6]), (6, [6]),
-         ([1, 3], [1, 3, 6]), ([6], [6]), ([], [6]), ([5, 2, 2], [2, 5, 6])],
-    )  # fmt: skip
+        [
+            (None, [1, 2, 3, 4, 5, 6]),
+            (1, [1, 2, 3, 4, 5, 6]),
+            (2, [2, 4, 6]),
+            (4, [2, 6]),
+            (5, [1, 6]),
+            (6, [6]),
+            ([1, 3], [1, 3, 6]),
+            ([6], [6]),
+            ([], [6]),
+            ([5, 2, 2], [2, 5, 6]),
+        ],
+    )
     def test_exit_layers(self, exit_layers, expected):
         assert tiny_config(exit_layers=exit_layers).exit_layer_numbers == expected

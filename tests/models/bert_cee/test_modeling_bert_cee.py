@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -88,7 +89,9 @@ class TestAgainstReference:
         rows = random_rows(10, seed=6, pairs=True)
         check(model, rows, "policy", reference.spreading_thresholds(model, rows, "policy"), side, extra)
 
-    @pytest.mark.parametrize("exit_layers,expected", [([2, 4, 5], [2, 4, 5, 6]), (2, [2, 4, 6]), (4, [2, 6]), (1, [1, 2, 3, 4, 5, 6])])
+    @pytest.mark.parametrize(
+        "exit_layers,expected", [([2, 4, 5], [2, 4, 5, 6]), (2, [2, 4, 6]), (4, [2, 6]), (1, [1, 2, 3, 4, 5, 6])]
+    )
     def test_exit_layers(self, exit_layers, expected):
         model = tiny_model(exit_layers=exit_layers, policy_inputs="both")
         assert model.config.exit_layer_numbers == expected == reference.exit_layers(model.config)
@@ -117,7 +120,9 @@ class TestAgainstReference:
         model = tiny_model(problem_type="multi_label_classification", policy_inputs="both", num_labels=2)
         rows = random_rows(20, seed=9)
         options = {"problem_type": "multi_label_classification"}
-        thresholds = 1 if criterion == "patience" else reference.spreading_thresholds(model, rows, criterion, **options)
+        thresholds = (
+            1 if criterion == "patience" else reference.spreading_thresholds(model, rows, criterion, **options)
+        )
         check(model, rows, criterion, thresholds, **options)
 
     def test_regression_leaves_by_policy(self):
@@ -127,11 +132,12 @@ class TestAgainstReference:
         check(model, rows, "policy", thresholds, problem_type="regression")
 
     @pytest.mark.parametrize(
-        "inputs,criterion", [("state", "max_probability"), ("state", "entropy"), ("state", "patience"), ("both", "policy")]
+        "inputs,criterion",
+        [("state", "max_probability"), ("state", "entropy"), ("state", "patience"), ("both", "policy")],
     )
     def test_regression_has_no_confidence(self, inputs, criterion):
         model = tiny_model(num_labels=1, policy_inputs=inputs)
-        with layer_inputs(model) as seen, pytest.raises(ValueError, match="regression.*state"):
+        with layer_inputs(model) as seen, pytest.raises(ValueError, match=r"regression.*state"):
             model(**pad(random_rows(2, 0)), exit_criterion=criterion, exit_threshold=1.0)
         assert not seen
 
@@ -170,12 +176,10 @@ class TestAgainstReference:
 class TestProperties:
     """Random rows, holes in masks, thresholds per exit."""
 
-    models: dict = {}
-
-    def model(self, pooling, inputs):
-        if (pooling, inputs) not in self.models:
-            self.models[pooling, inputs] = tiny_model(exit_pooling=pooling, policy_inputs=inputs, num_hidden_layers=4)
-        return self.models[pooling, inputs]
+    @staticmethod
+    @functools.cache
+    def model(pooling, inputs):
+        return tiny_model(exit_pooling=pooling, policy_inputs=inputs, num_hidden_layers=4)
 
     @settings(max_examples=80)
     @given(
@@ -201,8 +205,12 @@ class TestProperties:
         kind = data.draw(st.sampled_from([torch.long, torch.bool, torch.float32]))
         output = model(ids, attention_mask=mask.to(kind), exit_criterion=criterion, exit_threshold=threshold)
         thresholds = threshold if isinstance(threshold, list) else [threshold] * 4
-        off = {"policy": min(thresholds[:3]) >= 1, "max_probability": min(thresholds[:3]) >= 1,
-               "entropy": max(thresholds[:3]) <= 0, "patience": all(t > i for i, t in enumerate(thresholds[:3]))}[criterion]  # fmt: skip
+        off = {
+            "policy": min(thresholds[:3]) >= 1,
+            "max_probability": min(thresholds[:3]) >= 1,
+            "entropy": max(thresholds[:3]) <= 0,
+            "patience": all(t > i for i, t in enumerate(thresholds[:3])),
+        }[criterion]
         clear = 0
         for row in range(len(mask)):
             columns = mask[row].nonzero().squeeze(1)
@@ -326,7 +334,10 @@ class TestWhatIsComputed:
         assert len({walk.exit_layer for walk in walks}) >= 3
         batch = pad(rows, side)
         embedded = model._embed(batch["input_ids"], batch["attention_mask"] if masked else None, None, None, None)
-        layers = [lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask) for layer in model.bert.encoder.layer]
+        layers = [
+            lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask)
+            for layer in model.bert.encoder.layer
+        ]
         walk = build_criterion(criterion, threshold, 6, "single_label_classification", model.exit_policies)
         with HostSynchronisations() as waits:
             run = run_exits(embedded, layers, model, walk)
@@ -345,7 +356,10 @@ class TestWhatIsComputed:
             module.register_forward_hook(lambda *_: called.append(1))
         batch = pad(random_rows(6, seed=5))
         embedded = model._embed(batch["input_ids"], batch["attention_mask"], None, None, None)
-        layers = [lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask) for layer in model.bert.encoder.layer]
+        layers = [
+            lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask)
+            for layer in model.bert.encoder.layer
+        ]
         off = 6 if criterion == "patience" else NEVER[criterion]
         walk = build_criterion(criterion, off, 6, "single_label_classification", model.exit_policies)
         assert walk.is_off
@@ -358,9 +372,15 @@ class TestWhatIsComputed:
         """The counter of synchronisations sees each kind of wait, and what happens on the host is free."""
         values, flags = torch.arange(4), torch.tensor([True, False, True, False])
         for wait in (
-            lambda: bool(flags[0]), lambda: flags.any().item(), lambda: flags.nonzero(), lambda: values[flags],
-            lambda: values.tolist(), lambda: int(values[1]), lambda: values.max().cpu(), lambda: torch.where(flags),
-        ):  # fmt: skip
+            lambda: bool(flags[0]),
+            lambda: flags.any().item(),
+            lambda: flags.nonzero(),
+            lambda: values[flags],
+            lambda: values.tolist(),
+            lambda: int(values[1]),
+            lambda: values.max().cpu(),
+            lambda: torch.where(flags),
+        ):
             with HostSynchronisations() as waits:
                 wait()
             assert len(waits.calls) == 1
@@ -419,7 +439,9 @@ class TestLosses:
         output = model(**pad(rows), labels=labels, exit_threshold=0.0)
         walks = walks_of(model, rows, "policy", 1.0, problem_type=kind)
         losses = [self.expected(torch.stack([w.all_logits[i] for w in walks]), labels, kind) for i in range(4)]
-        torch.testing.assert_close(output.loss, (losses[0] + 2 * losses[1] + 3 * losses[2] + 4 * losses[3]) / 10, **TOLERANCE)
+        torch.testing.assert_close(
+            output.loss, (losses[0] + 2 * losses[1] + 3 * losses[2] + 4 * losses[3]) / 10, **TOLERANCE
+        )
         assert output.exit_layers.tolist() == [6] * 8
         assert output.all_exit_logits is None
 
@@ -553,7 +575,7 @@ BAD_INPUT = {
     "labels too few": ({"input_ids": IDS, "labels": torch.tensor([0, 1, 2])}, "labels"),
     "labels of many": ({"input_ids": IDS, "labels": torch.zeros(4, 3, dtype=torch.long)}, "labels"),
     "indicators of other width": ({"input_ids": IDS, "labels": torch.zeros(4, 2)}, "labels"),
-}  # fmt: skip
+}
 
 
 class TestBadInput:
@@ -595,7 +617,7 @@ class TestBadInput:
     def test_unknown_problem_type(self):
         model = tiny_model()
         model.config.problem_type = "guessing"
-        with layer_inputs(model) as seen, pytest.raises(ValueError, match="problem_type.*guessing.*regression"):
+        with layer_inputs(model) as seen, pytest.raises(ValueError, match=r"problem_type.*guessing.*regression"):
             model(IDS)
         assert not seen
 
