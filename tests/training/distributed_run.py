@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What `test_distributed.py` runs in its own process and, through torchrun, in two others. Writes `result.pt` to its folder."""
+"""What `test_distributed.py` runs in its own process and, through torchrun, in two others. Writes `result.pt`."""
 
 from __future__ import annotations
 
