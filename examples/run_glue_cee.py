@@ -157,6 +157,7 @@ def write_card(
 ) -> None:
     """README.md of the model folder, from what was measured."""
     model_args, data_args, _, training_args = arguments
+    examples = [list(corpus.splits["validation"][column][:2]) for column in corpus.text_columns]
     online = data_args.task_name is not None
     EarlyExitCard(
         model_name=Path(training_args.output_dir).name,
@@ -176,7 +177,7 @@ def write_card(
         training_arguments={name: getattr(training_args, name) for name in CARD_ARGUMENTS}
         | {name: getattr(config, name) for name in EXIT_FIELDS},
         seeds=[training_args.seed],
-        examples=corpus.splits["validation"]["sentence1"][:2],
+        examples=examples[0] if len(examples) == 1 else list(zip(*examples, strict=True)),
         regression=corpus.is_regression,
     ).save(training_args.output_dir)
 

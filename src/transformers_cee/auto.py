@@ -108,7 +108,7 @@ def register_pipelines() -> None:
     )
     # The mark makes `Pipeline.save_pretrained` copy this package's source files beside the model and name them in
     # config.json; loading would then ask for `trust_remote_code`, with the package installed.
-    del EarlyExitTextClassificationPipeline._registered_impl
+    del EarlyExitTextClassificationPipeline._registered_impl  # type: ignore[attr-defined]
 
 
 # What to do once a module of transformers has been loaded; configs come before the models that they belong to.

@@ -49,7 +49,7 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
                 "`BertForConsistentEE` is needed."
             )
 
-    def _sanitize_parameters(
+    def _sanitize_parameters(  # type: ignore[override]
         self, exit_threshold: float | list[float] | None = None, exit_criterion: str | None = None, **kwargs: Any
     ) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -57,10 +57,10 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
         forward = {**forward, **{name: value for name, value in given.items() if value is not None}}
         return preprocess, forward, postprocess
 
-    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:
+    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
         return self.model(**model_inputs, **exit_arguments)
 
-    def postprocess(self, model_outputs: ModelOutput, **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    def postprocess(self, model_outputs: ModelOutput, **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:  # type: ignore[override]
         """Label(s) and score(s) of one text, each with the layer at which the text left."""
         scores = super().postprocess(model_outputs, **kwargs)
         exit_layer = int(model_outputs["exit_layers"][0])

@@ -3,8 +3,8 @@
 """A model hub in memory, over HTTP on the loopback interface.
 
 It answers what `push_to_hub` and `from_pretrained` ask of the real one. Every file is uploaded as a regular one, which
-leaves out LFS and Xet. Clients find it through `HF_ENDPOINT`, which huggingface_hub reads when it is imported: run them
-in a process of their own, with `FakeHub.environment`.
+leaves out LFS and Xet. Clients find it through `HF_ENDPOINT`, which huggingface_hub reads when it is imported: run
+them in a process of their own, with `FakeHub.environment`.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def test_bad_input(arguments, message):
         make(**arguments)
 
 
-@pytest.mark.parametrize("regression", [False, True])
-def test_usage_runs_as_pasted(tmp_path, saved, regression):
+@pytest.mark.parametrize(("regression", "pairs"), [(False, False), (True, False), (False, True)])
+def test_usage_runs_as_pasted(tmp_path, saved, regression, pairs):
     folder = saved
     if regression:
         from tiny_models import tiny_model
@@ -132,6 +132,8 @@ def test_usage_runs_as_pasted(tmp_path, saved, regression):
         tiny_model(id2label={0: "score"}, label2id={"score": 0}, problem_type="regression").save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     examples = ["a film with heart", 'not a "single" joke\nlands']
+    if pairs:
+        examples = [(text, "a joke") for text in examples]
     text = make(repo_id=str(folder), exit_threshold=0.0, examples=examples, regression=regression).render().text
     (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     done = run_python(snippet)

@@ -144,7 +144,7 @@ def _outputs(
         with torch.no_grad(), accelerator.autocast():
             output = model(**batch, output_all_exits=True)
         number = torch.tensor(rows if mine < len(batches) else [-1] * len(rows), device=accelerator.device)
-        parts = (number, output.all_exit_states, output.all_exit_logits, batch["labels"])
+        parts: tuple[Tensor, ...] = (number, output.all_exit_states, output.all_exit_logits, batch["labels"])
         if accelerator.num_processes > 1:
             missing = batch_size - len(rows)
             parts = tuple(_pad_rows(part.contiguous(), missing) for part in parts)

@@ -129,11 +129,12 @@ class Policy(ExitCriterion):
             raise ValueError("`exit_criterion`='policy' needs `policies`.")
         if self.policies.needs_logits:
             check_has_classes(self.problem_type)
+        self.networks: ExitPolicies = self.policies
         self.history = ExitHistory()
 
     def score(self, step: ExitStep) -> Tensor:
-        features = self.history.features(step.logits, self.problem_type) if self.policies.needs_logits else None
-        return self.policies.exit_logit(step.state, features, step.index).sigmoid()
+        features = self.history.features(step.logits, self.problem_type) if self.networks.needs_logits else None
+        return self.networks.exit_logit(step.state, features, step.index).sigmoid()
 
     def select(self, kept: Tensor) -> None:
         self.history.select(kept)

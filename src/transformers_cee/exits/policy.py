@@ -120,14 +120,12 @@ class ExitPolicies(nn.Module):
         inputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return self.networks[index](inputs).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
-    def forward(
-        self, states: Tensor, logits: Tensor | None = None, problem_type: str = "single_label_classification"
-    ) -> Tensor:
+    def forward(self, states: Tensor, logits: Tensor, problem_type: str = "single_label_classification") -> Tensor:
         """Logits (rows, exits − 1) of leaving at every internal exit, as if all rows reached all of them.
 
         Args:
             states (`Tensor` of shape `(rows, exits, hidden)`): exit states; the last exit's is not used.
-            logits (`Tensor` of shape `(rows, exits, labels)`, *optional*): head logits, for confidence inputs.
+            logits (`Tensor` of shape `(rows, exits, labels)`): head logits; read for confidence inputs only.
             problem_type (`str`): problem type, for confidence inputs.
         """
         history = ExitHistory()

@@ -65,7 +65,7 @@ class EarlyExitCard:
         seeds (`list[int]`): seeds of the runs behind the figures.
         limits (`list[str]`): limits of this model, before the general ones.
         library_versions (`dict[str, str]`, *optional*): defaults to what is installed.
-        examples (`list[str]`): texts of the usage snippet.
+        examples (`list[str]` or list of pairs of `str`): texts, or pairs of texts, of the usage snippet.
         regression (`bool`, *optional*, defaults to `False`): the model gives one number and not labels.
         language (`str`, *optional*, defaults to `"en"`), license (`str`, *optional*): for the metadata.
 
@@ -93,7 +93,10 @@ class EarlyExitCard:
     seeds: Sequence[int] = ()
     limits: Sequence[str] = ()
     library_versions: Mapping[str, str] | None = None
-    examples: Sequence[str] = ("A film with a heart.", "Not a single joke lands, and the plot is worse.")
+    examples: Sequence[str] | Sequence[tuple[str, str]] = (
+        "A film with a heart.",
+        "Not a single joke lands, and the plot is worse.",
+    )
     regression: bool = False
     language: str = "en"
     license: str | None = None
@@ -160,6 +163,7 @@ class EarlyExitCard:
             exit_layers=_and(self.exit_layers or ()),
             load_name=repr(self.repo_id or self.model_name),
             examples=repr(list(self.examples)),
+            pairs=not isinstance(self.examples[0], str),
             exit_threshold=repr(self.exit_threshold),
             regression=self.regression,
             data_sentence=" ".join(filter(None, [f"Trained and measured on {self.dataset_name}.", self.data_notes])),

@@ -616,7 +616,8 @@ class TestBadInput:
 
     def test_unknown_problem_type(self):
         model = tiny_model()
-        model.config.problem_type = "guessing"
+        # Past the config's own check, which newer releases of transformers no longer make on assignment.
+        model.config.__dict__["problem_type"] = "guessing"
         with layer_inputs(model) as seen, pytest.raises(ValueError, match=r"problem_type.*guessing.*regression"):
             model(IDS)
         assert not seen
