@@ -149,7 +149,7 @@ class TestPolicies:
 
     def test_no_internal_exit(self):
         policies = ExitPolicies(0, 8, 4, "gelu")
-        assert policies(torch.zeros(3, 1, 8)).shape == (3, 0)
+        assert policies(torch.zeros(3, 1, 8), torch.zeros(3, 1, 2)).shape == (3, 0)
         assert torch.equal(exit_log_distribution(torch.zeros(3, 0)), torch.zeros(3, 1))
 
     @pytest.mark.parametrize("inputs,width", [("state", 8), ("confidence", 5), ("both", 13)])
