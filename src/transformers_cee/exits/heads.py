@@ -4,6 +4,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def first_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -32,7 +33,10 @@ class ExitNorms(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(hidden_size, eps=eps) for _ in range(count)])
 
     def forward(self, state: Tensor, index: int) -> Tensor:
-        return self.norms[index](state) if len(self.norms) else state
+        if not len(self.norms):
+            return state
+        norm = self.norms[index]
+        return F.layer_norm(state, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 class ExitHeads(nn.Module):

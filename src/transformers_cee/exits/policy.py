@@ -118,7 +118,9 @@ class ExitPolicies(nn.Module):
         if features is not None:
             parts.append(features.to(state.dtype))
         inputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return self.networks[index](inputs).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
+        # Called one by one: a container costs as much as the layers themselves on a single row.
+        widen, activation, narrow = self.networks[index]
+        return narrow(activation(widen(inputs))).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
     def forward(self, states: Tensor, logits: Tensor, problem_type: str = "single_label_classification") -> Tensor:
         """Logits (rows, exits − 1) of leaving at every internal exit, as if all rows reached all of them.

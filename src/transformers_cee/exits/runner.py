@@ -135,7 +135,7 @@ def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion:
             record.leave(batch.index, step.logits, number)
             break
         scores = criterion.score(step)
-        record.keep_scores(batch.index, index, scores)
+        record.keep_scores(batch.index, index, scores.detach())
         if criterion.can_exit(index):
             batch = _compact(batch, step, criterion, scores, number, record)
             if batch is None:
@@ -181,26 +181,39 @@ class _Record:
     """Collects what leaves, and puts it back into the order of the original batch."""
 
     def __init__(self, rows: int, exits: int, device: torch.device) -> None:
-        self.scores = torch.full((rows, exits), float("nan"), device=device)
+        self.shape = (rows, exits)
         self.exit_layers = torch.zeros(rows, dtype=torch.long, device=device)
+        # Scores while all rows are there, and after that with the rows that are left.
+        self.columns: list[Tensor] = []
+        self.scores: list[tuple[Tensor, int, Tensor]] = []
         self.rows: list[Tensor] = []
         self.logits: list[Tensor] = []
 
     def keep_scores(self, rows: Tensor, exit_index: int, scores: Tensor) -> None:
-        scores = scores.detach().to(self.scores.dtype)
-        if len(rows) == len(self.scores):
-            self.scores[:, exit_index] = scores
+        if len(rows) == self.shape[0]:
+            self.columns.append(scores)
         else:
-            self.scores[rows, exit_index] = scores
+            self.scores.append((rows, exit_index, scores))
 
     def leave(self, rows: Tensor, logits: Tensor, layer: int) -> None:
-        self.exit_layers[rows] = layer
+        if len(rows) == self.shape[0]:
+            self.exit_layers.fill_(layer)
+        else:
+            self.exit_layers[rows] = layer
         self.rows.append(rows)
         self.logits.append(logits)
 
     def finish(self) -> ExitRun:
+        table = torch.full(self.shape, float("nan"), device=self.exit_layers.device)
+        if self.columns:
+            # Exits are asked in order, the first one included.
+            table[:, : len(self.columns)] = torch.stack(self.columns, dim=1)
+        for rows, exit_index, scores in self.scores:
+            table[rows, exit_index] = scores.to(table.dtype)
+        if len(self.rows) == 1:
+            return ExitRun(self.logits[0], self.exit_layers, table)
         order = torch.cat(self.rows).argsort()
-        return ExitRun(torch.cat(self.logits).index_select(0, order), self.exit_layers, self.scores)
+        return ExitRun(torch.cat(self.logits).index_select(0, order), self.exit_layers, table)
 
 
 def _full_depth(logits: Tensor, rows: int, exits: Exits) -> ExitRun:

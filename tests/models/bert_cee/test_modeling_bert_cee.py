@@ -352,8 +352,10 @@ class TestWhatIsComputed:
         """No synchronisation, no internal head, no policy."""
         model = tiny_model()
         called = []
-        for module in (*model.exit_heads.heads, *model.exit_policies.networks):
-            module.register_forward_hook(lambda *_: called.append(1))
+        for part in (model.exit_heads, model.exit_policies):
+            for module in part.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_hook(lambda *_: called.append(1))
         batch = pad(random_rows(6, seed=5))
         embedded = model._embed(batch["input_ids"], batch["attention_mask"], None, None, None)
         layers = [
@@ -366,6 +368,8 @@ class TestWhatIsComputed:
         with HostSynchronisations() as waits:
             run = run_exits(embedded, layers, model, walk)
         assert not waits.calls and not called
+        model(**batch, exit_threshold=0.999)
+        assert called, "the hooks would have seen it"
         assert run.exit_layers.tolist() == [6] * 6 and run.scores.isnan().all()
 
     def test_the_counter_counts(self):
