@@ -94,7 +94,7 @@ class TestRun:
         assert 1.0 <= by_phase["consistent-1-model"]["eval_depth"] <= 4.0
         policy = by_phase["consistent-2-policy"]
         assert policy["eval_reward"] == -policy["eval_loss"] and "eval_accuracy" in policy and "eval_depth" in policy
-        assert (tmp_path / "phases" / "finished" / "model.safetensors").is_file()
+        assert [folder.parent.name for folder in (tmp_path / "phases").glob("*/finished")] == ["consistent-2-policy"]
         # Nothing of a phase stays behind.
         assert trainer.args.output_dir == str(tmp_path) and len(trainer.train_dataset) == 48
         assert all(parameter.requires_grad for parameter in trainer.model.parameters())
@@ -144,6 +144,12 @@ class TestRun:
             trainer.train(resume_from_checkpoint=True)
         with pytest.raises(ValueError, match=r"compute_loss_func"):
             tiny_trainer(tmp_path, trainer={"compute_loss_func": lambda *_: None})
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        with pytest.raises(ValueError, match=r"optimizers.*args.optim"):
+            tiny_trainer(tmp_path, trainer={"optimizers": (optimizer, None)})
+        one_exit = tiny_model(num_hidden_layers=4, exit_layers=[4])
+        with pytest.raises(ValueError, match=r"exit_layers.*only exit"):
+            tiny_trainer(tmp_path, one_exit).train_policy()
         stock = BertForSequenceClassification(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
         with pytest.raises(ValueError, match=r"BertForSequenceClassification.*BertForConsistentEE"):
             ConsistentEETrainer(stock, training_arguments(tmp_path))

@@ -9,6 +9,7 @@ A criterion object belongs to one walk through the layers: what it remembers fol
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -229,7 +230,7 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
             raise ValueError(
                 f"`exit_threshold` has {len(thresholds)} values; accepted: one number, or one per exit ({num_exits})."
             )
-    elif isinstance(threshold, int | float) and not isinstance(threshold, bool):
+    elif isinstance(threshold, Real) and not isinstance(threshold, bool):
         thresholds = [float(threshold)] * num_exits
     else:
         raise ValueError(f"`exit_threshold`={threshold!r} must be a number or a list of numbers.")

@@ -59,6 +59,8 @@ class EarlyExitTrainer(Trainer):
                              "BertForConsistentEE.")  # fmt: skip
         if not isinstance(args, ConsistentEETrainingArguments):
             raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
+        if any(kwargs.get("optimizers") or ()):
+            raise ValueError("`optimizers` is not supported: every phase makes its own; use `args.optim`.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
         if args.prediction_loss_only or args.batch_eval_metrics:

@@ -36,10 +36,15 @@ class PhaseLog:
         """Folder of a step's checkpoints."""
         return os.path.join(self.directory, step)
 
+    def weights_folder(self, step: str) -> str:
+        """Folder of the model as a step left it. A kill while it is written costs that step and nothing before it."""
+        return os.path.join(self.directory, step, "finished")
+
     @property
-    def weights_folder(self) -> str:
+    def last_weights(self) -> str | None:
         """Folder of the model as the last finished step left it."""
-        return os.path.join(self.directory, "finished")
+        folders = [self.weights_folder(step) for step in self.finished]
+        return next((folder for folder in reversed(folders) if os.path.isdir(folder)), None)
 
     def start(self) -> None:
         """Begins a new run; an earlier one in the same place is moved aside, not deleted."""
@@ -61,13 +66,16 @@ class PhaseLog:
                 self.finished = json.load(file)
 
     def finish(self, step: str) -> None:
-        """Notes that a step is done."""
+        """Notes that a step is done, and lets go of the model as earlier ones left it."""
+        before = self.last_weights
         self.finished.append(step)
         if self.writes:
             os.makedirs(self.directory, exist_ok=True)
             with open(self._path + ".part", "w") as file:
                 json.dump(self.finished, file)
             os.replace(self._path + ".part", self._path)
+            if before is not None and self.last_weights != before:
+                shutil.rmtree(before)
 
     def checkpoint(self, step: str) -> str | None:
         """The last complete checkpoint of a step, if it has one."""

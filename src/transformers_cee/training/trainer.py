@@ -236,6 +236,8 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def _policy(self, folder: str, checkpoint: str | None) -> Any:
         model = self.accelerator.unwrap_model(self.model)
+        if len(model.config.exit_layer_numbers) == 1:
+            raise ValueError("`exit_layers` leaves the last layer as the only exit: there is nothing to decide.")
         mark = fingerprint(model, self.train_dataset)
         store = self._store("train", self.train_dataset, mark)
         train = StoredRewards(store, self._rewards(store, self.compute_hardness()), self._split()[1])
@@ -327,14 +329,14 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def _keep(self, log: PhaseLog, step: str) -> None:
         """Saves the model as the step left it, so that a resumed run starts from there."""
         if step != "hardness":
-            self.save_model(log.weights_folder, _internal_call=True)
+            self.save_model(log.weights_folder(step), _internal_call=True)
         self.accelerator.wait_for_everyone()
         log.finish(step)
 
     def _load_finished(self, log: PhaseLog) -> None:
-        path = os.path.join(log.weights_folder, SAFE_WEIGHTS_NAME)
-        if log.finished and os.path.isfile(path):
-            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(path))
+        if log.last_weights is not None:
+            weights = load_file(os.path.join(log.last_weights, SAFE_WEIGHTS_NAME))
+            self.accelerator.unwrap_model(self.model).load_state_dict(weights)
 
     # Hooks of Trainer
 

@@ -344,7 +344,7 @@ class TestWhatIsComputed:
         assert run.exit_layers.tolist() == [walk.exit_layer for walk in walks]
         # Patience cannot let a row out at the first exit and does not look.
         visited = min(5, max(walk.exit_layer for walk in walks))
-        assert waits.calls == ["cpu"] * (visited - (criterion == "patience"))
+        assert len(waits) == visited - (criterion == "patience"), waits.calls
 
     @torch.no_grad()
     @pytest.mark.parametrize("criterion", CRITERIA)
