@@ -4,9 +4,9 @@
 
     python benchmarks/summarize_glue.py runs/sst2-* runs/trec-* --output docs/results/glue.md
 
-Per corpus: the metric of each exit criterion at matched depths (mean ± standard deviation over seeds; thresholds picked
-on dev, figures from test), the model's own threshold, full depth and the oracle. All criteria share one model per
-seed.
+Per corpus: the metric of each exit criterion at matched depths (mean ± standard deviation over seeds), the model's own
+threshold, full depth and the oracle. Thresholds are picked on dev, figures come from test; all criteria share one
+model per seed.
 """
 
 import argparse
