@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,9 @@ def test_results_are_plain_json(tmp_path):
 def test_results_refuse_other_objects(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_results({"model": object()}, tmp_path / "results.json")
+
+
+def test_threshold_just_below_one_is_not_shown_as_one():
+    points = [replace(POINT, exit_threshold=value) for value in (0.9999651908874512, 1.0)]
+    rows = operating_points_table(points, ["accuracy"]).splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in rows] == ["0.999965191", "1"]

@@ -116,5 +116,6 @@ def _threshold(value: float | Sequence[float] | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, int | float):
-        return f"{value:.4g}"
+        # A threshold just below 1 must not look like exits switched off.
+        return f"{value:.4g}" if value == 1 or f"{value:.4g}" != "1" else f"{value:.9g}"
     return "per exit"
