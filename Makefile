@@ -1,4 +1,5 @@
-# Two commands do everything: `make demo` and `make test`. Both create .venv on first use, from pinned versions.
+# These commands do everything: `make demo`, `make demo-llm` and `make test`. They create .venv on first use, from pinned
+# versions.
 #
 #   PYTHON       interpreter that .venv is made with (3.11 or newer for constraints.txt)
 #   CONSTRAINTS  constraints.txt (newest tested versions) or constraints-lowest.txt (oldest)
@@ -13,11 +14,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(basename $(notdir $(CONSTRAINTS)))
 SOURCES := $(wildcard src tests examples benchmarks)
 
-.PHONY: help venv demo test test-slow quality style clean
+.PHONY: help venv demo demo-llm test test-slow quality style clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train, evaluate and use an early-exit classifier on real data"
+	@echo "make demo-llm  the same for a language model: exits for SmolLM2, text at three speeds"
 	@echo "make test      run the tests with branch coverage"
 	@echo "make test-slow run the tests marked slow"
 	@echo "make quality   lint, format check, types"
@@ -27,7 +29,7 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev,plots,demo]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev,plots,demo,generation]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -35,6 +37,11 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo_assets.py --output runs/assets
 	$(BIN)/python examples/run_glue_cee.py examples/configs/demo.yaml
 	$(BIN)/python examples/classify_demo.py --model runs/demo </dev/null
+
+demo-llm: $(STAMP)
+	$(BIN)/python examples/demo_llm_assets.py --output runs/assets-llm
+	$(BIN)/python examples/run_clm_cee.py examples/configs/demo_llm.yaml
+	$(BIN)/python examples/generate_demo.py --model runs/demo-llm
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q --cov --cov-report=term --cov-fail-under=90

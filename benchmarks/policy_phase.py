@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from transformers_cee import BertForConsistentEE
 from transformers_cee.evaluation.store import collect_exits, length_sorted_batches
-from transformers_cee.exits.losses import exit_losses
+from transformers_cee.exits.policy import all_features
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_loss
 from transformers_cee.training.policy_phase import StoredRewards
@@ -59,8 +59,8 @@ def main() -> None:
     config, policies = model.config, model.exit_policies
     optimizer = torch.optim.AdamW(policies.parameters(), lr=1e-3)
 
-    def update(states: torch.Tensor, logits: torch.Tensor, rewards: torch.Tensor) -> None:
-        loss = policy_loss(policies(states, logits), rewards)
+    def update(states: torch.Tensor, rewards: torch.Tensor, features: torch.Tensor | None = None) -> None:
+        loss = policy_loss(policies(states, features), rewards)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,9 +83,9 @@ def main() -> None:
             batch = collator([rows[index] for index in indices])
             with torch.no_grad():
                 output = model(**batch, output_all_exits=True)
-            losses = exit_losses(output.all_exit_logits, batch["labels"], "single_label_classification")
-            rewards = layer_reward(losses, store.layers, hardness[indices], *price)
-            update(output.all_exit_states, output.all_exit_logits, rewards)
+            rewards = layer_reward(output.all_exit_losses, store.layers, hardness[indices], *price)
+            features = all_features(output.all_exit_logits) if policies.needs_logits else None
+            update(output.all_exit_states, rewards, features)
 
     times: dict[str, list[float]] = {"stored": [], "backbone": []}
     stored_epoch()  # warm-up

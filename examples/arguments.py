@@ -2,14 +2,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Arguments of `run_glue_cee.py`, from the command line, from a .yaml or .json file, or from both."""
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import yaml
+from common import check_positive, options_from_file, parse_dataclasses
 from glue_data import DataArguments
-from transformers import HfArgumentParser
 
 from transformers_cee import ConsistentEETrainingArguments
 from transformers_cee.exits.criteria import CRITERIA
@@ -29,12 +26,12 @@ EXIT_FIELDS = (
 
 
 @dataclass
-class ModelArguments:
+class CheckpointArguments:
     """Which checkpoint to start from, and its exits. What is not given stays as in the checkpoint's config."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub name of a BERT checkpoint, with or without exits."}
-    )
+    exit_fields: ClassVar[tuple[str, ...]]
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a checkpoint, with or without exits."})
     base_model: str | None = field(default=None, metadata={"help": "What the model card calls that checkpoint."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not that of the checkpoint."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
@@ -43,8 +40,6 @@ class ModelArguments:
         default=None,
         metadata={"help": "One number: a stride, 2 for every second layer. Several: these layers."},
     )
-    exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
-    exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
     exit_threshold: list[float] | None = field(default=None, metadata={"help": "One for all exits, or one per exit."})
     policy_inputs: str | None = field(default=None, metadata={"help": "state, confidence or both."})
     policy_hidden_size: int | None = field(default=None, metadata={"help": "Hidden units of each policy."})
@@ -54,11 +49,21 @@ class ModelArguments:
 
     def exit_options(self) -> dict[str, Any]:
         """The exit fields that were given, as the config takes them."""
-        options = {name: getattr(self, name) for name in EXIT_FIELDS if getattr(self, name) is not None}
+        options = {name: getattr(self, name) for name in self.exit_fields if getattr(self, name) is not None}
         for name in ("exit_layers", "exit_threshold"):
             if len(options.get(name, ())) == 1:
                 options[name] = options[name][0]
         return options
+
+
+@dataclass
+class ModelArguments(CheckpointArguments):
+    """The exits of an encoder, besides what all checkpoints have."""
+
+    exit_fields: ClassVar[tuple[str, ...]] = EXIT_FIELDS
+
+    exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
+    exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
 
 
 @dataclass
@@ -69,6 +74,10 @@ class EvaluationArguments:
     baselines: list[str] = field(
         default_factory=lambda: ["max_probability", "entropy", "patience"],
         metadata={"help": "Exit criteria that ConsistentEE is compared with."},
+    )
+    policy_alphas: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Also train policies for these reward weights; per depth, dev picks the one to use."},
     )
     timing_batch_sizes: list[int] = field(
         default_factory=lambda: [32, 1],
@@ -83,10 +92,7 @@ class EvaluationArguments:
         if unknown:
             accepted = sorted(set(CRITERIA) - {"policy"})
             raise ValueError(f"`baselines` must be among {', '.join(accepted)}; got {unknown[0]!r}.")
-        for name in ("operating_points", "early_stopping_patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_positive(self, ("operating_points", "early_stopping_patience"))
         if not self.timing_batch_sizes or min(self.timing_batch_sizes) < 1:
             raise ValueError(f"`timing_batch_sizes` must be numbers of at least 1; got {self.timing_batch_sizes}.")
 
@@ -102,24 +108,7 @@ Arguments = tuple[ModelArguments, DataArguments, EvaluationArguments, Consistent
 def parse_arguments(argv: list[str]) -> Arguments:
     """Command line to dataclasses; a leading .yaml or .json file stands for the options in it."""
     types = (ModelArguments, DataArguments, EvaluationArguments, ConsistentEETrainingArguments)
-    parser = HfArgumentParser(types, description="Fine-tunes a BERT with exits and measures accuracy against speed.")
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = options_from_file(Path(argv[0])) + argv[1:]
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return parse_dataclasses(types, argv, "Fine-tunes a BERT with exits and measures accuracy against speed.")
 
 
-def options_from_file(path: Path) -> list[str]:
-    """The options in a .yaml or .json file as command-line words, so that later words override them."""
-    if not path.is_file():
-        raise ValueError(f"No such configuration file: {str(path)!r}.")
-    text = path.read_text(encoding="utf-8")
-    options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(options, dict):
-        raise ValueError(f"{path}: expected `name: value` pairs; got {type(options).__name__}.")
-    words = []
-    for name, value in options.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
+__all__ = ["CheckpointArguments", "EvaluationArguments", "ModelArguments", "options_from_file", "parse_arguments"]

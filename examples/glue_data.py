@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import check_files, check_positive, check_split_shares
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from prepare_data import stratified_rows
 from transformers import EvalPrediction
@@ -121,23 +122,14 @@ class DataArguments:
                 raise ValueError("`data_dir` needs `task_name`, which says how to read the folder's files.")
             if not Path(self.data_dir).is_dir():
                 raise ValueError(f"`data_dir` must be an existing folder; got {self.data_dir!r}.")
-        for name, path in given.items():
-            if Path(path).suffix not in FILE_TYPES:
-                raise ValueError(f"`{name}` must end in one of {', '.join(FILE_TYPES)}; got {path!r}.")
-            if not Path(path).is_file():
-                raise ValueError(f"`{name}` must be an existing file; got {path!r}.")
+        check_files(files, FILE_TYPES)
         self._check_numbers()
 
     def _check_numbers(self):
         if not 1 <= len(self.text_columns) <= 2:
             raise ValueError(f"`text_columns` must name one or two columns; got {self.text_columns!r}.")
-        for name in ("validation_split", "test_split"):
-            if not 0.0 < getattr(self, name) < 0.5:
-                raise ValueError(f"`{name}` must lie between 0 and 0.5 (both excluded); got {getattr(self, name)}.")
-        for name in ("max_train_samples", "max_eval_samples", "max_test_samples", "max_seq_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_split_shares(self)
+        check_positive(self, ("max_train_samples", "max_eval_samples", "max_test_samples", "max_seq_length"))
 
 
 @dataclass

@@ -24,14 +24,13 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from arguments import EXIT_FIELDS, Arguments, EvaluationArguments, ModelArguments, parse_arguments
+from common import check_stages, push, resume_argument, set_up_logging
 from glue_data import Corpus, load_corpus, make_compute_metrics
-from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, set_seed
 
-from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer, ConsistentEETrainingArguments
+from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
 from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
 from transformers_cee.evaluation.report import matched_depth_table, method_name, operating_points_table, write_results
@@ -56,13 +55,6 @@ CARD_ARGUMENTS = (
     "consistent_num_train_epochs",
     "consistent_objective",
 )
-
-
-def set_up_logging(log_level: int) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True)
-    logger.setLevel(log_level)
-    datasets.utils.logging.set_verbosity(max(log_level, logging.WARNING))
-    transformers.utils.logging.set_verbosity(max(log_level, logging.WARNING))
 
 
 def load_model(args: ModelArguments, corpus: Corpus) -> BertForConsistentEE:
@@ -101,6 +93,7 @@ def compare_on_test(
     model = trainer.accelerator.unwrap_model(trainer.model)
     stores = {name: trainer.collect_exits(rows, name) for name, rows in splits.items() if name != "train"}
     dev = stores.pop("validation")
+    family = trainer.train_policies_at(args.policy_alphas) if args.policy_alphas else {}
     if corpus.is_regression:
         corpus.notes.append("regression has no class probabilities: the baselines do not apply.")
     return {
@@ -113,6 +106,7 @@ def compare_on_test(
             metric=corpus.metrics[0],
             depths=args.target_depths(model.config.num_hidden_layers),
             own=(model.config.exit_criterion, model.config.exit_threshold),
+            more_policies={"policies_by_alpha": family} if family else None,
         )
         for name, test in stores.items()
     }
@@ -129,7 +123,9 @@ def time_on_test(
     for batch_size in batch_sizes if len(rows) else ():
         points = comparison.curves["policy"]
         if batch_size == batch_sizes[0]:
-            points = [point for curve in comparison.curves.values() for point in curve]
+            points = [
+                point for name, curve in comparison.curves.items() if name != "policies_by_alpha" for point in curve
+            ]
         loader = DataLoader(rows.remove_columns("labels"), batch_size, collate_fn=trainer.data_collator)
         batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in loader]
         timed[str(batch_size)] = time_points(model, batches, points)
@@ -207,23 +203,13 @@ def evaluate(trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus:
     return {"comparisons": tests, "executed": timed, "timing": timing}
 
 
-def push(folder: Path, args: ConsistentEETrainingArguments) -> None:
-    """Uploads the model folder: weights, config, tokenizer, card, pictures and results, without checkpoints."""
-    api = HfApi(token=args.hub_token)
-    repo = api.create_repo(args.hub_model_id or folder.name, private=args.hub_private_repo, exist_ok=True)
-    files = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".bin"]
-    files = [name for name in files if name != "hardness.safetensors"]
-    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, allow_patterns=files)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     model_args, data_args, eval_args, training_args = arguments
-    if not (training_args.do_train or training_args.do_eval):
-        raise ValueError("Nothing to do: pass `--do_train`, `--do_eval` or both.")
+    check_stages(training_args)
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
-    set_up_logging(training_args.get_process_log_level())
+    set_up_logging(logger, training_args.get_process_log_level())
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):
@@ -254,9 +240,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
     results["arguments"] |= training_args.to_sanitized_dict()
     if training_args.do_train:
-        resume = training_args.resume_from_checkpoint
         start = time.perf_counter()
-        steps = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+        steps = trainer.train(resume_from_checkpoint=resume_argument(training_args))
         results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
         results["train_seconds"] = time.perf_counter() - start
         trainer.save_model()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer, ConsistentEETrainingArguments
+from transformers_cee.models.llama_cee import LlamaCeeConfig, LlamaForConsistentEECausalLM
 
 
 VOCABULARY = 60
@@ -76,6 +78,59 @@ def pad(rows: list[dict], side: str = "right", extra: int = 0) -> dict[str, Tens
     return batch
 
 
+def tiny_llama_config(**fields: Any) -> LlamaCeeConfig:
+    """A LLaMA config of 4 layers of 32 units; weights are drawn wide, so that tokens differ."""
+    return LlamaCeeConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.15,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **fields,
+        }
+    )
+
+
+def tiny_llama(seed: int = 0, **fields: Any) -> LlamaForConsistentEECausalLM:
+    """A random LLaMA in evaluation mode with opinionated exits and policies, so that tokens leave everywhere."""
+    torch.manual_seed(seed)
+    model = LlamaForConsistentEECausalLM(tiny_llama_config(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("exit_heads", "exit_policies")):
+                parameter.normal_(0.0, 0.3)
+            elif "exit_norms" in name:
+                parameter.normal_(1.0, 0.3)
+        for network in model.exit_policies.networks:
+            network[-1].bias.fill_(0.0)
+    return model
+
+
+def with_adapters(model: LlamaForConsistentEECausalLM, **fields: Any) -> Any:
+    """The model with LoRA in its attention, opinionated, too; its exits are PEFT's `modules_to_save`."""
+    from peft import LoraConfig, get_peft_model
+
+    own = ["exit_norms", "exit_policies", *(["exit_heads"] if len(model.exit_heads.heads) else [])]
+    options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": own}
+    with warnings.catch_warnings():
+        # PEFT asks for what newer versions of transformers call something else.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, LoraConfig(**{**options, **fields}))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.1)
+    return adapted.eval()
+
+
 # A task that the tiny model can learn: short rows by their first token, long rows by their length.
 
 
@@ -101,6 +156,38 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
     }
     batch["labels"] = torch.tensor([row["labels"] for row in rows])
     return batch
+
+
+# Another one for decoders: repeat the prompt, one token up.
+
+
+def instructions(rows: int, seed: int, plain: bool = False, **extra: list) -> Dataset:
+    """A data set of prompts and answers of very different lengths; prompts are −100 in the labels. `plain` leaves
+    labels out."""
+    generator = torch.Generator().manual_seed(seed)
+    columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for _ in range(rows):
+        length = int(torch.randint(1, 6, (1,), generator=generator))
+        prompt = torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
+        kept = int(torch.randint(1, 6, (1,), generator=generator))
+        answer = [*(token + 1 for token in prompt[:kept]), 2]
+        columns["input_ids"].append(prompt + answer)
+        columns["attention_mask"].append([1] * len(prompt + answer))
+        columns["labels"].append([-100] * length + answer)
+    if plain:
+        del columns["labels"]
+    return Dataset.from_dict({**columns, **extra})
+
+
+def collate_text(rows: list[dict]) -> dict[str, Tensor]:
+    """Pads on the right; padding holds an id that must not count."""
+    fill = {"input_ids": 7, "attention_mask": 0, "labels": -100}
+    time = max(len(row["input_ids"]) for row in rows)
+    return {
+        name: torch.tensor([list(row[name]) + [fill[name]] * (time - len(row[name])) for row in rows])
+        for name in fill
+        if name in rows[0]
+    }
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -142,6 +229,22 @@ def tiny_trainer(
             "eval_dataset": task(24, seed=2),
             "data_collator": collate,
             "compute_metrics": accuracy,
+            **(trainer or {}),
+        },
+    )
+
+
+def tiny_text_trainer(
+    folder: Any, model: torch.nn.Module | None = None, rows: int = 24, trainer: dict | None = None, **fields: Any
+) -> ConsistentEETrainer:
+    """A trainer of a decoder on `instructions`; arguments as in `tiny_trainer`."""
+    return ConsistentEETrainer(
+        tiny_llama() if model is None else model,
+        training_arguments(folder, **fields),
+        **{
+            "train_dataset": instructions(rows, seed=1),
+            "eval_dataset": instructions(12, seed=2),
+            "data_collator": collate_text,
             **(trainer or {}),
         },
     )

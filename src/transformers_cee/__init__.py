@@ -19,7 +19,11 @@ _PUBLIC = {
     "ConsistentEETrainer": "training.trainer",
     "ConsistentEETrainingArguments": "training.training_args",
     "EarlyExitTextClassificationPipeline": "pipelines",
+    "EarlyExitCache": "generation.cache",
+    "ExitCausalLMOutput": "exits.outputs",
     "ExitClassifierOutput": "exits.outputs",
+    "LlamaCeeConfig": "models.llama_cee",
+    "LlamaForConsistentEECausalLM": "models.llama_cee",
     "OperatingPoint": "evaluation.operating_points",
 }
 

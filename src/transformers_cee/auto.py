@@ -44,6 +44,11 @@ MODELS: dict[str, ModelEntry] = {
         model="transformers_cee.models.bert_cee.modeling_bert_cee.BertForConsistentEE",
         auto_classes=("AutoModel", "AutoModelForSequenceClassification"),
     ),
+    "llama_cee": ModelEntry(
+        config="transformers_cee.models.llama_cee.configuration_llama_cee.LlamaCeeConfig",
+        model="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaForConsistentEECausalLM",
+        auto_classes=("AutoModel", "AutoModelForCausalLM"),
+    ),
 }
 
 EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"

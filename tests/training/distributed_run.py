@@ -12,7 +12,48 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tiny import tiny_model, tiny_trainer, weights
+from text_steps import certain
+from tiny import tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer, weights, with_adapters
+
+
+def apart(trainer) -> float:
+    """Largest difference between the weights of any two processes."""
+    total = torch.cat([value.flatten().float() for value in weights(trainer.model).values()])
+    gathered = trainer.accelerator.gather(total[None])
+    return float((gathered - gathered[0]).abs().max())
+
+
+def decoder(folder: str, result: dict, sgd: dict) -> None:
+    """The same of a decoder: stores of tokens, one step on the same 8 rows in two micro-batches, a whole run."""
+    trainer = tiny_text_trainer(f"{folder}/text", tiny_llama(policy_inputs="both"), rows=13, store_memory_limit_mb=0)
+    result["text_memorized"] = trainer.compute_hardness()
+    store = trainer._stores["train"][1]
+    for name in ("states", "token_losses", "predictions", "labels", "features", "rows", "may_exit"):
+        result[f"text_{name}"] = getattr(store, name).clone()
+    some = trainer.collect_exits(trainer.train_dataset, max_tokens=17)
+    result["text_sample"] = some.rows
+
+    for name in ("heads", "consistent", "sampled"):
+        model = certain(tiny_llama(3)) if name == "sampled" else tiny_llama()
+        options = {"consistent_objective": "sampled", "consistent_samples": 2} if name == "sampled" else {}
+        trainer = tiny_text_trainer(
+            f"{folder}/text-{name}", model, rows=8, gradient_accumulation_steps=2, **sgd, **options
+        )
+        if name == "heads":
+            trainer.train_heads()
+        else:
+            trainer._consistent_model(f"{folder}/text-{name}/one", None)
+        result[f"text_{name}"] = weights(trainer.model)
+
+    trainer = tiny_text_trainer(
+        f"{folder}/text-run", with_adapters(tiny_llama(exit_threshold=0.5)), rows=21, eval_strategy="epoch"
+    )
+    result["text_steps"] = list(trainer.train())
+    result["text_apart"] = apart(trainer)
+    trainer = tiny_text_trainer(f"{folder}/text-evaluation", tiny_llama(exit_threshold=0.5), rows=8)
+    metrics = trainer.evaluate()
+    result["text_metrics"] = {name: metrics[f"eval_{name}"] for name in ("loss", "agreement", "depth")}
+    result["text_histogram"] = list(metrics["eval_exit_histogram"].values())
 
 
 def main(folder: str) -> None:
@@ -56,6 +97,8 @@ def main(folder: str) -> None:
     trainer.train_policy()
     result["policy"] = weights(trainer.model)
 
+    decoder(folder, result, {**sgd, "per_device_train_batch_size": 4 // processes})
+
     # The whole run, all phases, and its evaluation; the weights of all processes must agree.
     trainer = tiny_trainer(
         f"{folder}/run",
@@ -75,9 +118,7 @@ def main(folder: str) -> None:
         float(layers.float().mean()),
         sum(metrics["eval_exit_histogram"].values()),
     )
-    total = torch.cat([value.flatten().float() for value in weights(trainer.model).values()])
-    gathered = trainer.accelerator.gather(total[None])
-    result["apart"] = float((gathered - gathered[0]).abs().max())
+    result["apart"] = apart(trainer)
     if trainer.is_world_process_zero():
         torch.save(result, f"{folder}/result.pt")
     trainer.accelerator.wait_for_everyone()

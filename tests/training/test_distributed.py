@@ -15,6 +15,7 @@ import torch
 
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
+TEXT_PHASES = ["text_heads", "text_consistent", "text_sampled"]
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 
 
@@ -61,9 +62,20 @@ def test_stores(results, name):
     torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["heads", "last", "consistent", "policy"])
+@pytest.mark.parametrize(
+    "name", ["states", "token_losses", "predictions", "labels", "features", "rows", "may_exit", "memorized", "sample"]
+)
+def test_stores_of_tokens(results, name):
+    """Batches of the processes hold different numbers of tokens."""
+    one, two = (result[f"text_{name}"] for result in results)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert len(one) > 13 or name == "sample"
+
+
+@pytest.mark.parametrize("name", ["heads", "last", "consistent", "policy", *TEXT_PHASES])
 def test_gradients(results, name):
-    """Weights after one step on the same 8 rows: no factor by the number of processes."""
+    """Weights after one step on the same 8 rows: no factor by the number of processes, and of a decoder none by how
+    many tokens each of them has."""
     one, two = (result[name] for result in results)
     assert one.keys() == two.keys()
     for key in one:
@@ -76,3 +88,15 @@ def test_whole_run(results):
         reported, own, rows = result["evaluation"]
         assert reported == pytest.approx(own) and rows == 24
         assert result["apart"] == 0.0, "processes ended with different weights"
+
+
+def test_whole_run_of_a_decoder(results):
+    for result in results:
+        assert len(result["text_steps"]) == 5
+        assert result["text_apart"] == 0.0, "processes ended with different weights"
+
+
+def test_evaluation_of_a_decoder(results):
+    one, two = results
+    assert two["text_metrics"] == pytest.approx(one["text_metrics"], rel=1e-4)
+    assert one["text_histogram"] == two["text_histogram"] and 1.0 < one["text_metrics"]["depth"] < 4.0

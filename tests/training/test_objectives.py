@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.training.objectives import (
     HEADS_OBJECTIVES,
+    closed_before,
     consistent_expected,
     consistent_sampled,
     exploring_logits,
     policy_exact,
     policy_loss,
     policy_reinforce,
+    staying_where_forced,
 )
 
 
@@ -68,6 +70,31 @@ class TestConsistent:
         counts = losses.grad * 50 * 4
         torch.testing.assert_close(counts, counts.round())
         assert counts.sum(1).tolist() == pytest.approx([4.0] * 50) and len(counts.unique(dim=0)) > 5
+
+
+class TestWhereNothingLeaves:
+    logits = torch.tensor([[0.4, -1.0, 0.8], [-2.0, 1.5, 0.1]])
+
+    @pytest.mark.parametrize("first_exit", [0, 1, 2, 3])
+    def test_closed_exits(self, first_exit):
+        logits = self.logits.clone().requires_grad_()
+        log_distribution = exit_log_distribution(closed_before(logits, first_exit))
+        expected = exit_log_distribution(self.logits[:, first_exit:]).exp()
+        assert not log_distribution.exp()[:, :first_exit].any()
+        torch.testing.assert_close(log_distribution.exp()[:, first_exit:], expected)
+        rewards = torch.arange(8.0).view(2, 4)
+        policy_loss(closed_before(logits, first_exit), rewards, entropy_bonus=0.1).backward()
+        assert bool(logits.grad.isfinite().all()) and not logits.grad[:, :first_exit].any()
+        assert bool(logits.grad[:, first_exit:].all())
+
+    def test_forced_rows(self):
+        log_distribution = exit_log_distribution(self.logits)
+        forced = staying_where_forced(log_distribution, torch.tensor([True, False])).exp()
+        torch.testing.assert_close(forced[0], log_distribution[0].exp())
+        assert forced[1].tolist() == [0.0, 0.0, 0.0, 1.0]
+        losses = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2)
+        only = consistent_expected(losses[1:], forced[1:].log())
+        assert float(only) == 4.0
 
 
 class TestExploration:

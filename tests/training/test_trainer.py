@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from transformers_cee import ConsistentEETrainer
-from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.exits.policy import all_features, exit_log_distribution
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_exact
 from transformers_cee.training.policy_phase import StoredRewards
@@ -129,7 +129,7 @@ class TestRun:
 
         def earned() -> float:
             with torch.no_grad():
-                logits = trainer.model.exit_policies(second.states, second.logits)
+                logits = trainer.model.exit_policies(second.states)
                 return -float(policy_exact(exit_log_distribution(logits), rewards))
 
         before = earned()
@@ -467,7 +467,7 @@ class TestHoldout:
         original = policy_phase.StoredRewards.__getitems__
         try:
             policy_phase.StoredRewards.__getitems__ = lambda self, indices: (
-                used.extend(self.rows[indices].tolist()) or original(self, indices)
+                used.extend(self.store.rows[self.entries[indices]].tolist()) or original(self, indices)
             )
             trainer.train_policy()
         finally:
@@ -525,9 +525,12 @@ class TestStores:
         some = StoredRewards(store, rewards, torch.tensor([4, 1]))
         assert len(some) == 2 and len(StoredRewards(store, rewards)) == 6
         row = some[1]
-        assert torch.equal(row["states"], store.states[1]) and torch.equal(row["logits"], store.logits[1])
-        assert torch.equal(row["rewards"], rewards[1])
+        assert torch.equal(row["states"], store.states[1]) and torch.equal(row["rewards"], rewards[1])
+        assert "features" not in row, "policies look at states only"
         assert torch.equal(some.__getitems__([1, 0])["rewards"], rewards[[1, 4]])
+        model = tiny_model(num_hidden_layers=4, policy_inputs="both")
+        store = tiny_trainer(tmp_path, model, rows=6).collect_exits(task(6, seed=1))
+        assert torch.equal(StoredRewards(store, rewards)[2]["features"], all_features(store.logits)[2])
 
     def test_the_backbone_runs_once(self, tmp_path):
         trainer = tiny_trainer(tmp_path, rows=16, policy_num_train_epochs=7)
@@ -704,6 +707,15 @@ class TestKinds:
         trainer = tiny_trainer(tmp_path, rows=16, bf16=True, eval_strategy="epoch")
         trainer.train()
         assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def test_policies_beside_another_criterion(tmp_path):
+    """The config's threshold may be one that policies do not know."""
+    model = tiny_model(num_hidden_layers=4, exit_criterion="patience", exit_threshold=3)
+    trainer = tiny_trainer(tmp_path, model, rows=16, eval_strategy="epoch")
+    trainer.train_policy()
+    trainer._consistent_model(str(tmp_path / "one"), None)
+    assert trainer.evaluate()["eval_depth"] >= 3.0
 
 
 class TestEarlyStopping:

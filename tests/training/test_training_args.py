@@ -7,6 +7,7 @@ from tiny import training_arguments
 from transformers import HfArgumentParser
 
 from transformers_cee import ConsistentEETrainingArguments
+from transformers_cee.exits.token_losses import CrossEntropy, FinalArgmax, FinalDistributionKL
 
 
 def test_defaults():
@@ -16,6 +17,7 @@ def test_defaults():
     assert (args.policy_holdout, args.policy_exploration, args.policy_entropy_bonus) == (0.0, 0.0, 0.0)
     assert (args.consistent_objective, args.consistent_num_rounds) == ("expected", 1)
     assert args.eval_exit_thresholds == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert (args.trainable, args.token_loss, args.policy_max_tokens) == ("all", "ce", None)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,13 @@ def test_defaults():
         ({"consistent_num_rounds": 0}, "consistent_num_rounds.*0"),
         ({"eval_exit_thresholds": [0.5, 1.2]}, r"eval_exit_thresholds.*1\.2"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor.*0\.1"),
+        ({"trainable": "heads"}, "trainable.*heads.*exits"),
+        ({"trainable": "exits", "heads_objective": "last"}, "heads_objective.*last.*trainable"),
+        ({"token_loss": "mse"}, "token_loss.*mse.*kl"),
+        ({"token_loss": "kl", "token_loss_temperature": 0.0}, r"token_loss_temperature.*0\.0"),
+        ({"token_loss": "kl", "token_loss_top_k": -1}, "token_loss_top_k.*-1"),
+        ({"token_loss": "argmax", "token_loss_entropy_weight": 1.5}, r"token_loss_entropy_weight.*1\.5"),
+        ({"policy_max_tokens": 0}, "policy_max_tokens.*0"),
     ],
 )
 def test_wrong_values(tmp_path, fields, message):
@@ -43,10 +52,25 @@ def test_wrong_values(tmp_path, fields, message):
         training_arguments(tmp_path, **fields)
 
 
+@pytest.mark.parametrize(
+    "fields,expected",
+    [
+        ({}, CrossEntropy()),
+        ({"token_loss": "kl", "token_loss_temperature": 2.0, "token_loss_top_k": 5}, FinalDistributionKL(2.0, 5)),
+        ({"token_loss": "argmax", "token_loss_entropy_weight": 0.25}, FinalArgmax(0.25)),
+    ],
+)
+def test_token_loss(tmp_path, fields, expected):
+    assert training_arguments(tmp_path, **fields).make_token_loss() == expected
+
+
 def test_from_a_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --report_to none --phases heads policy --policy_gradient reinforce "
-    line += "--eval_exit_thresholds 0.2 0.8 --heads_num_train_epochs 2.5 --exit_learning_rate 0.01"
+    line += "--eval_exit_thresholds 0.2 0.8 --heads_num_train_epochs 2.5 --exit_learning_rate 0.01 "
+    line += "--token_loss kl --token_loss_top_k 20 --policy_max_tokens 5000 --trainable exits"
     (args,) = HfArgumentParser(ConsistentEETrainingArguments).parse_args_into_dataclasses(line.split())
     assert args.phases == ["heads", "policy"] and args.policy_gradient == "reinforce"
     assert args.eval_exit_thresholds == [0.2, 0.8] and args.heads_num_train_epochs == 2.5
     assert args.exit_learning_rate == 0.01 and args.heads_learning_rate is None
+    assert (args.token_loss, args.token_loss_top_k, args.policy_max_tokens) == ("kl", 20, 5000)
+    assert args.trainable == "exits"

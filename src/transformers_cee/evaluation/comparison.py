@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ __all__ = ["Comparison", "compare_criteria", "exit_points", "time_points"]
 
 # Thresholds per curve on which metrics at matched depths are interpolated.
 DENSE_POINTS = 48
+# Layers by which a point on dev may miss a wanted depth and still compete for it.
+DEPTH_TOLERANCE = 0.25
 
 
 @dataclass
@@ -66,6 +68,7 @@ def compare_criteria(
     metric: str,
     depths: Sequence[float],
     own: tuple[str, Thresholds] | None = None,
+    more_policies: Mapping[str, Mapping[float, ExitPolicies]] | None = None,
 ) -> Comparison:
     """Compares exit criteria at the same depths.
 
@@ -78,11 +81,19 @@ def compare_criteria(
         metric: the headline, a key of what `metrics` returns.
         depths: wanted mean exit layers, in 1..L.
         own: the model's own criterion and threshold, a further point of that criterion's curve.
+        more_policies:
+            By name, families of policies for the same exits, each trained for another price of a layer. Their curve
+            takes, at every depth, the policies and threshold that are best on dev.
     """
     layers = test.layers.tolist()
     exits = exit_points(test, metrics)
     curves, matched = {}, {}
     dense = torch.linspace(layers[0], layers[-1], DENSE_POINTS).tolist()
+    for name, family in (more_policies or {}).items():
+        choices = _Choices(list(family.values()), dev, test, metrics, metric)
+        curves[name] = choices.points(depths)
+        curve = [exits[0], *choices.points(dense), exits[-1]]
+        matched[name] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
     for criterion in criteria:
         dev_scores = score_exits(criterion, dev, policies)
         test_scores = score_exits(criterion, test, policies)
@@ -97,6 +108,45 @@ def compare_criteria(
         curve = [exits[0], *hindsight_curve(criterion, thresholds, test_scores, test, metrics), exits[-1]]
         matched[criterion] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
     return Comparison(curves, full_depth_point(test, metrics), oracle_point(test, metrics), matched, exits)
+
+
+class _Choices:
+    """Operating points of several policies; dev says which one serves a depth.
+
+    Args:
+        family: policies for the same exits.
+        dev, test, metrics, metric: as in `compare_criteria`.
+    """
+
+    def __init__(
+        self, family: Sequence[ExitPolicies], dev: ExitStore, test: ExitStore, metrics: Metrics, metric: str
+    ) -> None:
+        self.dev, self.test, self.metrics, self.metric = dev, test, metrics, metric
+        self.scores = [(score_exits("policy", dev, one), score_exits("policy", test, one)) for one in family]
+
+    def points(self, depths: Sequence[float]) -> list[OperatingPoint]:
+        """One point on test per depth, by rising depth, each depth once."""
+        layers = self.dev.layers.tolist()
+        candidates: list[list[tuple[OperatingPoint, Tensor]]] = [[] for _ in depths]
+        for on_dev, on_test in self.scores:
+            thresholds = thresholds_for_depths("policy", on_dev, layers, depths)
+            known: dict[float, OperatingPoint] = {}
+            for candidate, threshold in zip(candidates, thresholds, strict=True):
+                if threshold not in known:
+                    known[threshold] = hindsight_point("policy", threshold, on_dev, self.dev, self.metrics)
+                candidate.append((known[threshold], on_test))
+        found = [self._pick(depth, candidate) for depth, candidate in zip(depths, candidates, strict=True)]
+        by_depth = {point.depth: point for point in found}
+        return [by_depth[depth] for depth in sorted(by_depth)]
+
+    def _pick(self, depth: float, candidates: Sequence[tuple[OperatingPoint, Tensor]]) -> OperatingPoint:
+        """The best on dev of those that come near the depth, or else the nearest."""
+        near = [one for one in candidates if abs(one[0].depth - depth) <= DEPTH_TOLERANCE]
+        if near:
+            chosen, scores = max(near, key=lambda one: one[0].metrics[self.metric])
+        else:
+            chosen, scores = min(candidates, key=lambda one: abs(one[0].depth - depth))
+        return hindsight_point("policy", chosen.exit_threshold, scores, self.test, self.metrics)
 
 
 def exit_points(store: ExitStore, metrics: Metrics) -> list[OperatingPoint]:

@@ -5,6 +5,7 @@
 Hindsight asks where each row would have left; it takes no time measurements. `measure_wall_clock` really leaves.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from transformers_cee.exits.policy import ExitPolicies
 
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
+# Criteria whose score is one of the confidence features.
+CONFIDENCE_FEATURES = {"max_probability": 0, "margin": 1, "entropy": 2}
 
 
 @dataclass
@@ -35,7 +38,7 @@ class OperatingPoint:
         layer_speedup (`float`): `L/depth`.
         wall_clock_speedup (`float`, *optional*): time at full depth over time with exits, same run; None if not timed.
         metrics (`dict[str, float]`): the task's metrics.
-        exit_histogram (`dict[str, int]`): rows per exit layer.
+        exit_histogram (`dict[str, int]`): rows, or tokens that may leave, per exit layer.
     """
 
     criterion: str
@@ -64,9 +67,43 @@ def exit_histogram(exit_layers: Tensor, layer_numbers: Sequence[int]) -> dict[st
     return {str(layer): int(counts[layer]) for layer in layer_numbers}
 
 
+def token_figures(
+    losses: Tensor,
+    predictions: Tensor,
+    labels: Tensor,
+    may_exit: Tensor,
+    full_depth: Tensor | None = None,
+) -> dict[str, float]:
+    """Loss, perplexity and token accuracy over all counted tokens, and agreement with the full depth over those that
+    may leave early.
+
+    Args:
+        losses (`Tensor` of shape `(tokens,)`): cross-entropy in nats of each token at its exit.
+        predictions, labels (`LongTensor` of shape `(tokens,)`): most probable token at the exit, and the true one.
+        may_exit (`BoolTensor` of shape `(tokens,)`): tokens that may leave early.
+        full_depth (`LongTensor` of shape `(tokens,)`, *optional*): most probable token at full depth.
+    """
+    loss = float(losses.double().mean())
+    figures = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "token_accuracy": float((predictions == labels).double().mean()),
+    }
+    if full_depth is not None:
+        same = (predictions == full_depth)[may_exit]
+        figures["agreement"] = float(same.double().mean()) if len(same) else 1.0
+    return figures
+
+
 @torch.no_grad()
 def score_exits(criterion: str, store: ExitStore, policies: ExitPolicies | None = None) -> Tensor:
-    """Scores (rows, exits − 1) of a criterion at every internal exit, as if no row had left before."""
+    """Scores (entries, exits − 1) of a criterion at every internal exit, as if nothing had left before.
+
+    Raises:
+        ValueError: of a store of tokens, a criterion that its states and confidence features do not tell.
+    """
+    if store.logits is None:
+        return _score_tokens(criterion, store, policies)
     num_exits = store.logits.shape[1]
     columns = []
     device = next(policies.parameters()).device if policies is not None and len(policies.networks) else "cpu"
@@ -79,6 +116,22 @@ def score_exits(criterion: str, store: ExitStore, policies: ExitPolicies | None 
         ]
         columns.append(torch.stack(scores, dim=1).cpu() if scores else torch.empty(len(logits), 0))
     return torch.cat(columns)
+
+
+def _score_tokens(criterion: str, store: ExitStore, policies: ExitPolicies | None) -> Tensor:
+    if criterion == "policy" and policies is not None:
+        some = next(policies.parameters())
+        parts = []
+        for entries in torch.arange(len(store)).split(4096):
+            features = None if store.features is None else store.features[entries].to(some.device)
+            parts.append(policies(store.states[entries].to(some), features).sigmoid().cpu())
+        return torch.cat(parts)
+    if criterion not in CONFIDENCE_FEATURES or store.features is None:
+        known = ["policy", *(CONFIDENCE_FEATURES if store.features is not None else ())]
+        raise ValueError(
+            f"`criterion`={criterion!r} cannot be asked of stored tokens; accepted are {', '.join(known)}."
+        )
+    return store.features[..., CONFIDENCE_FEATURES[criterion]].clone()
 
 
 def exits_taken(criterion: str, threshold: Thresholds, scores: Tensor) -> Tensor:
@@ -97,11 +150,22 @@ def exits_taken(criterion: str, threshold: Thresholds, scores: Tensor) -> Tensor
 def point_at(
     criterion: str, threshold: Thresholds, exits: Tensor, store: ExitStore, metrics: Metrics | None
 ) -> OperatingPoint:
-    """The operating point of rows that leave at `exits` (0-based, (rows,))."""
-    logits = store.logits[torch.arange(len(exits)), exits]
-    layers = store.layers[exits]
+    """The operating point of entries that leave at `exits` (0-based, (entries,)).
+
+    Entries that may not leave early do not, and do not count for the depth. Of tokens the metrics are those of
+    `token_figures`; `metrics` is not asked. They know nothing of keys and values that earlier tokens did not compute.
+    """
     numbers = store.layers.tolist()
-    values = {} if metrics is None else metrics(EvalPrediction(logits.numpy(), store.labels.numpy()))
+    exits = torch.where(store.may_exit, exits, len(numbers) - 1)
+    taken = torch.arange(len(exits)), exits
+    layers = store.layers[exits[store.may_exit] if bool(store.may_exit.any()) else exits]
+    if store.logits is None:
+        predictions = store.predictions
+        values = token_figures(
+            store.losses[taken], predictions[taken], store.labels, store.may_exit, full_depth=predictions[:, -1]
+        )
+    else:
+        values = {} if metrics is None else metrics(EvalPrediction(store.logits[taken].numpy(), store.labels.numpy()))
     return OperatingPoint(
         criterion,
         threshold if isinstance(threshold, int | float) else list(threshold),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["markdown_table", "matched_depth_table", "method_name", "operating_points_table", "write_results"]
 
 METHOD_NAMES = {"policy": "ConsistentEE (policy)", "max_probability": "maximum probability", "full": "full depth"}
+METHOD_NAMES |= {"policies_by_alpha": "ConsistentEE, one policy per α"}
 
 
 def method_name(criterion: str) -> str:

@@ -1,10 +1,13 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Exit states and logits of a whole data set, computed once: what hindsight curves, hardness and policies work on."""
+"""Exits of a whole data set, computed once: what hindsight curves, hardness and policies work on.
+
+An *entry* of a store is what leaves at one exit: a row of an encoder, a counted token of a decoder.
+"""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,64 +17,113 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from transformers_cee.exits.losses import exit_errors, exit_losses
+from transformers_cee.exits.policy import all_features
 
 
 @dataclass
 class ExitStore:
-    """Every exit's state and logits for every row of a data set, in evaluation mode, in the data set's order.
+    """Every exit's state and result for every entry of a data set, in evaluation mode, in the data set's order; tokens
+    row by row, from left to right.
+
+    Of an encoder the logits are kept and everything else follows from them. Of a decoder, whose logits are as wide as
+    the vocabulary, losses and predictions are kept instead.
 
     Args:
-        states (`Tensor` of shape `(rows, exits, hidden)`): pooled exit states, float32, possibly memory-mapped.
-        logits (`Tensor` of shape `(rows, exits, labels)`): logits of all exit heads, float32.
-        labels (`Tensor` of shape `(rows,)` or `(rows, labels)`): true labels.
+        states (`Tensor` of shape `(entries, exits, hidden)`): exit states, float32, possibly memory-mapped.
+        logits (`Tensor` of shape `(rows, exits, labels)`, *optional*): logits of all exit heads, float32; None with
+            tokens.
+        labels (`Tensor` of shape `(entries,)` or `(rows, labels)`): true labels, or the tokens to predict.
         layers (`LongTensor` of shape `(exits,)`): 1-based layer of each exit.
-        problem_type (`str`): what logits and labels mean.
+        problem_type (`str`): what logits and labels mean; a token is one class of the vocabulary.
         tolerance (`float`): in regression, the absolute error up to which a head counts as right.
+        features (`Tensor` of shape `(entries, exits − 1, 5)`, *optional*): confidence features, if policies use them.
+        token_losses (`Tensor` of shape `(tokens, exits)`, *optional*): cross-entropy of each token at each exit.
+        predictions (`LongTensor` of shape `(tokens, exits)`, *optional*): each exit's most probable token.
+        rows (`LongTensor` of shape `(entries,)`, *optional*): row of the data set; by default the entry's number.
+        may_exit (`BoolTensor` of shape `(entries,)`, *optional*):
+            Can the entry leave before the last exit? By default all can; the last token of a prompt cannot.
     """
 
     states: Tensor
-    logits: Tensor
+    logits: Tensor | None
     labels: Tensor
     layers: Tensor
     problem_type: str
     tolerance: float = 0.5
+    features: Tensor | None = None
+    token_losses: Tensor | None = None
+    predictions: Tensor | None = None
+    rows: Tensor | None = None
+    may_exit: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            self.rows = torch.arange(len(self))
+        if self.may_exit is None:
+            self.may_exit = torch.ones(len(self), dtype=torch.bool)
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.labels)
 
     @property
     def losses(self) -> Tensor:
-        """Loss (rows, exits) of each row at each exit."""
+        """Loss (entries, exits) of each entry at each exit."""
+        if self.logits is None:
+            return self._of_tokens(self.token_losses)
         return exit_losses(self.logits, self.labels, self.problem_type)
 
     @property
     def errors(self) -> Tensor:
-        """Error (rows, exits) of each row at each exit."""
+        """Error (entries, exits) of each entry at each exit."""
+        if self.logits is None:
+            return (self._of_tokens(self.predictions) != self.labels.unsqueeze(1)).float()
         return exit_errors(self.logits, self.labels, self.problem_type)
 
     @property
     def correct(self) -> Tensor:
-        """Does each exit predict the row's label? (rows, exits)."""
+        """Does each exit predict the entry's label? (entries, exits)."""
         return self.errors <= (self.tolerance if self.problem_type == "regression" else 0.0)
 
-    def select(self, rows: Tensor) -> "ExitStore":
-        """The store of some rows (LongTensor) only; states are copied."""
-        return ExitStore(
-            self.states[rows], self.logits[rows], self.labels[rows], self.layers, self.problem_type, self.tolerance
-        )
+    def select(self, entries: Tensor) -> "ExitStore":
+        """The store of some entries (LongTensor) only; states are copied."""
+        shared = ("layers", "problem_type", "tolerance")
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shared}
+        return replace(self, **{name: value[entries] for name, value in kept.items() if value is not None})
+
+    def deciding(self, rows: Tensor | None = None) -> Tensor:
+        """Numbers of the entries that can leave early, all or those of some rows (LongTensor) of the data set."""
+        assert self.rows is not None and self.may_exit is not None
+        mine = self.may_exit if rows is None else self.may_exit & torch.isin(self.rows, rows)
+        return mine.nonzero().squeeze(1)
+
+    @staticmethod
+    def _of_tokens(value: Tensor | None) -> Tensor:
+        if value is None:
+            raise ValueError("A store without `logits` needs `token_losses` and `predictions`.")
+        return value
 
 
-def length_sorted_batches(dataset: Any, batch_size: int) -> list[list[int]]:
+def count_labels(labels: Tensor) -> Tensor:
+    """Counted tokens (rows,) of labels (rows, time): positions whose next label is not −100."""
+    return (labels[:, 1:] != -100).sum(1)
+
+
+def length_sorted_batches(dataset: Any, batch_size: int, rows: Sequence[int] | None = None) -> list[list[int]]:
     """Row numbers in batches of rows of similar length, longest first; in order for data without `input_ids`.
 
     Batches do not depend on the number of processes, so that every row meets the same neighbours everywhere.
+
+    Args:
+        dataset (sized): the data set.
+        batch_size (`int`): rows per batch.
+        rows (sequence of `int`, *optional*): the rows to take, ascending; all by default.
     """
     columns = getattr(dataset, "column_names", None) or ()
-    rows = list(range(len(dataset)))
+    order = list(range(len(dataset)) if rows is None else rows)
     if "input_ids" in columns:
         lengths = [len(ids) for ids in dataset["input_ids"]]
-        rows.sort(key=lambda row: -lengths[row])
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        order.sort(key=lambda row: -lengths[row])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def collect_exits(
@@ -85,97 +137,182 @@ def collect_exits(
     directory: str | None = None,
     memory_limit_mb: int = 2048,
     tolerance: float = 0.5,
+    max_tokens: int | None = None,
+    rows: Tensor | None = None,
+    seed: int = 0,
     disable_tqdm: bool = False,
 ) -> ExitStore:
-    """Runs a data set to full depth once and keeps every exit's state and logits.
+    """Runs a data set to full depth once and keeps every exit's state and result.
 
-    Several processes share the batches and every process ends with the whole store, assembled by row number.
+    Several processes share the batches and every process ends with the whole store, assembled by number of entry.
 
     Args:
         model (`nn.Module`): an early-exit model, unwrapped; runs in evaluation mode and is left as it was.
         dataset (sized, indexable): rows with `labels`; only the model's inputs.
-        data_collator (`Callable`): makes a batch of tensors from a list of rows.
+        data_collator (`Callable`): makes a batch of tensors from a list of rows; the same labels whenever it is asked.
         accelerator (`Accelerator`): device, precision and processes.
         batch_size (`int`): rows per batch.
         directory (`str`, *optional*): where states larger than `memory_limit_mb` are memory-mapped.
+        max_tokens (`int`, *optional*):
+            Of a decoder, keep no more tokens than this: those of rows drawn with `seed` until there are enough. Rows
+            that are not drawn are not run.
+        rows (`LongTensor`, *optional*): rows to draw from with `max_tokens`; all by default.
 
     Raises:
-        ValueError: rows without `labels`, or an empty data set.
+        ValueError: rows without `labels`, an empty data set, one without a token to predict, or a collator that gives
+            other labels when it is asked again.
     """
     if len(dataset) == 0:
         raise ValueError("`dataset` is empty; at least one row is needed.")
+    disable_tqdm = disable_tqdm or not accelerator.is_local_main_process
+    kept = _entries_per_row(model, dataset, data_collator, batch_size, max_tokens, rows, seed, disable_tqdm)
+    batches = length_sorted_batches(dataset, batch_size, kept.nonzero().squeeze(1).tolist())
+    path = None if directory is None else os.path.join(directory, f"states-{accelerator.process_index}.npy")
+    parts: dict[str, Tensor] = {}
+    filled, size = 0, int(kept.sum())
     training = model.training
     model.eval()
-    store: ExitStore | None = None
     try:
-        for rows, output, labels in tqdm(
-            _outputs(model, dataset, data_collator, accelerator, batch_size),
-            total=-(-len(dataset) // (batch_size * accelerator.num_processes)),
+        for number, some in tqdm(
+            _outputs(model, dataset, data_collator, accelerator, batches, kept, problem_type),
+            total=-(-len(batches) // accelerator.num_processes),
             desc="Exit states",
-            disable=disable_tqdm or not accelerator.is_local_main_process,
+            disable=disable_tqdm,
         ):
-            if store is None:
-                name = f"states-{accelerator.process_index}.npy"
-                path = None if directory is None else os.path.join(directory, name)
-                store = _empty(len(dataset), output, labels, path, memory_limit_mb)
-                store.layers = torch.tensor(model.layer_numbers)
-                store.problem_type, store.tolerance = problem_type, tolerance
-            store.states[rows] = output[0].float().cpu()
-            store.logits[rows] = output[1].float().cpu()
-            store.labels[rows] = labels.cpu()
+            if not parts:
+                parts = {
+                    name: _empty(size, value, path if name == "states" else None, memory_limit_mb)
+                    for name, value in some.items()
+                }
+            for name, value in some.items():
+                parts[name][number] = value
+            filled += len(number)
     finally:
         model.train(training)
-    assert store is not None
-    return store
+    if filled != size:
+        raise ValueError(f"`data_collator` gave {filled} tokens to predict where it gave {size} before.")
+    about = {"layers": torch.tensor(model.layer_numbers), "problem_type": problem_type, "tolerance": tolerance}
+    return ExitStore(**{"logits": None, **parts, **about})
+
+
+def _entries_per_row(
+    model: nn.Module,
+    dataset: Any,
+    data_collator: Any,
+    batch_size: int,
+    max_tokens: int | None,
+    rows: Tensor | None,
+    seed: int,
+    disable_tqdm: bool,
+) -> Tensor:
+    """How many entries of each row (rows,) the store keeps: its first ones, all but in the last row that is drawn."""
+    if not model.exits_per_token:
+        return torch.ones(len(dataset), dtype=torch.long)
+    order = torch.arange(len(dataset))
+    if max_tokens is not None:
+        order = order if rows is None else rows
+        order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
+    kept = torch.zeros(len(dataset), dtype=torch.long)
+    for some in tqdm(order.split(batch_size), desc="Tokens to predict", disable=disable_tqdm):
+        kept[some] = count_labels(_collate(dataset, some.tolist(), data_collator)["labels"]).cpu()
+        if max_tokens is not None and int(kept.sum()) >= max_tokens:
+            before = kept[order].cumsum(0) - kept[order]
+            kept[order] = (max_tokens - before).clamp_min(0).minimum(kept[order])
+            break
+    if not bool(kept.any()):
+        raise ValueError("`dataset` has no token to predict: every label is -100, or rows have one token only.")
+    return kept
+
+
+def _collate(dataset: Any, rows: list[int], data_collator: Any) -> dict[str, Tensor]:
+    batch = data_collator([dataset[row] for row in rows])
+    if "labels" not in batch:
+        raise ValueError(f"`dataset` rows need `labels`; got {sorted(batch)}.")
+    if len(batch["labels"]) != len(rows):
+        raise ValueError(f"`data_collator` made {len(batch['labels'])} rows of {len(rows)}; it must keep them apart.")
+    return batch
 
 
 def _outputs(
-    model: nn.Module, dataset: Any, data_collator: Any, accelerator: Accelerator, batch_size: int
-) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], Tensor]]:
-    """Row numbers, (states, logits) and labels of one batch per process at a time, gathered from all processes."""
-    batches = length_sorted_batches(dataset, batch_size)
+    model: nn.Module,
+    dataset: Any,
+    data_collator: Any,
+    accelerator: Accelerator,
+    batches: list[list[int]],
+    kept: Tensor,
+    problem_type: str,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Numbers of entries and their part of the store, one batch per process at a time, gathered from all processes."""
+    starts = kept.cumsum(0) - kept
     for start in range(0, len(batches), accelerator.num_processes):
         mine = start + accelerator.process_index
         rows = batches[min(mine, len(batches) - 1)]
-        batch = data_collator([dataset[row] for row in rows])
-        if "labels" not in batch:
-            raise ValueError(f"`dataset` rows need `labels`; got {sorted(batch)}.")
+        batch = _collate(dataset, rows, data_collator)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with torch.no_grad(), accelerator.autocast():
             output = model(**batch, output_all_exits=True)
-        number = torch.tensor(rows if mine < len(batches) else [-1] * len(rows), device=accelerator.device)
-        parts: tuple[Tensor, ...] = (number, output.all_exit_states, output.all_exit_logits, batch["labels"])
+        row, column = _places(model, output, batch["labels"])
+        row_numbers = torch.tensor(rows, device=row.device)[row]
+        number = starts.to(row.device)[row_numbers] + column
+        wanted = (column < kept.to(row.device)[row_numbers]) & (mine < len(batches))
+        parts = {"number": number, "rows": row_numbers, **_parts(model, output, batch["labels"], problem_type)}
+        parts = {name: value[wanted].contiguous() for name, value in parts.items()}
         if accelerator.num_processes > 1:
-            missing = batch_size - len(rows)
-            parts = tuple(_pad_rows(part.contiguous(), missing) for part in parts)
+            parts = {name: accelerator.pad_across_processes(value, pad_index=-1) for name, value in parts.items()}
             parts = accelerator.gather(parts)
-        number, states, logits, labels = parts
-        real = number >= 0
-        yield number[real].cpu(), (states[real], logits[real]), labels[real]
+        real = parts["number"] >= 0
+        parts = {name: value[real].cpu() for name, value in parts.items()}
+        if "may_exit" in parts:
+            parts["may_exit"] = parts["may_exit"].bool()
+        yield parts.pop("number"), parts
 
 
-def _pad_rows(tensor: Tensor, missing: int) -> Tensor:
-    """Appends rows of −1, which `gather` needs to find the same shape in every process."""
-    return tensor if not missing else torch.cat((tensor, tensor.new_full((missing, *tensor.shape[1:]), -1)))
+def _places(model: nn.Module, output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Row of the batch and number within that row of each entry, both (entries,)."""
+    if not model.exits_per_token:
+        row = torch.arange(len(labels), device=labels.device)
+        return row, torch.zeros_like(row)
+    row = output.token_rows
+    counts = count_labels(labels)
+    first = counts.cumsum(0) - counts
+    return row, torch.arange(len(row), device=row.device) - first[row]
 
 
-def _empty(
-    rows: int, output: tuple[Tensor, Tensor], labels: Tensor, path: str | None, memory_limit_mb: int
-) -> ExitStore:
-    states, logits = output
-    shape = (rows, *states.shape[1:])
-    if path is not None and 4 * np.prod(shape) > memory_limit_mb * 2**20:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if os.path.exists(path):
-            # A new file, not the old one overwritten: an earlier store may still be mapped to that.
-            os.remove(path)
-        kept = torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+def _parts(model: nn.Module, output: Any, labels: Tensor, problem_type: str) -> dict[str, Tensor]:
+    """Fields of the store for the entries of a batch."""
+    parts = {"states": output.all_exit_states.float()}
+    if model.exits_per_token:
+        parts["labels"] = output.token_labels
+        parts["token_losses"] = output.all_exit_losses.float()
+        parts["predictions"] = output.all_exit_predictions
+        # A number, since padding turns truth values into others.
+        parts["may_exit"] = output.may_exit.to(torch.int8)
     else:
-        kept = torch.empty(shape)
-    return ExitStore(
-        kept,
-        torch.empty(rows, *logits.shape[1:]),
-        torch.empty(rows, *labels.shape[1:], dtype=labels.dtype),
-        torch.empty(0, dtype=torch.long),
-        "",
-    )
+        parts["labels"] = labels
+        parts["logits"] = output.all_exit_logits.float()
+    features = exit_features(model, output, problem_type)
+    if features is not None:
+        parts["features"] = features.float()
+    return parts
+
+
+def exit_features(model: nn.Module, output: Any, problem_type: str) -> Tensor | None:
+    """Confidence features (entries, exits − 1, 5) of an output with all exits; None when the policies look at states
+    only."""
+    if not model.exit_policies.needs_logits:
+        return None
+    if model.exits_per_token:
+        return output.all_exit_features
+    return all_features(output.all_exit_logits, problem_type)
+
+
+def _empty(entries: int, like: Tensor, path: str | None, memory_limit_mb: int) -> Tensor:
+    """An empty field of the store, memory-mapped when it has a path and is above the limit."""
+    shape = (entries, *like.shape[1:])
+    if path is None or 4 * np.prod(shape) <= memory_limit_mb * 2**20:
+        return torch.empty(shape, dtype=like.dtype)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path):
+        # A new file, not the old one overwritten: an earlier store may still be mapped to that.
+        os.remove(path)
+    return torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))

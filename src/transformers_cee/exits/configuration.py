@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 EXIT_POOLINGS = ("cls", "mean")
 EXIT_NORMS = ("none", "layer_norm")
 POLICY_INPUTS = ("state", "confidence", "both")
+LM_EXIT_HEADS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
+SKIPPED_KV = ("copy", "deferred")
 
 
 @dataclass(kw_only=True)
@@ -26,12 +28,6 @@ class ExitConfigMixin:
         exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5):
             Number(s) that the criterion's score is compared with: one for all exits, or one per exit (the last one has
             no effect, since the last exit takes everything that reaches it).
-        exit_pooling (`str`, *optional*, defaults to `"cls"`):
-            How the hidden states (rows, time, hidden) of a layer become one exit state (rows, hidden): `"cls"` takes
-            the first token through one tanh pooler shared by all exits (ConsistentEE's choice), `"mean"` averages the
-            unmasked tokens.
-        exit_norm (`str`, *optional*, defaults to `"none"`):
-            `"layer_norm"` gives each exit a LayerNorm of its own behind the pooling.
         policy_hidden_size (`int`, *optional*, defaults to 32):
             Hidden units of each exit's policy network.
         policy_activation (`str`, *optional*, defaults to `"gelu"`):
@@ -48,8 +44,6 @@ class ExitConfigMixin:
     exit_layers: int | list[int] | None = None
     exit_criterion: str = "policy"
     exit_threshold: float | list[float] = 0.5
-    exit_pooling: str = "cls"
-    exit_norm: str = "none"
     policy_hidden_size: int = 32
     policy_activation: str = "gelu"
     policy_inputs: str = "state"
@@ -61,6 +55,7 @@ class ExitConfigMixin:
         "exit_probabilities",
         "all_exit_logits",
         "all_exit_states",
+        "all_exit_losses",
         "hidden_states",
         "attentions",
     ]
@@ -91,8 +86,6 @@ class ExitConfigMixin:
             wrong = [layer for layer in self.exit_layers if not 1 <= layer <= last]
             if wrong:
                 raise ValueError(f"`exit_layers`={self.exit_layers}: {wrong} outside of 1..{last}.")
-        _check_choice("exit_pooling", self.exit_pooling, EXIT_POOLINGS)
-        _check_choice("exit_norm", self.exit_norm, EXIT_NORMS)
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
         if self.policy_hidden_size < 1:
             raise ValueError(f"`policy_hidden_size`={self.policy_hidden_size} must be at least 1.")
@@ -103,6 +96,91 @@ class ExitConfigMixin:
         from transformers_cee.exits.criteria import check_thresholds
 
         check_thresholds(self.exit_criterion, self.exit_threshold, len(self.exit_layer_numbers))
+
+
+@dataclass(kw_only=True)
+class EncoderExitConfigMixin(ExitConfigMixin):
+    """Exit fields of an encoder, whose exits look at one state per row.
+
+    Args:
+        exit_pooling (`str`, *optional*, defaults to `"cls"`):
+            How the hidden states (rows, time, hidden) of a layer become one exit state (rows, hidden): `"cls"` takes
+            the first token through one tanh pooler shared by all exits (ConsistentEE's choice), `"mean"` averages the
+            unmasked tokens.
+        exit_norm (`str`, *optional*, defaults to `"none"`):
+            `"layer_norm"` gives each exit a LayerNorm of its own behind the pooling.
+        kwargs: fields of `ExitConfigMixin`.
+    """
+
+    exit_pooling: str = "cls"
+    exit_norm: str = "none"
+
+    def check_exits(self) -> None:
+        super().check_exits()
+        _check_choice("exit_pooling", self.exit_pooling, EXIT_POOLINGS)
+        _check_choice("exit_norm", self.exit_norm, EXIT_NORMS)
+
+
+@dataclass(kw_only=True)
+class DecoderExitConfigMixin(ExitConfigMixin):
+    """Exit fields of a causal language model, in which every generated token leaves at its own layer.
+
+    Args:
+        exit_threshold (`float` or `list[float]`, *optional*, defaults to 1.0):
+            As in `ExitConfigMixin`. Exits are off by default: a checkpoint without trained exits generates as before.
+        exit_head (`str`, *optional*, defaults to `"norm"`):
+            LM head of the internal exits: `"shared"` (the model's own final norm and head, no new weights), `"norm"`
+            (a norm per exit, shared head), `"low_rank"` (norm and a residual adapter of rank `exit_head_rank` per
+            exit, shared head), `"untied"` (norm and a head per exit, started from the model's; ConsistentEE) or
+            `"layernorm_linear"` (LayerNorm and a linear layer with bias per exit; Valade 2024).
+        exit_head_rank (`int`, *optional*, defaults to 64): rank of the adapters of `"low_rank"`.
+        min_exit_layer (`int`, *optional*): first layer (1-based) at which a token may leave; `None` allows all exits.
+        skipped_kv (`str`, *optional*, defaults to `"copy"`):
+            Keys and values of a token at the layers that it skipped: `"copy"` projects its exit state, `"deferred"`
+            computes them exactly, several tokens at a time, when a later token goes that deep.
+        copy_exit_states (`bool`, *optional*, defaults to `True`):
+            When exits are drawn in training, a token that left keeps its exit state as input of deeper layers, as
+            generation with `"copy"` sees it.
+        kwargs: fields of `ExitConfigMixin`.
+    """
+
+    exit_threshold: float | list[float] = 1.0
+    exit_head: str = "norm"
+    exit_head_rank: int = 64
+    min_exit_layer: int | None = None
+    skipped_kv: str = "copy"
+    copy_exit_states: bool = True
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *ExitConfigMixin.keys_to_ignore_at_inference,
+        "past_key_values",
+        "all_exit_predictions",
+        "all_exit_features",
+        "token_labels",
+        "token_rows",
+        "may_exit",
+        "token_losses",
+        "token_predictions",
+    ]
+
+    def check_exits(self) -> None:
+        super().check_exits()
+        _check_choice("exit_head", self.exit_head, LM_EXIT_HEADS)
+        check_skipped_kv(self.skipped_kv)
+        if self.exit_head_rank < 1:
+            raise ValueError(f"`exit_head_rank`={self.exit_head_rank} must be at least 1.")
+        check_min_exit_layer(self.min_exit_layer, self.num_hidden_layers)  # type: ignore[attr-defined]
+
+
+def check_min_exit_layer(layer: int | None, num_layers: int) -> None:
+    """Raises `ValueError` unless `layer` is a layer (1-based) or `None`."""
+    if layer is not None and not 1 <= layer <= num_layers:
+        raise ValueError(f"`min_exit_layer`={layer} must lie in 1..{num_layers}, or be None.")
+
+
+def check_skipped_kv(name: str) -> None:
+    """Raises `ValueError` unless `name` is a way to fill the keys and values of skipped layers."""
+    _check_choice("skipped_kv", name, SKIPPED_KV)
 
 
 def _check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:

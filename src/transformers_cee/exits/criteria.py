@@ -69,6 +69,8 @@ class ExitCriterion(ABC):
     higher_is_deeper: ClassVar[bool] = True
     # Does the score need class probabilities, which regression has not?
     needs_classes: ClassVar[bool] = False
+    # Does the score depend on earlier exits? Otherwise exits at which nobody may leave need not be asked.
+    has_memory: bool = False
 
     def __init__(
         self,
@@ -131,6 +133,7 @@ class Policy(ExitCriterion):
         if self.policies.needs_logits:
             check_has_classes(self.problem_type)
         self.networks: ExitPolicies = self.policies
+        self.has_memory = self.policies.needs_logits
         self.history = ExitHistory()
 
     def score(self, step: ExitStep) -> Tensor:
@@ -150,6 +153,18 @@ class MaximumProbability(ExitCriterion):
 
     def score(self, step: ExitStep) -> Tensor:
         return confidence_scores(step.logits, self.problem_type)[0]
+
+
+@register_criterion
+class Margin(ExitCriterion):
+    """Leave where the largest class probability exceeds the second largest by more than the threshold ("breaking
+    ties"; Valade 2024 and EERO, Valade et al. 2025; softmax difference of CALM, Schuster et al. 2022)."""
+
+    name = "margin"
+    needs_classes = True
+
+    def score(self, step: ExitStep) -> Tensor:
+        return confidence_scores(step.logits, self.problem_type)[1]
 
 
 @register_criterion
@@ -179,6 +194,7 @@ class Patience(ExitCriterion):
 
     name = "patience"
     needs_classes = True
+    has_memory = True
     accepted = "numbers of at least 1"
 
     def __init__(self, *args, **kwargs) -> None:

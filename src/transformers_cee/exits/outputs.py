@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import Cache
 from transformers.utils import ModelOutput
 
 
@@ -26,6 +27,8 @@ class ExitClassifierOutput(ModelOutput):
             Logits of every exit head, with `output_all_exits=True`; no row leaves early then.
         all_exit_states (`torch.Tensor` of shape `(batch, exits, hidden)`, *optional*):
             Pooled states of every exit, with `output_all_exits=True`.
+        all_exit_losses (`torch.Tensor` of shape `(batch, exits)`, *optional*):
+            Loss of each row at every exit, with `output_all_exits=True` and labels.
     """
 
     loss: torch.Tensor | None = None
@@ -34,5 +37,56 @@ class ExitClassifierOutput(ModelOutput):
     exit_probabilities: torch.Tensor | None = None
     all_exit_logits: torch.Tensor | None = None
     all_exit_states: torch.Tensor | None = None
+    all_exit_losses: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ExitCausalLMOutput(ModelOutput):
+    """Output of an early-exit language model.
+
+    A position is *counted* when the next position's label is not −100; `tokens` is the number of counted positions,
+    listed row by row, from left to right.
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned with `labels`):
+            Mean over counted positions: of the exits taken, or with `output_all_exits=True` layer-weighted over all.
+        logits (`torch.Tensor` of shape `(batch, kept, vocabulary)`, *optional*):
+            Logits of each position's own exit; None with `output_all_exits=True`, where they are never held at once.
+        past_key_values (`Cache`, *optional*): keys and values of all layers.
+        exit_layers (`torch.LongTensor` of shape `(batch, time)`): layer (1-based) at which each position left.
+        exit_probabilities (`torch.FloatTensor` of shape `(batch, time, exits)`, *optional*):
+            The exit criterion's score wherever it was asked, NaN elsewhere.
+        all_exit_states (`torch.Tensor` of shape `(tokens, exits, hidden)`, *optional*):
+            Normed exit states, which the policies see; this and what follows with `output_all_exits=True`.
+        all_exit_losses (`torch.Tensor` of shape `(tokens, exits)`, *optional*): loss at every exit.
+        all_exit_predictions (`torch.LongTensor` of shape `(tokens, exits)`, *optional*): each exit's token.
+        all_exit_features (`torch.Tensor` of shape `(tokens, exits − 1, 5)`, *optional*):
+            Confidence features, when the policies look at them.
+        token_labels (`torch.LongTensor` of shape `(tokens,)`, *optional*): tokens to predict.
+        token_rows (`torch.LongTensor` of shape `(tokens,)`, *optional*): row of the batch of each counted position.
+        may_exit (`torch.BoolTensor` of shape `(tokens,)`, *optional*):
+            Can the position leave in generation? The last prompt token cannot: prompts run at full depth. These three
+            also with `exit_threshold` on known text with labels.
+        token_losses (`torch.Tensor` of shape `(tokens,)`, *optional*):
+            Cross-entropy of each counted position at its own exit, with `exit_threshold` on known text with labels.
+        token_predictions (`torch.LongTensor` of shape `(tokens,)`, *optional*): its own exit's token, likewise.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    exit_layers: torch.Tensor | None = None
+    exit_probabilities: torch.Tensor | None = None
+    all_exit_states: torch.Tensor | None = None
+    all_exit_losses: torch.Tensor | None = None
+    all_exit_predictions: torch.Tensor | None = None
+    all_exit_features: torch.Tensor | None = None
+    token_labels: torch.Tensor | None = None
+    token_rows: torch.Tensor | None = None
+    may_exit: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
+    token_predictions: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None

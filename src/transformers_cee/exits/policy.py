@@ -110,6 +110,12 @@ class ExitPolicies(nn.Module):
     def needs_logits(self) -> bool:
         return self.inputs != "state"
 
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
     def exit_logit(self, state: Tensor, features: Tensor | None, index: int) -> Tensor:
         """Logit (rows,) in float32 of leaving at internal exit `index` (0-based)."""
         parts = []
@@ -122,20 +128,37 @@ class ExitPolicies(nn.Module):
         widen, activation, narrow = self.networks[index]
         return narrow(activation(widen(inputs))).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
-    def forward(self, states: Tensor, logits: Tensor, problem_type: str = "single_label_classification") -> Tensor:
+    def forward(self, states: Tensor, features: Tensor | None = None) -> Tensor:
         """Logits (rows, exits − 1) of leaving at every internal exit, as if all rows reached all of them.
 
         Args:
             states (`Tensor` of shape `(rows, exits, hidden)`): exit states; the last exit's is not used.
-            logits (`Tensor` of shape `(rows, exits, labels)`): head logits; read for confidence inputs only.
-            problem_type (`str`): problem type, for confidence inputs.
+            features (`Tensor` of shape `(rows, exits − 1, 5)`, *optional*):
+                From `all_features`, for confidence inputs.
+
+        Raises:
+            ValueError: the policies look at confidence and no features are given.
         """
-        history = ExitHistory()
-        columns = []
-        for index in range(len(self.networks)):
-            features = history.features(logits[:, index], problem_type) if self.needs_logits else None
-            columns.append(self.exit_logit(states[:, index], features, index))
+        if self.needs_logits and features is None:
+            raise ValueError(f"`policy_inputs`={self.inputs!r} needs `features`, see `all_features`; got None.")
+        seen = features if self.needs_logits else None
+        columns = [
+            self.exit_logit(states[:, index], None if seen is None else seen[:, index], index)
+            for index in range(len(self.networks))
+        ]
         return torch.stack(columns, dim=1) if columns else states.new_zeros(len(states), 0)
+
+
+def all_features(logits: Tensor, problem_type: str = "single_label_classification") -> Tensor:
+    """Confidence features (rows, exits − 1, 5) at every internal exit, as if all rows reached all of them.
+
+    Args:
+        logits (`Tensor` of shape `(rows, exits, labels)`): logits of all exit heads; the last exit's are not used.
+        problem_type (`str`): what the logits mean.
+    """
+    history = ExitHistory()
+    columns = [history.features(logits[:, index], problem_type) for index in range(logits.shape[1] - 1)]
+    return torch.stack(columns, dim=1) if columns else logits.new_zeros(len(logits), 0, NUM_CONFIDENCE_FEATURES)
 
 
 def exit_log_distribution(exit_logits: Tensor) -> Tensor:

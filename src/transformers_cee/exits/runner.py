@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The early-exit loop over layers. Rows that exit leave the batch; it is the only such loop in the project."""
+"""The walks over layers: to all exits, with exits at which rows leave the batch, and with exits of single tokens in a
+sequence that is known in advance. There are no other loops over layers in the project."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,9 @@ class RowBatch:
             attention_mask = self.attention_mask
             if attention_mask.shape[0] != 1:
                 attention_mask = attention_mask.index_select(0, kept)
-            attention_mask = attention_mask[..., columns]
+            if attention_mask.shape[-1] == time:
+                # Otherwise the keys are those of a cache, which keeps its columns.
+                attention_mask = attention_mask[..., columns]
             if attention_mask.dim() == 4 and attention_mask.shape[-2] == time:
                 attention_mask = attention_mask[..., columns, :]
         return RowBatch(
@@ -88,24 +91,36 @@ class ExitRun:
 
 
 Layer = Callable[[RowBatch], Tensor]
+Leaving = Callable[[Tensor, Tensor, int], None]
 
 
-def run_all_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits) -> ExitRun:
-    """Walks all layers with the criterion off and asks every exit head: one pass gives all exits' logits."""
-    states, logits = [], []
+def collect_states(batch: RowBatch, layers: Sequence[Layer], exits: Exits) -> list[Tensor]:
+    """Walks all layers with the criterion off and returns every exit's state."""
+    states: list[Tensor] = []
     for number, layer in enumerate(layers, start=1):
         batch = replace(batch, hidden_states=layer(batch))
         if number in exits.layer_numbers:
-            index = len(states)
-            states.append(exits.state(batch.hidden_states, batch.padding_mask, index))
-            logits.append(exits.logits(states[-1], index))
-    rows = len(batch.hidden_states)
-    run = _full_depth(logits[-1], rows, exits)
+            states.append(exits.state(batch.hidden_states, batch.padding_mask, len(states)))
+    return states
+
+
+def run_all_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits) -> ExitRun:
+    """`collect_states`, and every exit head asked: one pass gives all exits' logits."""
+    states = collect_states(batch, layers, exits)
+    logits = [exits.logits(state, index) for index, state in enumerate(states)]
+    run = _full_depth(logits[-1], len(batch.hidden_states), exits)
     run.all_logits, run.all_states = torch.stack(logits, dim=1), torch.stack(states, dim=1)
     return run
 
 
-def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion: ExitCriterion) -> ExitRun:
+def run_exits(
+    batch: RowBatch,
+    layers: Sequence[Layer],
+    exits: Exits,
+    criterion: ExitCriterion,
+    first_exit: int = 0,
+    leaving: Leaving | None = None,
+) -> ExitRun:
     """Walks the layers and lets rows leave where the criterion says so.
 
     The remaining rows are gathered and their padding trimmed. One host synchronisation per exit at which a row could
@@ -116,10 +131,14 @@ def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion:
         layers (sequence of callables): each maps the batch to its next hidden states (rows, time, hidden).
         exits (`Exits`): states and heads of the exits.
         criterion (`ExitCriterion`): a fresh criterion object.
+        first_exit (`int`): exit (0-based) before which no row leaves.
+        leaving (`Callable`, *optional*):
+            Told of rows that leave before the last exit: their numbers (rows,), hidden states (rows, time, hidden) and
+            layer (1-based).
     """
     rows, last = len(batch.hidden_states), len(exits.layer_numbers) - 1
     device = batch.hidden_states.device
-    off = criterion.is_off
+    off = criterion.is_off or first_exit >= last
     spans = None if off else _spans(batch.padding_mask)
     batch = replace(batch, index=torch.arange(rows, device=device), spans=spans)
     record = _Record(rows, last + 1, device)
@@ -129,6 +148,9 @@ def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion:
         index = exit_of.get(number)
         if index is None or (off and index < last):
             continue
+        may_leave = index == last or (index >= first_exit and criterion.can_exit(index))
+        if not may_leave and not criterion.has_memory:
+            continue
         state = exits.state(batch.hidden_states, batch.padding_mask, index)
         step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index))
         if index == last:
@@ -136,15 +158,21 @@ def run_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits, criterion:
             break
         scores = criterion.score(step)
         record.keep_scores(batch.index, index, scores.detach())
-        if criterion.can_exit(index):
-            batch = _compact(batch, step, criterion, scores, number, record)
+        if may_leave:
+            batch = _compact(batch, step, criterion, scores, number, record, leaving)
             if batch is None:
                 break
     return record.finish()
 
 
 def _compact(
-    batch: RowBatch, step: ExitStep, criterion: ExitCriterion, scores: Tensor, number: int, record: "_Record"
+    batch: RowBatch,
+    step: ExitStep,
+    criterion: ExitCriterion,
+    scores: Tensor,
+    number: int,
+    record: "_Record",
+    leaving_to: Leaving | None,
 ) -> RowBatch | None:
     """Lets the rows out that pass, and returns the rest; `None` when nobody is left."""
     passed = criterion.passes(scores, criterion.thresholds[step.index])
@@ -156,11 +184,16 @@ def _compact(
         return batch
     if count == len(leaves):
         record.leave(batch.index, step.logits, number)
+        if leaving_to is not None:
+            leaving_to(batch.index, batch.hidden_states, number)
         return None
     device = batch.hidden_states.device
     leaving = leaves.nonzero().squeeze(1).to(device, non_blocking=True)
     kept = (~leaves).nonzero().squeeze(1).to(device, non_blocking=True)
-    record.leave(batch.index.index_select(0, leaving), step.logits_of(leaving), number)
+    numbers = batch.index.index_select(0, leaving)
+    record.leave(numbers, step.logits_of(leaving), number)
+    if leaving_to is not None:
+        leaving_to(numbers, batch.hidden_states.index_select(0, leaving), number)
     criterion.select(kept)
     if batch.spans is None:
         return batch.select(kept, slice(0, batch.hidden_states.shape[1]), dense=False)
@@ -185,6 +218,7 @@ class _Record:
         self.exit_layers = torch.zeros(rows, dtype=torch.long, device=device)
         # Scores while all rows are there, and after that with the rows that are left.
         self.columns: list[Tensor] = []
+        self.whole: list[int] = []
         self.scores: list[tuple[Tensor, int, Tensor]] = []
         self.rows: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -192,6 +226,7 @@ class _Record:
     def keep_scores(self, rows: Tensor, exit_index: int, scores: Tensor) -> None:
         if len(rows) == self.shape[0]:
             self.columns.append(scores)
+            self.whole.append(exit_index)
         else:
             self.scores.append((rows, exit_index, scores))
 
@@ -206,8 +241,7 @@ class _Record:
     def finish(self) -> ExitRun:
         table = torch.full(self.shape, float("nan"), device=self.exit_layers.device)
         if self.columns:
-            # Exits are asked in order, the first one included.
-            table[:, : len(self.columns)] = torch.stack(self.columns, dim=1)
+            table[:, self.whole] = torch.stack(self.columns, dim=1).to(table.dtype)
         for rows, exit_index, scores in self.scores:
             table[rows, exit_index] = scores.to(table.dtype)
         if len(self.rows) == 1:
@@ -220,3 +254,74 @@ def _full_depth(logits: Tensor, rows: int, exits: Exits) -> ExitRun:
     layers = torch.full((rows,), exits.layer_numbers[-1], dtype=torch.long, device=logits.device)
     scores = torch.full((rows, len(exits.layer_numbers)), float("nan"), device=logits.device)
     return ExitRun(logits, layers, scores)
+
+
+@dataclass
+class TokenRun:
+    """Result of a walk in which single tokens leave.
+
+    Args:
+        exits (`LongTensor` of shape `(rows, time)`): exit (0-based) of each token.
+        states (`Tensor` of shape `(rows · time, hidden)`): each token's state at its exit.
+        scores (`Tensor` of shape `(rows, time, exits)`): the criterion's scores where it was asked, NaN elsewhere.
+    """
+
+    exits: Tensor
+    states: Tensor
+    scores: Tensor
+
+
+def run_token_exits(
+    batch: RowBatch,
+    layers: Sequence[Layer],
+    exits: Exits,
+    criterion: ExitCriterion,
+    may_exit: Tensor,
+    *,
+    first_exit: int = 0,
+    copy_states: bool = True,
+    draw: bool = False,
+) -> TokenRun:
+    """Walks all layers with sequences known in advance, each token leaving at its own exit.
+
+    All layers are executed for all tokens: others attend to a token that left. With `copy_states` its state stays what
+    it was at the exit, so that deeper layers take its keys and values from there, as in token-by-token generation.
+
+    Args:
+        may_exit (`BoolTensor` of shape `(rows, time)`): tokens that may leave before the last exit.
+        first_exit (`int`): exit (0-based) before which no token leaves.
+        draw (`bool`): leave with the criterion's score as probability, whatever the thresholds.
+    """
+    rows, time = may_exit.shape
+    last, device = len(exits.layer_numbers) - 1, may_exit.device
+    taken = torch.full((rows * time,), last, device=device)
+    frozen = torch.zeros(rows, time, 1, dtype=torch.bool, device=device)
+    scores_of = torch.full((rows * time, last + 1), float("nan"), device=device)
+    active = may_exit.flatten().nonzero().squeeze(1)
+    left, states = [], []
+    exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
+    for number, layer in enumerate(layers, start=1):
+        after = layer(batch)
+        batch = replace(batch, hidden_states=torch.where(frozen, batch.hidden_states, after) if copy_states else after)
+        index = exit_of.get(number, last)
+        if index == last:
+            continue
+        state = exits.state(batch.hidden_states, None, index).flatten(0, 1)
+        step = ExitStep(index, state[active], lambda states, index=index: exits.logits(states, index))
+        scores = criterion.score(step).detach()
+        scores_of[active, index] = scores.to(scores_of.dtype)
+        if index < first_exit:
+            continue
+        leaves = torch.rand_like(scores) < scores if draw else criterion.passes(scores, criterion.thresholds[index])
+        out, kept = leaves.nonzero().squeeze(1), (~leaves).nonzero().squeeze(1)
+        criterion.select(kept)
+        left.append(active[out])
+        states.append(step.state[out])
+        taken[left[-1]] = index
+        # A new mask: autograd keeps the one that was used.
+        frozen = (taken != last).view(rows, time, 1)
+        active = active[kept]
+    stayed = (taken == last).nonzero().squeeze(1)
+    order = torch.cat([*left, stayed]).argsort()
+    states.append(exits.state(batch.hidden_states, None, last).flatten(0, 1)[stayed])
+    return TokenRun(taken.view(rows, time), torch.cat(states)[order], scores_of.view(rows, time, -1))

@@ -18,6 +18,14 @@ from transformers_cee.evaluation.operating_points import (
 from transformers_cee.exits.configuration import ExitConfigMixin
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.hub.model_card import EarlyExitCard
+from transformers_cee.training.objectives import HEADS_OBJECTIVES
+from transformers_cee.training.parameters import bare_model
+from transformers_cee.training.token_evaluation import (
+    KnownText,
+    PlainTextLabels,
+    aligned_prediction,
+    token_prediction_step,
+)
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
@@ -27,7 +35,9 @@ CARD_ARGUMENTS = (
     "learning_rate",
     "exit_learning_rate",
     "per_device_train_batch_size",
+    "trainable",
     "heads_objective",
+    "token_loss",
     "policy_gradient",
     "policy_learning_rate",
     "policy_num_train_epochs",
@@ -43,9 +53,12 @@ class EarlyExitTrainer(Trainer):
     """Evaluates early-exit models where they leave. [`ConsistentEETrainer`] adds the training.
 
     Args:
-        model (`PreTrainedModel`): an early-exit model, such as [`BertForConsistentEE`].
+        model (`PreTrainedModel` or `PeftModel`):
+            An early-exit model, such as [`BertForConsistentEE`] or [`LlamaForConsistentEECausalLM`], or one with
+            adapters of 🤗 PEFT around it.
         args ([`ConsistentEETrainingArguments`]): arguments.
-        kwargs: those of `transformers.Trainer`.
+        kwargs: those of `transformers.Trainer`. Of a decoder, rows without `labels` are plain text, all of which is
+            learnt, and `compute_metrics` gets the most probable token for each label, not logits.
 
     Raises:
         ValueError: a model without exits, or arguments that early exits do not support.
@@ -54,26 +67,31 @@ class EarlyExitTrainer(Trainer):
     args: ConsistentEETrainingArguments
 
     def __init__(self, model: nn.Module, args: ConsistentEETrainingArguments, **kwargs: Any) -> None:
-        if not isinstance(getattr(model, "config", None), ExitConfigMixin):
-            raise ValueError(f"`model` of type {type(model).__name__} has no exits; give a model such as "
-                             "BertForConsistentEE.")  # fmt: skip
-        if not isinstance(args, ConsistentEETrainingArguments):
-            raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
-        if any(kwargs.get("optimizers") or ()):
-            raise ValueError("`optimizers` is not supported: every phase makes its own; use `args.optim`.")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
-        if args.prediction_loss_only or args.batch_eval_metrics:
-            raise ValueError(
-                "`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed."
-            )
+        _check_arguments(model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         self._exit_arguments: dict[str, Any] = {}
         self._points: list[OperatingPoint] = []
+        self._full_point: OperatingPoint | None = None
         self._in_phase = False
+        self._full_depth: KnownText | None = None
+        self._per_token: bool = self._exit_model.exits_per_token
+        if self._per_token:
+            self.data_collator = PlainTextLabels(self.data_collator)
+            # Losses are divided by the counted tokens of all micro-batches and processes, see `compute_loss` of
+            # `ConsistentEETrainer`; `_get_num_items_in_batch` shifts labels itself.
+            self.model_accepts_loss_kwargs = True
+            self._loss_shifts_labels = False
+
+    @property
+    def _exit_model(self) -> nn.Module:
+        """The early-exit model itself, without wrappers."""
+        return bare_model(self.accelerator.unwrap_model(self.model))
 
     def _problem_type(self, dataset: Any = None) -> str:
-        config = self.model.config
+        if self._per_token:
+            # The next token is one class of the vocabulary.
+            return "single_label_classification"
+        config = self._exit_model.config
         labels = None
         if config.problem_type is None and config.num_labels > 1:
             datasets = (dataset, self.train_dataset, self.eval_dataset)
@@ -82,6 +100,13 @@ class EarlyExitTrainer(Trainer):
             labels = self._get_collator_with_removed_columns(self.data_collator)([row]).get("labels")
         return resolve_problem_type(config.problem_type, config.num_labels, labels)
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Counted tokens of a decoder's accumulated batches, in all processes. What counts is the label of the next
+        position; whether Trainer itself knows that depends on its version."""
+        if self._per_token:
+            batch_samples = [{"labels": batch["labels"][:, 1:]} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -89,8 +114,15 @@ class EarlyExitTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """Trainer's step; the predictions are a pair of logits and exit layers."""
-        ignore_keys = list(self.model.config.keys_to_ignore_at_inference if ignore_keys is None else ignore_keys)
+        """Trainer's step; the predictions are a pair of logits and exit layers, of a decoder those of
+        `token_prediction_step`."""
+        config = self._exit_model.config
+        if self._per_token:
+            own = {"exit_criterion": config.exit_criterion, "exit_threshold": config.exit_threshold}
+            with self.compute_loss_context_manager():
+                inputs = {**self._prepare_inputs(inputs), **(self._exit_arguments or own)}
+                return token_prediction_step(model, inputs)
+        ignore_keys = list(config.keys_to_ignore_at_inference if ignore_keys is None else ignore_keys)
         ignore_keys = [key for key in ignore_keys if key != "exit_layers"]
         return super().prediction_step(model, {**inputs, **self._exit_arguments}, prediction_loss_only, ignore_keys)
 
@@ -102,14 +134,11 @@ class EarlyExitTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Trainer's loop; metrics get the depth, predictions are the logits alone."""
+        """Trainer's loop; metrics get the depth, predictions are the logits alone, or a decoder's tokens."""
         compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
         if compute is not None:
-            self.compute_metrics = lambda prediction: compute(
-                EvalPrediction(
-                    prediction.predictions[0], prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses
-                )
-            )
+            chosen = aligned_prediction if self._per_token else _without_exit_layers
+            self.compute_metrics = lambda prediction: compute(chosen(prediction))
         if preprocess is not None:
             self.preprocess_logits_for_metrics = lambda outputs, labels: (preprocess(outputs[0], labels), outputs[1])
         try:
@@ -120,11 +149,20 @@ class EarlyExitTrainer(Trainer):
             self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
         if output.predictions is None:
             return output
-        logits, exit_layers = output.predictions
-        self._exit_layers = torch.as_tensor(exit_layers)
-        figures = depth_figures(self._exit_layers, self.model.config.num_hidden_layers)
+        figures: dict[str, Any] = {}
+        if self._per_token:
+            self._known_text = KnownText.from_arrays(output.predictions, output.label_ids)
+            figures |= self._known_text.figures(self._full_depth)
+            if self._in_phase:
+                objective = HEADS_OBJECTIVES[self.args.heads_objective]
+                figures["exit_loss"] = float(objective(self._known_text.losses.double()))
+            self._exit_layers, predictions = self._known_text.decided_layers, output.predictions[1]
+        else:
+            predictions, exit_layers = output.predictions
+            self._exit_layers = torch.as_tensor(exit_layers)
+        figures |= depth_figures(self._exit_layers, self._exit_model.config.num_hidden_layers)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        return output._replace(predictions=logits)
+        return output._replace(predictions=predictions)
 
     def create_model_card(
         self,
@@ -143,7 +181,7 @@ class EarlyExitTrainer(Trainer):
             )
         if not self.is_world_process_zero():
             return None
-        config = self.model.config
+        config = self._exit_model.config
         names = [name for name in self._points[0].metrics if name != "loss"]
         EarlyExitCard(
             model_name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
@@ -155,6 +193,7 @@ class EarlyExitTrainer(Trainer):
             split="evaluation",
             exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
             exit_threshold=config.exit_threshold,
+            full_depth=self._full_point,
             base_model=finetuned_from,
             figure=None,
             training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
@@ -170,39 +209,61 @@ class EarlyExitTrainer(Trainer):
     ) -> dict[str, Any]:
         """Metrics and depth at the configured threshold, and the operating points of `args.eval_exit_thresholds`.
 
-        Every operating point is executed; its wall-clock speed-up over full depth is taken in the same run, on up to
-        `args.eval_timing_rows` rows. Inside a training phase only the metrics and depth are computed.
+        Every operating point is executed. Inside a training phase only the metrics and depth are computed, and of a
+        decoder `exit_loss`: in `heads` the phase's objective over all exits (cross-entropy, whatever `token_loss`),
+        else the loss at the exits taken. It is what improves with `trainable="exits"`, when full depth stays the same.
+
+        Of an encoder, the wall-clock speed-up over full depth is taken in the same run, on up to
+        `args.eval_timing_rows` rows. A decoder is run on known text, where all layers are executed whatever the exits,
+        so there is no time to take: that is a matter of `generate`. Its depth and its exit histogram are those of the
+        counted tokens that may leave early; the last token of a prompt may not, as in generation.
 
         Returns:
             `dict[str, Any]`: Trainer's metrics, and with the prefix `depth`, `saved_layers`, `layer_speedup`,
-            `wall_clock_speedup`, `exit_histogram` (rows per layer) and `operating_points` (list of `dict`, see
-            [`OperatingPoint`]).
+            `exit_histogram` (rows or tokens per layer) and `operating_points` (list of `dict`, see
+            [`OperatingPoint`]); of an encoder `wall_clock_speedup`; of a decoder `loss`, `perplexity` and
+            `token_accuracy` over all counted tokens, `agreement` with the last exit over those that may leave, and
+            `full_depth`, the operating point without exits.
         """
         if self._in_phase or isinstance(eval_dataset or self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        config = self.model.config
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        settings = [(config.exit_criterion, config.exit_threshold)]
-        points = [self._point(*settings[0], metrics, metric_key_prefix)]
+        config = self._exit_model.config
         loader = self.get_eval_dataloader(eval_dataset)
-        for threshold in self.args.eval_exit_thresholds:
-            settings.append(("policy", threshold))
-            self._exit_arguments = {"exit_criterion": "policy", "exit_threshold": threshold}
-            try:
-                output = self.evaluation_loop(
-                    loader, f"Exit threshold {threshold}", None, ignore_keys, metric_key_prefix
-                )
-            finally:
-                self._exit_arguments = {}
-            points.append(self._point(*settings[-1], output.metrics, metric_key_prefix))
-        self._time_points(loader, settings, points)
-        self._points = points
-        return {
-            **metrics,
-            f"{metric_key_prefix}_wall_clock_speedup": points[0].wall_clock_speedup,
-            f"{metric_key_prefix}_exit_histogram": points[0].exit_histogram,
-            f"{metric_key_prefix}_operating_points": [point.to_dict() for point in points[1:]],
-        }
+        run = (loader, ignore_keys, metric_key_prefix)
+        try:
+            full = self._full_depth_point(*run) if self._per_token else None
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            points = [self._point(config.exit_criterion, config.exit_threshold, metrics, metric_key_prefix)]
+            points += [self._run_point("policy", threshold, *run) for threshold in self.args.eval_exit_thresholds]
+        finally:
+            self._full_depth = None
+        self._points, self._full_point = points, full
+        extra: dict[str, Any] = {"exit_histogram": points[0].exit_histogram}
+        if full is None:
+            self._time_points(loader, points)
+            extra["wall_clock_speedup"] = points[0].wall_clock_speedup
+        else:
+            extra["full_depth"] = full.to_dict()
+        extra["operating_points"] = [point.to_dict() for point in points[1:]]
+        return {**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in extra.items()}}
+
+    def _run_point(
+        self, criterion: str, threshold: Any, loader: Any, ignore_keys: list[str] | None, prefix: str
+    ) -> OperatingPoint:
+        self._exit_arguments = {"exit_criterion": criterion, "exit_threshold": threshold}
+        try:
+            output = self.evaluation_loop(loader, f"Exit threshold {threshold}", None, ignore_keys, prefix)
+        finally:
+            self._exit_arguments = {}
+        return self._point(criterion, threshold, output.metrics, prefix)
+
+    def _full_depth_point(self, loader: Any, ignore_keys: list[str] | None, prefix: str) -> OperatingPoint:
+        """Runs known text without exits, which other runs are then compared with."""
+        point = self._run_point("policy", 1.0, loader, ignore_keys, prefix)
+        self._full_depth = self._known_text
+        point.criterion = "full depth"
+        point.metrics["agreement"] = 1.0
+        return point
 
     def _point(self, criterion: str, threshold: Any, metrics: dict[str, float], prefix: str) -> OperatingPoint:
         values = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
@@ -211,12 +272,12 @@ class EarlyExitTrainer(Trainer):
         return OperatingPoint(
             criterion,
             threshold,
-            **depth_figures(self._exit_layers, self.model.config.num_hidden_layers),
+            **depth_figures(self._exit_layers, self._exit_model.config.num_hidden_layers),
             metrics={name: value for name, value in values.items() if name not in ignored},
-            exit_histogram=exit_histogram(self._exit_layers, self.model.config.exit_layer_numbers),
+            exit_histogram=exit_histogram(self._exit_layers, self._exit_model.config.exit_layer_numbers),
         )
 
-    def _time_points(self, loader: Any, settings: list[tuple[str, Any]], points: list[OperatingPoint]) -> None:
+    def _time_points(self, loader: Any, points: list[OperatingPoint]) -> None:
         if self.args.eval_timing_rows == 0:
             return
         batches, rows = [], 0
@@ -226,6 +287,38 @@ class EarlyExitTrainer(Trainer):
             rows += self.args.per_device_eval_batch_size
             if rows >= self.args.eval_timing_rows:
                 break
-        model = self.accelerator.unwrap_model(self.model)
-        for point, speedup in zip(points, measure_wall_clock(model, batches, settings), strict=True):
+        settings = [(point.criterion, point.exit_threshold) for point in points]
+        speedups = measure_wall_clock(self.accelerator.unwrap_model(self.model), batches, settings)
+        for point, speedup in zip(points, speedups, strict=True):
             point.wall_clock_speedup = speedup
+
+
+def _check_arguments(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` for what early exits do not support."""
+    exit_model = bare_model(model)
+    if not isinstance(getattr(exit_model, "config", None), ExitConfigMixin):
+        raise ValueError(
+            f"`model` of type {type(model).__name__} has no exits; give a model such as BertForConsistentEE."
+        )
+    if not isinstance(args, ConsistentEETrainingArguments):
+        raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
+    if any(kwargs.get("optimizers") or ()):
+        raise ValueError("`optimizers` is not supported: every phase makes its own; use `args.optim`.")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
+    if args.prediction_loss_only or args.batch_eval_metrics:
+        raise ValueError("`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed.")
+    if exit_model.exits_per_token:
+        if kwargs.get("preprocess_logits_for_metrics") is not None:
+            raise ValueError("`preprocess_logits_for_metrics` is not supported: a decoder's logits are not collected.")
+    elif args.token_loss != "ce" or args.policy_max_tokens is not None:
+        raise ValueError(
+            f"`token_loss`={args.token_loss!r} and `policy_max_tokens`={args.policy_max_tokens} are for decoders; "
+            f"{type(exit_model).__name__} leaves row by row: accepted are 'ce' and None."
+        )
+
+
+def _without_exit_layers(prediction: EvalPrediction) -> EvalPrediction:
+    return EvalPrediction(
+        prediction.predictions[0], prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses
+    )

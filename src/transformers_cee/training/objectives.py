@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What the phases minimise: losses of heads, of the consistent model step, and policy gradients.
 
-Everywhere: losses, rewards and the exit distribution are (rows, exits).
+Everywhere: losses, rewards and the exit distribution are (rows, exits); a decoder's rows are its counted tokens.
 """
 
 from collections.abc import Callable
@@ -40,6 +40,23 @@ def consistent_sampled(losses: Tensor, log_distribution: Tensor, samples: int) -
     """Loss at the exit only, at `samples` exits drawn from the exit distribution (Zeng et al. 2024)."""
     exits = torch.multinomial(log_distribution.detach().exp(), samples, replacement=True)
     return losses.gather(1, exits).mean()
+
+
+def closed_before(exit_logits: Tensor, first_exit: int) -> Tensor:
+    """Logits (rows, exits − 1) of leaving where nothing leaves before exit `first_exit` (0-based)."""
+    if first_exit == 0:
+        return exit_logits
+    closed = torch.arange(exit_logits.shape[1], device=exit_logits.device) < first_exit
+    # Finite, so that a probability of 0 times its logarithm is 0 in the entropy.
+    return exit_logits.masked_fill(closed, -1e4)
+
+
+def staying_where_forced(log_distribution: Tensor, may_exit: Tensor) -> Tensor:
+    """Log exit distribution (rows, exits) in which rows that may not leave early, by `may_exit` (rows,), take the last
+    exit for sure."""
+    last = torch.full_like(log_distribution[:1], -torch.inf)
+    last[:, -1] = 0.0
+    return torch.where(may_exit.unsqueeze(1), log_distribution, last)
 
 
 def exploring_logits(exit_logits: Tensor, exploration: float) -> Tensor:

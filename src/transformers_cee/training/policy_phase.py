@@ -15,52 +15,58 @@ from transformers import Trainer
 from transformers_cee.evaluation.operating_points import hindsight_point, score_exits
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import ExitPolicies
-from transformers_cee.training.objectives import policy_loss
+from transformers_cee.training.objectives import closed_before, policy_loss
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
 class PolicyObjective(nn.Module):
-    """The policies and the loss that trains them, from stored states, logits and rewards to one number.
+    """The policies and the loss that trains them, from stored states, features and rewards to one number.
 
     Args:
         policies (`ExitPolicies`): the model's own policies; trained in place.
-        problem_type (`str`): what the logits mean.
+        first_exit (`int`): exit (0-based) before which nothing leaves.
         options: keyword arguments of `policy_loss`.
     """
 
-    def __init__(self, policies: ExitPolicies, problem_type: str, **options: Any) -> None:
+    def __init__(self, policies: ExitPolicies, first_exit: int = 0, **options: Any) -> None:
         super().__init__()
         self.policies = policies
-        self.problem_type = problem_type
+        self.first_exit = first_exit
         self.options = options
 
-    def forward(self, states: Tensor, logits: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    def forward(self, states: Tensor, rewards: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         with torch.autocast(states.device.type, enabled=False):
-            exit_logits = self.policies(states.float(), logits, self.problem_type)
+            dtype = next(self.policies.parameters()).dtype
+            exit_logits = closed_before(self.policies(states.to(dtype), features), self.first_exit)
             options = self.options if self.training else {}
             return {"loss": policy_loss(exit_logits, rewards, **options)}
 
 
 class StoredRewards(Dataset):
-    """Rows of an `ExitStore` with their rewards (rows, exits), fetched a batch at a time."""
+    """Entries of an `ExitStore` with their rewards (entries, exits), fetched a batch at a time.
 
-    def __init__(self, store: ExitStore, rewards: Tensor, rows: Tensor | None = None) -> None:
+    Args:
+        store (`ExitStore`): the store.
+        rewards (`Tensor` of shape `(entries, exits)`): reward of each entry of the store at each exit.
+        entries (`LongTensor`, *optional*): numbers of the entries to take; all by default.
+    """
+
+    def __init__(self, store: ExitStore, rewards: Tensor, entries: Tensor | None = None) -> None:
         self.store, self.rewards = store, rewards
-        self.rows = torch.arange(len(store)) if rows is None else rows
+        self.entries = torch.arange(len(store)) if entries is None else entries
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        rows = self.rows[indices]
-        return {
-            "states": self.store.states[rows],
-            "logits": self.store.logits[rows],
-            "rewards": self.rewards[rows],
-        }
+        entries = self.entries[indices]
+        batch = {"states": self.store.states[entries], "rewards": self.rewards[entries]}
+        if self.store.features is not None:
+            batch["features"] = self.store.features[entries]
+        return batch
 
 
 def as_fetched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,9 +102,10 @@ class PolicyPhaseTrainer(Trainer):
                 batch = {name: value.to(device) for name, value in batch.items()}
                 total += float(objective(**batch)["loss"]) * len(indices)
         scores = score_exits("policy", self.eval_store, objective.policies)
+        scores[:, : objective.first_exit] = 0.0
         point = hindsight_point("policy", self.exit_threshold, scores, self.eval_store, self.metrics)
         values = {"loss": total / len(self.eval_dataset), "reward": -total / len(self.eval_dataset)}
-        values |= {"depth": point.depth, **point.metrics}
+        values |= {"depth": point.depth, **{name: value for name, value in point.metrics.items() if name != "loss"}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -106,7 +113,7 @@ class PolicyPhaseTrainer(Trainer):
 
 
 def policy_arguments(args: ConsistentEETrainingArguments, directory: str, evaluates: bool) -> Any:
-    """The phase's own arguments: stored rows need neither accumulation nor workers, and a policy is judged by its
+    """The phase's own arguments: stored entries need neither accumulation nor workers, and a policy is judged by its
     reward, not by its accuracy."""
     own = copy.copy(args)
     own.output_dir = directory
@@ -134,14 +141,26 @@ def run_policy_phase(
     evaluation: StoredRewards | None,
     *,
     exit_threshold: Any,
+    first_exit: int = 0,
     metrics: Callable | None = None,
     callbacks: list | None = None,
     resume_from_checkpoint: str | None = None,
 ) -> Any:
-    """Trains `policies` in place and returns the `TrainOutput`. Checkpoints lie in `directory`."""
+    """Trains `policies` in place and returns the `TrainOutput`. Checkpoints lie in `directory`.
+
+    Raises:
+        ValueError: the policies are frozen, or there is nothing to learn from.
+    """
+    if not any(parameter.requires_grad for parameter in policies.parameters()):
+        raise ValueError(
+            "The exit policies are frozen (`requires_grad`); a model with adapters needs 'exit_policies' in "
+            "`modules_to_save`."
+        )
+    if len(train) == 0:
+        raise ValueError("`train_dataset` has no token that may leave early: every answer is one token long.")
     objective = PolicyObjective(
         policies,
-        train.store.problem_type,
+        first_exit,
         gradient=args.policy_gradient,
         samples=args.policy_samples,
         exploration=args.policy_exploration,

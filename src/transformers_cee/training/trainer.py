@@ -4,24 +4,36 @@
 
 import copy
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from transformers_cee.evaluation.store import ExitStore, collect_exits
-from transformers_cee.exits.losses import exit_losses
-from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
 from transformers_cee.training.hardness import fingerprint, memorized_layers
-from transformers_cee.training.objectives import HEADS_OBJECTIVES, consistent_expected, consistent_sampled
+from transformers_cee.training.model_step import (
+    ModelPhase,
+    consistent_phase,
+    first_exit,
+    heads_phase,
+    operating_point,
+    token_share,
+    with_gradient,
+)
+from transformers_cee.training.parameters import (
+    active_module,
+    freeze_for_model_step,
+    keeping_requires_grad,
+    split_exit_groups,
+)
 from transformers_cee.training.phases import PhaseLog
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
 from transformers_cee.training.rewards import RewardFunction, layer_reward
@@ -29,14 +41,6 @@ from transformers_cee.training.training_args import ConsistentEETrainingArgument
 
 
 HARDNESS_FILE = "hardness.safetensors"
-
-
-@dataclass
-class _ModelPhase:
-    """What a phase that trains the model itself changes: its loss, and where evaluation leaves."""
-
-    loss: Callable[[nn.Module, Any, Tensor], Tensor]
-    exit_threshold: float | list[float] | None
 
 
 class ConsistentEETrainer(EarlyExitTrainer):
@@ -49,15 +53,20 @@ class ConsistentEETrainer(EarlyExitTrainer):
     - `train_policy`: the exit policies learn where to leave, by the policy gradient on stored exit states.
     - `train_consistent`: the model learns at the exits its policies take, then the policies learn again, in rounds.
 
+    Of a decoder each counted token (one whose next label is not −100) takes the place of a row: losses are means over
+    all counted tokens of an optimizer step, however they are spread over micro-batches and processes.
+
     Everything else (optimizer, precision, accumulation, processes, callbacks, checkpoints, logging) is 🤗 Trainer's.
 
     Args:
-        model (`PreTrainedModel`): an early-exit model, such as [`BertForConsistentEE`].
+        model (`PreTrainedModel` or `PeftModel`): an early-exit model, such as [`BertForConsistentEE`] or
+            [`LlamaForConsistentEECausalLM`]. With adapters around it, `modules_to_save` of their config has to name
+            `"exit_policies"`, and `"exit_heads"` and `"exit_norms"` where these are to learn.
         args ([`ConsistentEETrainingArguments`]): arguments.
         reward_function (`Callable`, *optional*):
             Replaces the reward: takes losses or errors (rows, exits), exit layers (exits,), memorized layers (rows,)
-            and the number of layers, and returns rewards (rows, exits).
-        kwargs: those of `transformers.Trainer`.
+            and the number of layers, and returns rewards (rows, exits). Of a decoder, rows are counted tokens.
+        kwargs: those of [`EarlyExitTrainer`].
 
     Raises:
         ValueError: arguments that early exits do not support.
@@ -77,7 +86,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         self.reward_function = reward_function
         self._own_callbacks = list(callbacks or [])
-        self._phase: _ModelPhase | None = None
+        self._phase: ModelPhase | None = None
         self._stores: dict[str, tuple[str, ExitStore]] = {}
 
     # The run
@@ -94,10 +103,14 @@ class ConsistentEETrainer(EarlyExitTrainer):
             `dict[str, Any]`: result of each step by name, a `TrainOutput` or, for hardness, the memorized layers.
 
         Raises:
-            ValueError: nothing to resume, or arguments that Trainer's `train` takes and phases do not.
+            ValueError: nothing to resume, nothing to train, or arguments that Trainer's `train` takes and phases do
+                not.
         """
         if kwargs:
             raise ValueError(f"`train` got {sorted(kwargs)}; only `resume_from_checkpoint` is accepted.")
+        if {"heads", "consistent"} & set(self.args.phases):
+            with keeping_requires_grad(self.model):
+                freeze_for_model_step(self.model, self.args.trainable)
         log = PhaseLog(self._phases_directory(resume_from_checkpoint), self.args.should_save)
         if resume_from_checkpoint:
             log.resume()
@@ -121,18 +134,25 @@ class ConsistentEETrainer(EarlyExitTrainer):
         return self._heads(self._folder("heads"), resume_from_checkpoint)
 
     def compute_hardness(self) -> Tensor:
-        """Phase `hardness`: memorized layer (rows,) of every training row, in evaluation mode.
+        """Phase `hardness`: memorized layer (rows,) of every training row, in evaluation mode; of a decoder (tokens,),
+        of every counted token or of those that `args.policy_max_tokens` leaves.
 
         Kept in `output_dir/hardness.safetensors` with a fingerprint of data and weights, and computed again when
         either has changed.
         """
-        mark = fingerprint(self.accelerator.unwrap_model(self.model), self.train_dataset)
+        mark = fingerprint(self._exit_model, self.train_dataset)
         about = {"fingerprint": mark, "tolerance": str(self.args.hardness_tolerance)}
+        if self.args.policy_max_tokens is not None:
+            about["tokens"] = f"{self.args.policy_max_tokens} of {self.args.policy_holdout}, seed {self._data_seed}"
         path = os.path.join(self.args.output_dir, HARDNESS_FILE)
+        stored = self._stores.get("train")
         if os.path.isfile(path):
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}) == about:
-                    return file.get_tensor("memorized_layers")
+                    layers = file.get_tensor("memorized_layers")
+                    # The collator, which the mark does not know of, may count other tokens now.
+                    if stored is None or stored[0] != mark or len(stored[1]) == len(layers):
+                        return layers
         store = self._store("train", self.train_dataset, mark)
         layers = memorized_layers(store.correct, store.layers)
         if self.args.should_save:
@@ -140,12 +160,38 @@ class ConsistentEETrainer(EarlyExitTrainer):
             # In one move: another process may be looking for the file.
             save_file({"memorized_layers": layers}, path + ".part", metadata=about)
             os.replace(path + ".part", path)
-        self.log({"memorized_layer": float(layers.float().mean())})
+        self.log({"memorized_layer": float(layers[store.may_exit].float().mean())})
         return layers
 
     def train_policy(self, resume_from_checkpoint: str | None = None) -> Any:
         """Phase `policy`: the policies alone learn on stored exit states; backbone and heads stay as they are."""
         return self._policy(self._folder("policy"), resume_from_checkpoint)
+
+    def train_policies_at(self, alphas: Sequence[float]) -> dict[float, ExitPolicies]:
+        """New policies for each reward weight α, on the stored states of the model as it is; its own stay as they are.
+
+        One policy holds one speed. The states are stored once, so a family of policies costs seconds.
+
+        Args:
+            alphas (sequence of `float`): weights α of one layer in the reward.
+
+        Returns:
+            `dict[float, ExitPolicies]`: policies by α, in evaluation mode.
+
+        Raises:
+            ValueError: a negative α.
+        """
+        wrong = [alpha for alpha in alphas if alpha < 0]
+        if wrong:
+            raise ValueError(f"`alphas`={list(alphas)} must not be negative; got {wrong[0]}.")
+        family = {}
+        for alpha in alphas:
+            set_seed(self.args.seed)
+            policies = copy.deepcopy(active_module(self._exit_model.exit_policies)).requires_grad_(True)
+            policies.reset_parameters()
+            self._policy(self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha)
+            family[alpha] = policies.eval()
+        return family
 
     def train_consistent(self) -> dict[str, Any]:
         """Phase `consistent`: rounds of a model step (loss at the exits that the policies take) and a policy step."""
@@ -175,8 +221,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
     # Phases
 
     def _heads(self, folder: str, checkpoint: str | None) -> Any:
-        objective = HEADS_OBJECTIVES[self.args.heads_objective]
-        phase = _ModelPhase(lambda model, outputs, losses: objective(losses), exit_threshold=1.0)
+        phase = heads_phase(self.args, self._per_token)
         epochs = self.args.heads_num_train_epochs
         return self._train_model(
             phase,
@@ -189,70 +234,62 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def _consistent_model(self, folder: str, checkpoint: str | None) -> Any:
         rate = self.args.consistent_learning_rate
         return self._train_model(
-            _ModelPhase(self._consistent_loss, exit_threshold=None),
+            consistent_phase(self.args, self._exit_model, self._problem_type),
             folder,
             checkpoint,
             self.args.learning_rate if rate is None else rate,
             self.args.consistent_num_train_epochs,
         )
 
-    def _consistent_loss(self, model: nn.Module, outputs: Any, losses: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-            policies = self.accelerator.unwrap_model(model).exit_policies
-            exit_logits = policies(
-                outputs.all_exit_states.to(next(policies.parameters()).dtype),
-                outputs.all_exit_logits,
-                self._problem_type(),
-            )
-            distribution = exit_log_distribution(exit_logits)
-        if self.args.consistent_objective == "expected":
-            return consistent_expected(losses, distribution)
-        return consistent_sampled(losses, distribution, self.args.consistent_samples)
-
     def _train_model(
-        self, phase: _ModelPhase, folder: str, checkpoint: str | None, learning_rate: float, epochs: float
+        self, phase: ModelPhase, folder: str, checkpoint: str | None, learning_rate: float, epochs: float
     ) -> Any:
         """Trainer's own loop with the phase's loss, on the rows of the heads, policies frozen."""
         own = copy.copy(self.args)
         own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
         own.push_to_hub = False
         kept = (self.args, self.train_dataset, self._exit_arguments)
-        policies = self.accelerator.unwrap_model(self.model).exit_policies
-        self.args, self._phase, self._in_phase = own, phase, True
-        self.train_dataset = _subset(self.train_dataset, self._split()[0])
-        if phase.exit_threshold is not None:
-            self._exit_arguments = {"exit_criterion": "policy", "exit_threshold": phase.exit_threshold}
-        self.optimizer = self.lr_scheduler = None
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "early_stopping_patience_counter"):
-                callback.early_stopping_patience_counter = 0
-        policies.requires_grad_(False)
-        try:
-            return super().train(resume_from_checkpoint=checkpoint)
-        finally:
-            policies.requires_grad_(True)
-            self.args, self.train_dataset, self._exit_arguments = kept
-            self._phase, self._in_phase = None, False
+        with keeping_requires_grad(self.model):
+            freeze_for_model_step(self.model, self.args.trainable)
+            self.args, self._phase, self._in_phase = own, phase, True
+            self.train_dataset = _subset(self.train_dataset, self._split()[0])
+            self._exit_arguments = phase.evaluation
+            self.optimizer = self.lr_scheduler = None
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "early_stopping_patience_counter"):
+                    callback.early_stopping_patience_counter = 0
+            try:
+                return super().train(resume_from_checkpoint=checkpoint)
+            finally:
+                self.args, self.train_dataset, self._exit_arguments = kept
+                self._phase, self._in_phase = None, False
 
-    def _policy(self, folder: str, checkpoint: str | None) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        if len(model.config.exit_layer_numbers) == 1:
+    def _policy(
+        self, folder: str, checkpoint: str | None, policies: ExitPolicies | None = None, alpha: float | None = None
+    ) -> Any:
+        """Trains the model's policies, or others at a reward weight of their own."""
+        model = self._exit_model
+        config = model.config
+        if len(config.exit_layer_numbers) == 1:
             raise ValueError("`exit_layers` leaves the last layer as the only exit: there is nothing to decide.")
         mark = fingerprint(model, self.train_dataset)
         store = self._store("train", self.train_dataset, mark)
-        train = StoredRewards(store, self._rewards(store, self.compute_hardness()), self._split()[1])
+        entries = store.deciding(self._split()[1])
+        train = StoredRewards(store, self._rewards(store, self.compute_hardness(), alpha), entries)
         evaluation = None
         if self.args.eval_strategy != "no" and self.eval_dataset is not None:
             stored = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
-            rewards = self._rewards(stored, memorized_layers(stored.correct, stored.layers))
-            evaluation = StoredRewards(stored, rewards)
+            rewards = self._rewards(stored, memorized_layers(stored.correct, stored.layers), alpha)
+            evaluation = StoredRewards(stored, rewards, stored.deciding())
+        criterion, threshold = operating_point(model)
         return run_policy_phase(
-            model.exit_policies,
+            active_module(model.exit_policies) if policies is None else policies,
             self.args,
             folder,
             train,
             evaluation,
-            exit_threshold=model.config.exit_threshold,
+            exit_threshold=threshold if criterion == "policy" else 0.5,
+            first_exit=first_exit(config),
             metrics=self.compute_metrics,
             callbacks=self._own_callbacks,
             resume_from_checkpoint=checkpoint,
@@ -260,12 +297,16 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     # What the phases need
 
-    def collect_exits(self, dataset: Any, name: str = "other") -> ExitStore:
-        """Every exit's states and logits for each row of `dataset`, in evaluation mode.
+    def collect_exits(
+        self, dataset: Any, name: str = "other", max_tokens: int | None = None, rows: Tensor | None = None
+    ) -> ExitStore:
+        """Every exit's states and results for each row, or counted token, of `dataset`, in evaluation mode.
 
         Args:
             dataset (sized, indexable): rows as the model takes them, with labels.
             name (`str`): names the file in `output_dir/exit_store` of states above `args.store_memory_limit_mb`.
+            max_tokens (`int`, *optional*): of a decoder, the most tokens to keep, those of rows drawn at random.
+            rows (`LongTensor`, *optional*): rows to draw from with `max_tokens`.
         """
         description = "exit states"
         collator = self.data_collator
@@ -274,7 +315,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
         else:
             collator = self._get_collator_with_removed_columns(collator, description=description)
         return collect_exits(
-            self.accelerator.unwrap_model(self.model),
+            self._exit_model,
             dataset,
             collator,
             self.accelerator,
@@ -283,26 +324,30 @@ class ConsistentEETrainer(EarlyExitTrainer):
             directory=os.path.join(self.args.output_dir, "exit_store", name),
             memory_limit_mb=self.args.store_memory_limit_mb,
             tolerance=self.args.hardness_tolerance,
+            max_tokens=max_tokens,
+            rows=rows,
+            seed=self._data_seed,
             disable_tqdm=self.args.disable_tqdm,
         )
 
     def _store(self, name: str, dataset: Any, mark: str) -> ExitStore:
         if self._stores.get(name, ("", None))[0] != mark:
             self._stores.pop(name, None)
-            self._stores[name] = (mark, self.collect_exits(dataset, name))
+            limit = self.args.policy_max_tokens
+            rows = self._split()[1] if name == "train" and limit is not None else None
+            self._stores[name] = (mark, self.collect_exits(dataset, name, limit, rows))
         return self._stores[name][1]
 
-    def _rewards(self, store: ExitStore, memorized: Tensor) -> Tensor:
+    def _rewards(self, store: ExitStore, memorized: Tensor, alpha: float | None = None) -> Tensor:
         losses = store.losses if self.args.reward_loss == "ce" else store.errors
-        config = self.model.config
+        config = self._exit_model.config
         if self.reward_function is not None:
             rewards = self.reward_function(losses, store.layers, memorized, config.num_hidden_layers)
             if rewards.shape != losses.shape:
                 raise ValueError(f"`reward_function` gave shape {tuple(rewards.shape)}, needed {tuple(losses.shape)}.")
             return rewards
-        return layer_reward(
-            losses, store.layers, memorized, config.num_hidden_layers, config.reward_alpha, config.reward_hardness
-        )
+        alpha = config.reward_alpha if alpha is None else alpha
+        return layer_reward(losses, store.layers, memorized, config.num_hidden_layers, alpha, config.reward_hardness)
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Row numbers that the heads learn from, and those that the policies learn from."""
@@ -310,9 +355,12 @@ class ConsistentEETrainer(EarlyExitTrainer):
         held_out = round(self.args.policy_holdout * rows)
         if held_out == 0:
             return torch.arange(rows), torch.arange(rows)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(self._data_seed))
         return order[held_out:].sort().values, order[:held_out].sort().values
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _folder(self, step: str) -> str:
         return PhaseLog(self._phases_directory(None)).folder(step)
@@ -334,26 +382,46 @@ class ConsistentEETrainer(EarlyExitTrainer):
         log.finish(step)
 
     def _load_finished(self, log: PhaseLog) -> None:
-        if log.last_weights is not None:
-            weights = load_file(os.path.join(log.last_weights, SAFE_WEIGHTS_NAME))
-            self.accelerator.unwrap_model(self.model).load_state_dict(weights)
+        if log.last_weights is None:
+            return
+        path = os.path.join(log.last_weights, SAFE_WEIGHTS_NAME)
+        if os.path.isfile(path):
+            # Strict, and knows of weights that are tied and stored once.
+            load_model(self.accelerator.unwrap_model(self.model), path)
+        else:
+            self._load_from_checkpoint(log.last_weights, self.accelerator.unwrap_model(self.model))
 
     # Hooks of Trainer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
+        """The phase's loss. Of a decoder, the micro-batch's share in the mean over all counted tokens of the step, as
+        Trainer counts them (`num_items_in_batch`)."""
         if self._phase is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        outputs = model(**inputs, output_all_exits=True)
-        losses = exit_losses(outputs.all_exit_logits, inputs["labels"], self._problem_type())
-        loss = self._phase.loss(model, outputs, losses)
+        loss, outputs = self._phase.loss(model, inputs)
+        items = kwargs.get("num_items_in_batch")
+        if self._per_token and items is not None:
+            # Gradients are averaged over processes.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = token_share(loss, inputs["labels"], items, processes)
+        loss = with_gradient(loss, model)
         return (loss, outputs) if return_outputs else loss
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Adapters that are loaded may come unfrozen.
+        with keeping_requires_grad(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with keeping_requires_grad(self.model):
+            super()._load_best_model()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.exit_learning_rate is not None and len(optimizer.param_groups) < 4:
-            _split_exit_groups(optimizer, self.model, self.args.exit_learning_rate)
+            split_exit_groups(optimizer, self.model, self.args.exit_learning_rate)
         return optimizer
 
 
@@ -361,18 +429,3 @@ def _subset(dataset: Any, rows: Tensor) -> Any:
     if len(rows) == len(dataset):
         return dataset
     return dataset.select(rows.tolist()) if hasattr(dataset, "select") else Subset(dataset, rows.tolist())
-
-
-def _split_exit_groups(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
-    """Moves what belongs to the exits and not to the layers into parameter groups with their own learning rate."""
-    own = {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if any(part in name for part in ("exit_heads", "exit_norms", "pooler", "classifier"))
-    }
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in own]
-        if mine:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            options = {name: value for name, value in group.items() if name not in ("params", "lr")}
-            optimizer.add_param_group({"params": mine, "lr": learning_rate, **options})

@@ -3,6 +3,7 @@
 """Arguments of [`ConsistentEETrainer`]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -11,6 +12,7 @@ PHASES = ("heads", "hardness", "policy", "consistent")
 POLICY_GRADIENTS = ("exact", "reinforce")
 REWARD_LOSSES = ("ce", "error")
 CONSISTENT_OBJECTIVES = ("expected", "sampled")
+TRAINABLE = ("all", "exits")
 
 
 @dataclass
@@ -23,7 +25,14 @@ class ConsistentEETrainingArguments(TrainingArguments):
 
     Args:
         phases (`list[str]`): phases that `train()` runs, in this order. Defaults to all.
+        trainable (`str`): `"all"` (default), or `"exits"`: only exit heads, exit norms and policies learn; embeddings,
+            layers and the model's own norm and head stay as they are. What is frozen already stays frozen. A
+            decoder's `metric_for_best_model` is then better `"exit_loss"` than `"loss"` (`EarlyExitTrainer.evaluate`).
         heads_objective (`str`): `"layer_weighted"` (default, `Σ i·CE_i / Σ i`), `"uniform"` or `"last"`.
+        token_loss (`str`): loss of a decoder's tokens in the phase `heads`, a key of `TOKEN_LOSSES`: `"ce"` (default,
+            the label), `"kl"` or `"argmax"` (the last exit's distribution or most probable token, which need nothing
+            but text).
+        token_loss_temperature, token_loss_top_k: of `"kl"`; `token_loss_entropy_weight`: of `"argmax"`.
         heads_learning_rate, consistent_learning_rate (`float`, *optional*): default to `learning_rate`.
         heads_num_train_epochs (`float`, *optional*): defaults to `num_train_epochs`.
         exit_learning_rate (`float`, *optional*): of exit heads, norms, pooler and classifier in the phases `heads` and
@@ -32,24 +41,33 @@ class ConsistentEETrainingArguments(TrainingArguments):
         policy_gradient (`str`): `"exact"` (default) or `"reinforce"` with `policy_samples` draws (the paper's).
         policy_holdout (`float`): share of the training rows that the heads never see and the policies learn from.
             Heads have memorised their own training rows, which makes early exits look better than they are.
+        policy_max_tokens (`int`, *optional*): of a decoder, the tokens that the policies learn from and are judged on,
+            of rows drawn at random until there are enough; their hardness is all that is computed. Defaults to all.
         policy_exploration (`float`): share of decisions taken by a fair coin while training. Off by default.
         policy_entropy_bonus (`float`): weight of the exit distribution's entropy. Off by default.
         reward_loss (`str`): `"ce"` (the paper) or `"error"` as the loss term of the reward.
         hardness_tolerance (`float`): in regression, the absolute error up to which a head counts as right.
         consistent_num_rounds (`int`): rounds of one model step and one policy step.
         consistent_num_train_epochs (`float`): epochs of each model step.
-        consistent_objective (`str`): `"expected"` (default) or `"sampled"` at `consistent_samples` exits.
+        consistent_objective (`str`): `"expected"` (default) or `"sampled"` at `consistent_samples` exits. A decoder
+            takes one pass per sample, in which tokens that left keep their exit state (`copy_exit_states` of the
+            config); memory grows with the samples.
         store_memory_limit_mb (`int`): exit states above this size (MB) are memory-mapped on disk.
         eval_exit_thresholds (`list[float]`): operating points of `evaluate()`.
-        eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times; 0 takes none.
+        eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times of an encoder; 0 takes none.
     """
 
     phases: list[str] = field(
         default_factory=lambda: list(PHASES), metadata={"help": f"Phases to run, of {', '.join(PHASES)}."}
     )
+    trainable: str = field(default="all", metadata={"help": "What learns: all or exits."})
     heads_objective: str = field(
         default="layer_weighted", metadata={"help": "Loss of the heads: layer_weighted, uniform or last."}
     )
+    token_loss: str = field(default="ce", metadata={"help": "Loss of a decoder's tokens in heads: ce, kl or argmax."})
+    token_loss_temperature: float = field(default=1.0, metadata={"help": "Temperature of token_loss=kl."})
+    token_loss_top_k: int = field(default=0, metadata={"help": "Tokens compared by token_loss=kl; 0 for all."})
+    token_loss_entropy_weight: float = field(default=0.5, metadata={"help": "Entropy's weight in token_loss=argmax."})
     heads_learning_rate: float | None = field(default=None, metadata={"help": "Defaults to learning_rate."})
     heads_num_train_epochs: float | None = field(default=None, metadata={"help": "Defaults to num_train_epochs."})
     exit_learning_rate: float | None = field(
@@ -62,6 +80,9 @@ class ConsistentEETrainingArguments(TrainingArguments):
     policy_samples: int = field(default=8, metadata={"help": "Draws per row of reinforce."})
     policy_holdout: float = field(
         default=0.0, metadata={"help": "Share of training rows kept from the heads and used for the policies."}
+    )
+    policy_max_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens that a decoder's policies learn from; all by default."}
     )
     policy_exploration: float = field(default=0.0, metadata={"help": "Share of decisions taken by a fair coin."})
     policy_entropy_bonus: float = field(default=0.0, metadata={"help": "Weight of the exit distribution's entropy."})
@@ -90,13 +111,16 @@ class ConsistentEETrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        from transformers_cee.exits.token_losses import TOKEN_LOSSES
         from transformers_cee.training.objectives import HEADS_OBJECTIVES
 
         unknown = [phase for phase in self.phases if phase not in PHASES]
         if unknown or not self.phases:
             raise ValueError(f"`phases`={self.phases}: {unknown} unknown; accepted are {', '.join(PHASES)}.")
         for name, accepted in (
+            ("trainable", TRAINABLE),
             ("heads_objective", tuple(HEADS_OBJECTIVES)),
+            ("token_loss", tuple(TOKEN_LOSSES)),
             ("policy_gradient", POLICY_GRADIENTS),
             ("reward_loss", REWARD_LOSSES),
             ("consistent_objective", CONSISTENT_OBJECTIVES),
@@ -109,9 +133,32 @@ class ConsistentEETrainingArguments(TrainingArguments):
         for name in ("policy_batch_size", "policy_samples", "consistent_samples", "consistent_num_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
+        if self.policy_max_tokens is not None and self.policy_max_tokens < 1:
+            raise ValueError(f"`policy_max_tokens`={self.policy_max_tokens} must be at least 1, or None for all.")
+        if self.trainable == "exits" and self.heads_objective == "last":
+            raise ValueError("`heads_objective`='last' trains the last exit, which `trainable`='exits' leaves alone.")
+        self.make_token_loss()
         if not all(0.0 <= threshold <= 1.0 for threshold in self.eval_exit_thresholds):
             raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds} must lie in [0, 1].")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor`={self.label_smoothing_factor} is not supported: losses are those of exits."
             )
+
+    def make_token_loss(self) -> Any:
+        """The object that `token_loss` and its options name.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        from transformers_cee.exits.token_losses import TOKEN_LOSSES
+
+        options = {
+            "kl": {"temperature": self.token_loss_temperature, "top_k": self.token_loss_top_k},
+            "argmax": {"entropy_weight": self.token_loss_entropy_weight},
+        }
+        try:
+            return TOKEN_LOSSES[self.token_loss](**options.get(self.token_loss, {}))
+        except ValueError as error:
+            # The loss speaks of its own fields, which have longer names here.
+            raise ValueError(str(error).replace("`", "`token_loss_", 1)) from error

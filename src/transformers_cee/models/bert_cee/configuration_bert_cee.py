@@ -4,12 +4,12 @@
 
 from transformers import BertConfig
 
-from transformers_cee.exits.configuration import ExitConfigMixin
+from transformers_cee.exits.configuration import EncoderExitConfigMixin
 from transformers_cee.hub.remote_code import RemoteCodeConfigMixin
 
 
-class BertCeeConfig(RemoteCodeConfigMixin, ExitConfigMixin, BertConfig):
-    """Configuration of [`BertForConsistentEE`]: the fields of `BertConfig` and those of `ExitConfigMixin`.
+class BertCeeConfig(RemoteCodeConfigMixin, EncoderExitConfigMixin, BertConfig):
+    """Configuration of [`BertForConsistentEE`]: the fields of `BertConfig` and those of `EncoderExitConfigMixin`.
 
     Raises:
         ValueError: a field of the exits is out of its range; the message names the field, the value and what is

@@ -32,6 +32,8 @@ class BertForConsistentEE(BertPreTrainedModel):
 
     config_class = BertCeeConfig
     config: BertCeeConfig
+    # A whole row leaves at once.
+    exits_per_token = False
     # The loss is a mean over the rows of one micro-batch: Trainer has to divide it by the accumulation steps.
     accepts_loss_kwargs = False
     # How deep a batch goes depends on its data.
@@ -119,13 +121,17 @@ class BertForConsistentEE(BertPreTrainedModel):
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
         all_exits = output_all_exits or (self.training and labels is not None)
         run = run_all_exits(batch, layers, self) if all_exits else run_exits(batch, layers, self, criterion)
+        losses = None
+        if all_exits and labels is not None:
+            losses = exit_losses(run.all_logits, labels, problem_type)
         return ExitClassifierOutput(
-            loss=self._loss(run, labels, problem_type),
+            loss=self._loss(run, losses, labels, problem_type),
             logits=run.logits,
             exit_layers=run.exit_layers,
             exit_probabilities=run.scores,
             all_exit_logits=run.all_logits if output_all_exits else None,
             all_exit_states=run.all_states if output_all_exits else None,
+            all_exit_losses=losses if output_all_exits else None,
         )
 
     def _embed(
@@ -153,11 +159,11 @@ class BertForConsistentEE(BertPreTrainedModel):
         # No mask for the layers means that nothing is padded: then pooling needs none either.
         return RowBatch(hidden_states, mask, None if mask is None else attention_mask)
 
-    def _loss(self, run: ExitRun, labels: Tensor | None, problem_type: str) -> Tensor | None:
+    def _loss(self, run: ExitRun, losses: Tensor | None, labels: Tensor | None, problem_type: str) -> Tensor | None:
         if labels is None:
             return None
-        if self.training:
-            return layer_weighted(exit_losses(run.all_logits, labels, problem_type))
+        if self.training and losses is not None:
+            return layer_weighted(losses)
         return exit_losses(run.logits, labels, problem_type).mean()
 
 

@@ -1,0 +1,125 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Answers one prompt at several thresholds, with the speed of each and the layer at which every token left.
+
+    python examples/generate_demo.py --model runs/demo-llm --prompt "What is machine translation?"
+
+Each threshold answers in turn with the full model. On a terminal a token's colour is its exit layer; elsewhere the
+layer stands behind the token. Thresholds are those that `run_clm_cee.py` measured (results.json in the model's
+folder), or those given by --exit_threshold.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clm_data import choose_format, prompt_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import transformers_cee  # noqa: F401  (registers its models with the Auto classes)
+from transformers_cee.evaluation.answers import FULL_DEPTH, Answers, answer
+
+
+PROMPT = "In this paper we ask how a language model can give each word only as much computation as it needs. Go on."
+DEFAULT_THRESHOLDS = (0.9, 0.7, 0.5)
+# From the first exit to the last layer, in the colours of a 256-colour terminal: green, yellow, red.
+COLORS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
+
+
+def measured_thresholds(folder: Path, criterion: str, count: int = 3) -> list[float]:
+    """Up to `count` thresholds of a criterion that the folder's results.json holds, deepest first; none without it."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return []
+    points = json.loads(path.read_text(encoding="utf-8")).get("curves", {}).get(criterion, [])
+    thresholds = [point["exit_threshold"] for point in sorted(points, key=lambda point: -point["depth"])]
+    if len(thresholds) <= count:
+        return thresholds
+    return [thresholds[round(index * (len(thresholds) - 1) / (count - 1))] for index in range(count)]
+
+
+def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text, so that characters made of several tokens come out right."""
+    texts = [tokenizer.decode(tokens[: index + 1], skip_special_tokens=True) for index in range(len(tokens))]
+    texts = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]
+    return [text[len(before) :] for before, text in zip(["", *texts[:-1]], texts, strict=True)]
+
+
+def paint(words: Sequence[str], layers: Sequence[int], exit_layers: Sequence[int], colored: bool) -> str:
+    """Text whose words show their exit layer, by colour or as `word[layer]`."""
+    if not colored:
+        return "".join(f"{word}[{layer}]" if word.strip() else word for word, layer in zip(words, layers, strict=True))
+    first, last = exit_layers[0], exit_layers[-1]
+    shades = [round((layer - first) / max(1, last - first) * (len(COLORS) - 1)) for layer in layers]
+    return "".join(f"\x1b[38;5;{COLORS[shade]}m{word}\x1b[0m" for word, shade in zip(words, shades, strict=True))
+
+
+def legend(exit_layers: Sequence[int], colored: bool) -> str:
+    """What colours or numbers mean."""
+    names = [f"layer {layer}" for layer in exit_layers]
+    if not colored:
+        return f"[number]: the layer at which the token left, of {exit_layers[-1]}"
+    return "colours: " + paint([f"{name}  " for name in names], exit_layers, exit_layers, colored).rstrip()
+
+
+def answer_in_turn(
+    model: Any, prompt: list[int], settings: dict[str, Any], pad: int, max_new_tokens: int, repeats: int
+) -> tuple[Answers, float, float]:
+    """Answer, its tokens per second and those of the full model, medians of answers given in turn."""
+    answers, speeds, full_speeds = [], [], []
+    for _ in range(repeats):
+        full_speeds.append(answer(model, [prompt], max_new_tokens, pad, **FULL_DEPTH).tokens_per_second)
+        answers.append(answer(model, [prompt], max_new_tokens, pad, **settings))
+        speeds.append(answers[-1].tokens_per_second)
+    return answers[0], statistics.median(speeds), statistics.median(full_speeds)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/demo-llm", help="folder or Hub name of a trained model")
+    parser.add_argument("--prompt", default=PROMPT, help="what to answer")
+    parser.add_argument("--prompt_format", help="chat, alpaca or plain; default: chat if the tokenizer has a template")
+    parser.add_argument("--exit_criterion", default="policy", help="policy or a baseline, such as max_probability")
+    parser.add_argument("--exit_threshold", type=float, nargs="+", help="1: exits off, 0: first exit")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest answer")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each answer is timed")
+    args = parser.parse_args(argv)
+    if args.model.count("/") != 1 and not Path(args.model).is_dir():
+        parser.error(f"--model: no such folder: {args.model!r}")
+    for name in ("max_new_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    layers = model.layer_numbers
+    prompt = prompt_ids(tokenizer, choose_format(args.prompt_format, tokenizer), args.prompt)
+    thresholds = args.exit_threshold or measured_thresholds(Path(args.model), args.exit_criterion)
+    print(f"{type(model).__name__} from {args.model}\n\n> {args.prompt}\n\n{legend(layers, colored)}")
+    full = answer(model, [prompt], args.max_new_tokens, pad, **FULL_DEPTH)
+    print(f"\nfull depth: {full.tokens_per_second:.1f} tokens/s\n")
+    print(tokenizer.decode(full.rows()[0][0], skip_special_tokens=True))
+    for threshold in thresholds or DEFAULT_THRESHOLDS:
+        settings = {"exit_criterion": args.exit_criterion, "exit_threshold": threshold}
+        made, speed, full_speed = answer_in_turn(model, prompt, settings, pad, args.max_new_tokens, args.repeats)
+        tokens, exits = made.rows()[0]
+        print(
+            f"\n{args.exit_criterion} > {threshold:.4g}: depth {statistics.mean(exits):.1f} of {layers[-1]}, "
+            f"{speed:.1f} tokens/s, {speed / full_speed:.2f}x full depth in the same run\n"
+        )
+        print(paint(pieces(tokenizer, tokens), exits, layers, colored))
+
+
+if __name__ == "__main__":
+    main()

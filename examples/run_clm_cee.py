@@ -1,0 +1,366 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Gives a LLaMA exits, trains them on instructions, summaries or plain text, and measures its answers and its speed.
+
+    python examples/run_clm_cee.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --do_train --do_eval \\
+        --dataset_name tatsu-lab/alpaca --output_dir runs/alpaca --trainable exits --exit_layers 10 15 20 25
+    python examples/run_clm_cee.py examples/configs/demo_llm.yaml --seed 1
+
+Options are those of `clm_arguments.LanguageModelArguments`, `clm_arguments.GenerationArguments`,
+`clm_data.TextArguments` and `ConsistentEETrainingArguments`. They may come from a .yaml or .json file; options after
+the file name override it. As in run_clm.py of 🤗 Transformers, `--do_train` and `--do_eval` say what is done.
+
+ConsistentEE and the baselines share one model and its heads. Their thresholds are picked on dev, on known text, for
+the same depths. Figures on test come from answers that were really generated with these thresholds, and speed from
+answering in turn with the full model. Agreement and perplexity are taken on known text, with exits. `results.json` is
+written after each operating point.
+"""
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from clm_arguments import (
+    LM_EXIT_FIELDS,
+    LanguageModelArguments,
+    LMArguments,
+    parse_arguments,
+)
+from clm_data import TextCorpus, load_text_corpus
+from common import check_stages, push, resume_argument, set_up_logging
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    set_seed,
+)
+
+from transformers_cee import ConsistentEETrainer, LlamaCeeConfig, LlamaForConsistentEECausalLM
+from transformers_cee.evaluation.answers import exit_scores
+from transformers_cee.evaluation.generation import GenerationBenchmark
+from transformers_cee.evaluation.generation_report import generation_table, plot_generation, speed_table
+from transformers_cee.evaluation.operating_points import thresholds_for_depths
+from transformers_cee.evaluation.report import method_name, write_results
+from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.evaluation.text_metrics import text_metrics
+from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.hub.generation_card import GenerationCard
+from transformers_cee.hub.model_card import installed_versions
+from transformers_cee.training.least_squares import fit_exit_heads
+
+
+logger = logging.getLogger("run_clm_cee")
+
+CARD_ARGUMENTS = (
+    "phases",
+    "trainable",
+    "token_loss",
+    "heads_objective",
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "policy_learning_rate",
+    "policy_num_train_epochs",
+    "policy_gradient",
+    "policy_holdout",
+    "reward_loss",
+    "consistent_num_rounds",
+    "consistent_num_train_epochs",
+    "consistent_objective",
+)
+CURVE_METRICS = ("agreement", "rougeL")
+
+
+def load_tokenizer(args: LanguageModelArguments) -> Any:
+    """The tokenizer, with a padding token."""
+    gguf = {"gguf_file": args.gguf_file} if args.gguf_file and not args.tokenizer_name else {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.tokenizer_name or args.model_name_or_path,
+        cache_dir=args.cache_dir,
+        revision=args.model_revision,
+        **gguf,
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(args: LanguageModelArguments, tokenizer: Any) -> LlamaForConsistentEECausalLM:
+    """The checkpoint with exits."""
+    source = {"cache_dir": args.cache_dir, "revision": args.model_revision}
+    if args.gguf_file:
+        source["gguf_file"] = args.gguf_file
+    config = LlamaCeeConfig.from_pretrained(args.model_name_or_path, **source, **args.exit_options())
+    dtype = getattr(torch, args.dtype)
+    model = LlamaForConsistentEECausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype, **source)
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(model.generation_config, name) is None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model
+
+
+def add_lora(model: LlamaForConsistentEECausalLM, args: LanguageModelArguments, seed: int) -> Any:
+    """LoRA matrices (Hu et al., 2022) inside the layers, in place; they and the exits are what is trained.
+
+    Returns:
+        The tuner, whose `merge_and_unload` turns the layers into plain ones again; None without `lora_r`.
+    """
+    if args.lora_r is None:
+        return None
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    set_seed(seed)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha or 2 * args.lora_r,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+    )
+    tuner = LoraModel(model, config, "default")
+    for part in (model.exit_norms, model.exit_heads, model.exit_policies):
+        part.requires_grad_(True)
+    return tuner
+
+
+def make_trainer(
+    model: LlamaForConsistentEECausalLM, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
+) -> ConsistentEETrainer:
+    patience = arguments[2].early_stopping_patience
+    return ConsistentEETrainer(
+        model=model,
+        args=arguments[3],
+        train_dataset=corpus.splits["train"],
+        eval_dataset=corpus.splits["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+    )
+
+
+def pick_thresholds(
+    model: LlamaForConsistentEECausalLM, dev: ExitStore, criteria: list[str], depths: list[float]
+) -> dict[str, dict[float, float]]:
+    """Per criterion, the threshold by wanted depth, from the exits of known dev text.
+
+    Depth counts all tokens of an answer, thresholds move those that may leave: for them the wanted depth is lower.
+    """
+    layers = dev.layers.tolist()
+    entries = dev.deciding()
+    stay = len(dev) - len(entries)
+    wanted = [(depth * len(dev) - layers[-1] * stay) / max(1, len(entries)) for depth in depths]
+    wanted = [max(layers[0], depth) for depth in wanted]
+    first = model.config.min_exit_layer
+    closed = [index for index, layer in enumerate(layers[:-1]) if first is not None and layer < first]
+    found = {}
+    for criterion in criteria:
+        scores = exit_scores(model, dev.states[entries], criterion)
+        # A score that passes no threshold.
+        scores[:, closed] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
+        thresholds = thresholds_for_depths(criterion, scores, layers, wanted)
+        found[criterion] = dict(zip(depths, thresholds, strict=True))
+    return found
+
+
+def make_benchmark(
+    model: LlamaForConsistentEECausalLM, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
+) -> GenerationBenchmark:
+    """The test prompts, ready to be answered."""
+    args, training_args = arguments[2], arguments[3]
+    prompts, answers = corpus.prompts_and_answers("test", args.max_eval_prompts)
+    if corpus.is_plain:
+        # A continuation is compared with as much of the text as it may be long.
+        answers = [tokens[: args.max_new_tokens] for tokens in answers]
+
+    def decode(rows: Any) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    return GenerationBenchmark(
+        model,
+        prompts,
+        answers,
+        decode,
+        pad=tokenizer.pad_token_id,
+        text_metrics=text_metrics(args.bertscore_model, args.bertscore_num_layers),
+        max_new_tokens=args.max_new_tokens,
+        batch_size=training_args.per_device_eval_batch_size,
+        timing_batch_sizes=args.eval_batch_sizes,
+        timing_prompts=args.timing_prompts,
+        disable_tqdm=bool(training_args.disable_tqdm),
+    )
+
+
+def write_answers(benchmark: GenerationBenchmark, path: Path) -> None:
+    """All answers so far, one prompt per line."""
+    prompts = benchmark.decode(benchmark.prompts)
+    with path.open("w", encoding="utf-8") as lines:
+        for number, (prompt, reference) in enumerate(zip(prompts, benchmark.references, strict=True)):
+            answers = {" ".join(point): texts[number] for point, texts in benchmark.texts.items()}
+            row = {"prompt": prompt, "reference": reference, "answers": answers}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def evaluate(
+    trainer: ConsistentEETrainer, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments, results: dict[str, Any]
+) -> None:
+    """Measures all operating points into `results`, which is written after each, then draws curve.png and the card."""
+    args, output = arguments[2], Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    depths = args.target_depths(model.layer_numbers)
+    dev = trainer.collect_exits(corpus.splits["validation"], "validation")
+    if not trainer.is_world_process_zero():
+        return
+    thresholds = pick_thresholds(model, dev, args.criteria, depths)
+    del dev
+    benchmark = make_benchmark(model, tokenizer, corpus, arguments)
+    logger.info(f"Answering {len(benchmark.prompts)} test prompts, at most {args.max_new_tokens} tokens each.")
+    full = benchmark.full_depth()
+    curves: dict[str, list] = {}
+    results |= {"thresholds": thresholds, "full": full, "curves": curves, "timing": timing_note(benchmark, model)}
+    points = [(name, threshold) for name, found in thresholds.items() for threshold in dict.fromkeys(found.values())]
+    for number, (criterion, threshold) in enumerate(points, start=1):
+        point = benchmark.measure(criterion, threshold)
+        curves.setdefault(criterion, []).append(point)
+        curves[criterion].sort(key=lambda one: one.depth)
+        speed = f"{point.wall_clock_speedup:.2f}x tokens/s, agreement {point.metrics['agreement']:.3f}"
+        logger.info(f"{number}/{len(points)} {criterion} > {threshold:.4g}: depth {point.depth:.2f}, {speed}")
+        write_results(results, output / "results.json")
+        write_answers(benchmark, output / "answers.jsonl")
+    methods = {method_name(name): curve for name, curve in curves.items()}
+    title = f"{corpus.name}, {len(benchmark.prompts)} test prompts. {results['timing']}"
+    plot_generation(methods, CURVE_METRICS, output / "curve.png", full, title)
+    write_card(corpus, results, arguments, model.config)
+    print_tables(corpus, results)
+
+
+def timing_note(benchmark: GenerationBenchmark, model: LlamaForConsistentEECausalLM) -> str:
+    threads = torch.get_num_threads()
+    size = benchmark.timing_batch_sizes[0]
+    where = f"{model.device.type}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"Timed on {len(benchmark.timed)} prompts, batch size {size} unless said otherwise, {where}."
+
+
+def print_tables(corpus: TextCorpus, results: dict[str, Any]) -> None:
+    points = [point for curve in results["curves"].values() for point in curve]
+    print(f"\n{corpus.name}, test\n\n{generation_table([results['full'], *points])}")
+    print(f"\nTokens per second (full depth in the same run)\n\n{speed_table(points)}")
+    print("\n".join(["", *corpus.notes]))
+
+
+def write_card(corpus: TextCorpus, results: dict[str, Any], arguments: LMArguments, config: LlamaCeeConfig) -> None:
+    """README.md of the model folder, from what was measured."""
+    model_args, data_args, _, training_args = arguments
+    shown = next(iter(results["curves"].values()))
+    shown = shown[len(shown) // 2]
+    GenerationCard(
+        model_name=Path(training_args.output_dir).name,
+        repo_id=training_args.hub_model_id or training_args.output_dir,
+        num_layers=config.num_hidden_layers,
+        dataset_name=corpus.name,
+        dataset_id=data_args.dataset_name,
+        metric_name="agreement",
+        curves=results["curves"],
+        full_depth=results["full"],
+        exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
+        exit_threshold=config.exit_threshold,
+        base_model=model_args.base_model or model_args.model_name_or_path,
+        data_notes=" ".join(corpus.notes),
+        timing=results["timing"],
+        training_arguments={name: getattr(training_args, name) for name in CARD_ARGUMENTS}
+        | {name: getattr(config, name) for name in LM_EXIT_FIELDS}
+        | {name: getattr(model_args, name) for name in ("lora_r", "fit_heads_tokens") if getattr(model_args, name)},
+        seeds=[training_args.seed],
+        chat=corpus.prompt_format == "chat",
+        usage_criterion=shown.criterion,
+        usage_threshold=shown.exit_threshold,
+    ).save(training_args.output_dir)
+
+
+def fit_heads(trainer: ConsistentEETrainer, max_tokens: int) -> dict[int, float]:
+    """Starts the exit heads in closed form, on training rows that the heads may see."""
+    rows = trainer.train_dataset.select(trainer._split()[0].tolist()).shuffle(seed=trainer.args.seed)
+    rows = rows.select_columns(["input_ids", "labels"])
+    loader = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokens = sum(map(len, rows["input_ids"]))
+    batches = -(-len(rows) * min(max_tokens, tokens) // (tokens * loader.batch_size))
+    bar = tqdm(loader, desc="Fit heads", total=batches, disable=bool(trainer.args.disable_tqdm))
+    explained = fit_exit_heads(model, bar, max_tokens=max_tokens)
+    shares = ", ".join(f"{layer}: {share:.1%}" for layer, share in explained.items())
+    logger.info(f"Exit heads fitted; explained variance of the last exit's states by exit layer: {shares}")
+    return explained
+
+
+def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, results: dict[str, Any]) -> None:
+    """Runs the phases and saves the model, LoRA merged into it."""
+    start = time.perf_counter()
+    if fit_tokens is not None and not trainer.args.resume_from_checkpoint:
+        results["fitted_heads"] = fit_heads(trainer, fit_tokens)
+    steps = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
+    results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
+    results["train_seconds"] = time.perf_counter() - start
+    if tuner is not None:
+        tuner.merge_and_unload()
+    trainer.save_model()
+
+
+def earlier_training(args: Any) -> dict[str, Any]:
+    """What an earlier run in the same folder wrote down about its training; an evaluation alone keeps it."""
+    path = Path(args.output_dir) / "results.json"
+    if args.do_train or not path.is_file():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    return {name: before[name] for name in ("fitted_heads", "train", "train_seconds") if name in before}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, eval_args, training_args = arguments
+    check_stages(training_args)
+    if training_args.do_eval:
+        # Asks for the libraries of the metrics before any work.
+        text_metrics(eval_args.bertscore_model)
+    # The folder is uploaded once, when everything is in it.
+    pushes, training_args.push_to_hub = training_args.push_to_hub, False
+    set_up_logging(logger, training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    tokenizer = load_tokenizer(model_args)
+    with training_args.main_process_first(desc="data"):
+        corpus = load_text_corpus(data_args, tokenizer)
+    sizes = {name: len(rows) for name, rows in corpus.splits.items()}
+    tokens = {name: sum(map(len, rows["input_ids"])) for name, rows in corpus.splits.items()}
+    logger.info(f"{corpus.name}: rows {sizes}, tokens {tokens}. {' '.join(corpus.notes)}")
+    model = load_model(model_args, tokenizer)
+    eval_args.target_depths(model.layer_numbers)
+    tuner = add_lora(model, model_args, training_args.seed) if training_args.do_train else None
+    trainer = make_trainer(model, tokenizer, corpus, arguments)
+
+    results: dict[str, Any] = earlier_training(training_args)
+    results["corpus"] = vars(corpus) | {"splits": sizes, "tokens": tokens}
+    results["versions"] = installed_versions()
+    results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
+    results["arguments"] |= training_args.to_sanitized_dict()
+    if training_args.do_train:
+        train(trainer, tuner, model_args.fit_heads_tokens, results)
+    if trainer.is_world_process_zero():
+        write_results(results, Path(training_args.output_dir) / "results.json")
+    if training_args.do_eval:
+        evaluate(trainer, tokenizer, corpus, arguments, results)
+    if trainer.is_world_process_zero():
+        write_results(results, Path(training_args.output_dir) / "results.json")
+        if pushes:
+            push(Path(training_args.output_dir), training_args)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Answers of a language model: generated and timed, or known and fed token by token; and the scores of exit criteria.
+
+Times are taken around `generate` itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from transformers_cee.exits.criteria import ExitStep, build_criterion
+
+
+FULL_DEPTH: dict[str, Any] = {"exit_criterion": "policy", "exit_threshold": 1.0}
+# Rows of logits that exist at once when exits are scored.
+SCORED_ROWS = 256
+
+
+@dataclass
+class Answers:
+    """Answers to a batch of prompts.
+
+    Args:
+        tokens (`LongTensor` of shape `(rows, new)`): new tokens, end-of-sequence included, padded.
+        exit_layers (`LongTensor` of shape `(rows, new)`): their exit layers (1-based); 0 after a row has ended.
+        seconds (`float`): of the whole call.
+        first_seconds (`float`): until the first token of the batch.
+    """
+
+    tokens: Tensor
+    exit_layers: Tensor
+    seconds: float
+    first_seconds: float
+
+    @property
+    def count(self) -> int:
+        """New tokens of all rows."""
+        return int((self.exit_layers > 0).sum())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.count / self.seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Without prompts and first tokens; None when no answer is longer than one token."""
+        later = self.count - len(self.tokens)
+        return later / (self.seconds - self.first_seconds) if later else None
+
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """Tokens and exit layers of each row, without padding."""
+        return [
+            (
+                [token for token, layer in zip(tokens, layers, strict=True) if layer],
+                [layer for layer in layers if layer],
+            )
+            for tokens, layers in zip(self.tokens.tolist(), self.exit_layers.tolist(), strict=True)
+        ]
+
+
+class FirstTokenClock(StoppingCriteria):
+    """Never stops; notes when the first token was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.first = device, 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if not self.first:
+            self.first = _now(self.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (rows, time) with padding on the left, so that the last column is real."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(longest, device=device) >= longest - lengths.unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad: int, **exit_arguments: Any
+) -> Answers:
+    """Greedy answers to a batch of prompts (token ids), timed.
+
+    Args:
+        model: an early-exit language model in evaluation mode.
+        prompts: token ids; rows of different length are padded on the left.
+        max_new_tokens: longest answer.
+        pad: token id of padding.
+        exit_arguments: `exit_threshold`, `exit_criterion` and others that `generate` takes.
+    """
+    device = model.device
+    batch = pad_left(prompts, pad, device)
+    clock = FirstTokenClock(device)
+    start = _now(device)
+    output = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **exit_arguments,
+    )
+    seconds = _now(device) - start
+    tokens = output.sequences[:, batch["input_ids"].shape[1] :]
+    return Answers(tokens.cpu(), output.exit_layers.cpu(), seconds, clock.first - start)
+
+
+@dataclass
+class TeacherForced:
+    """Results of sequences that were given.
+
+    Args:
+        loss (`float`): cross-entropy in nats, summed over the answers' tokens.
+        tokens (`int`): how many tokens that is.
+        matches (`int`): tokens that the exit taken would have chosen, without the first of each answer.
+        decided (`int`): how many tokens that is.
+    """
+
+    loss: float = 0.0
+    tokens: int = 0
+    matches: int = 0
+    decided: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.tensor(self.loss / self.tokens, dtype=torch.float64).exp()) if self.tokens else float("nan")
+
+    @property
+    def agreement(self) -> float:
+        return self.matches / self.decided if self.decided else float("nan")
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    batch_size: int,
+    pad: int,
+    progress: Callable[[Any], Any] = iter,
+    compare: bool = True,
+    **exit_arguments: Any,
+) -> TeacherForced:
+    """Feeds prompts and answers (token ids); every token of an answer leaves where the criterion says.
+
+    Exit states are copied to deeper layers as generation does, prompts run at full depth.
+
+    Args:
+        model: an early-exit language model.
+        prompts, answers: token ids, row by row; rows without an answer do not count.
+        batch_size: rows at a time.
+        pad: token id of padding.
+        progress: wraps the batches, for a progress bar.
+        compare: also count tokens that the exits would have chosen, which needs the logits of the answers.
+        exit_arguments: `exit_threshold` and `exit_criterion`.
+    """
+    result = TeacherForced()
+    rows = [index for index, tokens in enumerate(answers) if tokens]
+    for batch in progress(
+        similar_length_batches(rows, [len(prompts[row]) + len(answers[row]) for row in rows], batch_size)
+    ):
+        inputs = pad_left([[*prompts[row], *answers[row]] for row in batch], pad, model.device)
+        lengths = torch.tensor([len(answers[row]) for row in batch], device=model.device)
+        longest, time_steps = int(lengths.max()), inputs["input_ids"].shape[1]
+        column = torch.arange(time_steps, device=model.device)
+        is_answer = column >= time_steps - lengths.unsqueeze(1)
+        labels = torch.where(is_answer, inputs["input_ids"], -100)
+        output = model(**inputs, labels=labels, logits_to_keep=longest + 1 if compare else 1, **exit_arguments)
+        count = int(lengths.sum())
+        result.loss += float(output.loss) * count
+        result.tokens += count
+        if not compare:
+            continue
+        chosen = output.logits[:, -longest - 1 : -1].argmax(-1)
+        decided = is_answer & (column > time_steps - lengths.unsqueeze(1))
+        right = (chosen == inputs["input_ids"][:, -longest:]) & decided[:, -longest:]
+        result.matches += int(right.sum())
+        result.decided += int(decided.sum())
+    return result
+
+
+def similar_length_batches(rows: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches of similar length, longest first."""
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    return [[rows[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
+    """Scores (tokens, exits − 1) of a criterion at every internal exit, as if no token had left before.
+
+    Args:
+        model: an early-exit language model.
+        states (`Tensor` of shape `(tokens, exits, hidden)`): exit states, as `output_all_exits=True` gives them.
+        criterion: name of an exit criterion.
+    """
+    exits = states.shape[1]
+    parts = []
+    for some in states.split(max(1, SCORED_ROWS // exits)):
+        some = some.to(model.device, model.dtype)
+        walk = build_criterion(criterion, 1.0, exits, "single_label_classification", model.exit_policies)
+        steps = [
+            ExitStep(index, some[:, index], lambda one, index=index: model.exit_logits(one, index))  # type: ignore[misc]
+            for index in range(exits - 1)
+        ]
+        scores = [walk.score(step) for step in steps]
+        parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(some), 0))
+    return torch.cat(parts)
+
+
+__all__ = [
+    "FULL_DEPTH",
+    "Answers",
+    "TeacherForced",
+    "answer",
+    "exit_scores",
+    "pad_left",
+    "similar_length_batches",
+    "teacher_forced",
+]

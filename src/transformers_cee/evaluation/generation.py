@@ -1,0 +1,226 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What a language model writes at which depth and speed: greedy answers with exits against full depth in the same run.
+
+The full model answers the same prompts in turn with every operating point, so that both meet the same machine; each
+figure of time is the median over the timed batches.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from transformers_cee.evaluation.answers import FULL_DEPTH, answer, similar_length_batches, teacher_forced
+from transformers_cee.evaluation.memory import PeakMemory
+from transformers_cee.evaluation.operating_points import OperatingPoint, depth_figures, exit_histogram
+from transformers_cee.exits.criteria import Thresholds
+
+
+TextMetrics = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+
+
+@dataclass
+class Speed:
+    """Median figures of timed batches, exits against full depth on the same prompts.
+
+    Args:
+        tokens_per_second (`float`): new tokens over the time of the whole call, prompt included.
+        decode_tokens_per_second (`float`): new tokens after the first of each row over the time after the first.
+        full_tokens_per_second, full_decode_tokens_per_second (`float`): the same at full depth.
+        speedup, decode_speedup (`float`): medians of the batches' ratios.
+        prompts (`int`): how many were timed.
+    """
+
+    tokens_per_second: float
+    decode_tokens_per_second: float
+    full_tokens_per_second: float
+    full_decode_tokens_per_second: float
+    speedup: float
+    decode_speedup: float
+    prompts: int
+
+
+@dataclass
+class GenerationPoint(OperatingPoint):
+    """An operating point of a language model.
+
+    Depth and exit histogram are those of the generated tokens, the first token of each answer (which always runs to
+    the last layer) included. `metrics` holds those of the texts and
+
+    - `agreement`: share of positions, fed with the full model's own answer, at which the exit taken chooses the full
+      model's token; the first token of each answer, where nothing is decided, is left out;
+    - `identical`: share of answers that are the full model's, token for token;
+    - `perplexity`: of the references, fed token by token.
+
+    Args:
+        speeds (`dict[str, Speed]`): by batch size; the first gives `wall_clock_speedup`.
+        peak_memory_mb (`float`, *optional*): highest memory while answering, of the process or of the accelerator.
+    """
+
+    speeds: dict[str, Speed] = field(default_factory=dict)
+    peak_memory_mb: float | None = None
+
+
+class GenerationBenchmark:
+    """Measures operating points of one model on one set of prompts.
+
+    Args:
+        model: an early-exit language model.
+        prompts: token ids of each prompt.
+        answers: token ids of each reference, end-of-sequence included.
+        decode: maps lists of token ids to texts.
+        references: texts that answers are compared with; by default the decoded `answers`.
+        text_metrics: maps answers and references to figures, see `text_metrics.py`.
+        max_new_tokens: longest answer.
+        batch_size: rows at a time where no time is taken.
+        timing_batch_sizes: batch sizes at which time is taken; the first gives `wall_clock_speedup`.
+        timing_prompts: prompts on which time is taken.
+        pad: token id of padding.
+        disable_tqdm: no progress bars.
+
+    Raises:
+        ValueError: no prompts, or lists of different length.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        decode: Callable[[Sequence[Sequence[int]]], list[str]],
+        *,
+        pad: int,
+        references: Sequence[str] | None = None,
+        text_metrics: TextMetrics | None = None,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        timing_batch_sizes: Sequence[int] = (1,),
+        timing_prompts: int = 8,
+        disable_tqdm: bool = False,
+    ) -> None:
+        if not prompts or len(prompts) != len(answers):
+            raise ValueError(
+                f"`prompts` ({len(prompts)}) and `answers` ({len(answers)}) must be as many, at least one."
+            )
+        self.model, self.prompts, self.answers, self.pad = model.eval(), prompts, answers, pad
+        self.decode = decode
+        self.references = decode(answers) if references is None else references
+        self.text_metrics = text_metrics or (lambda answers, references: {})
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.timing_batch_sizes, self.disable_tqdm = timing_batch_sizes, disable_tqdm
+        # Spread over the prompts, which may be sorted.
+        step = max(1, len(prompts) // timing_prompts)
+        self.timed = list(range(0, len(prompts), step))[:timing_prompts]
+        self.full_answers: list[list[int]] | None = None
+        self.texts: dict[tuple[str, str], list[str]] = {}
+
+    def full_depth(self) -> GenerationPoint:
+        """The point without exits; the others are compared with its answers, so it comes first."""
+        point, self.full_answers = self._point("full depth", 1.0, FULL_DEPTH)
+        point.metrics |= {"agreement": 1.0, "identical": 1.0}
+        return point
+
+    def measure(self, criterion: str, threshold: Thresholds, **exit_arguments: Any) -> GenerationPoint:
+        """The point of a criterion at a threshold.
+
+        Args:
+            criterion: name of an exit criterion.
+            threshold: its threshold.
+            exit_arguments: more of what `generate` takes, such as `min_exit_layer`.
+        """
+        if self.full_answers is None:
+            self.full_depth()
+        assert self.full_answers is not None
+        settings = {"exit_criterion": criterion, "exit_threshold": threshold, **exit_arguments}
+        point, answers = self._point(criterion, threshold, settings)
+        own = teacher_forced(
+            self.model, self.prompts, self.full_answers, self.batch_size, self.pad, self._bar("Agreement"), **settings
+        )
+        same = [one == other for one, other in zip(answers, self.full_answers, strict=True)]
+        point.metrics |= {"agreement": own.agreement, "identical": sum(same) / len(same)}
+        point.speeds = {str(size): self._speed(size, settings) for size in self.timing_batch_sizes}
+        point.wall_clock_speedup = next((speed.speedup for speed in point.speeds.values()), None)
+        return point
+
+    def _point(
+        self, criterion: str, threshold: Thresholds, settings: dict[str, Any]
+    ) -> tuple[GenerationPoint, list[list[int]]]:
+        tokens: list[list[int]] = [[] for _ in self.prompts]
+        layers: list[int] = []
+        lengths = [len(prompt) for prompt in self.prompts]
+        with PeakMemory(self.model.device) as memory:
+            for batch in self._bar("Answers")(similar_length_batches(range(len(lengths)), lengths, self.batch_size)):
+                made = answer(
+                    self.model, [self.prompts[row] for row in batch], self.max_new_tokens, self.pad, **settings
+                )
+                for row, (new, exits) in zip(batch, made.rows(), strict=True):
+                    tokens[row] = new
+                    layers += exits
+        reference = teacher_forced(
+            self.model,
+            self.prompts,
+            self.answers,
+            self.batch_size,
+            self.pad,
+            self._bar("Perplexity"),
+            compare=False,
+            **settings,
+        )
+        texts = self.decode(tokens)
+        self.texts[criterion, str(threshold)] = texts
+        numbers = self.model.config.exit_layer_numbers
+        figures = depth_figures(torch.tensor(layers), numbers[-1])
+        point = GenerationPoint(
+            criterion,
+            threshold if isinstance(threshold, int | float) else list(threshold),
+            depth=figures["depth"],
+            saved_layers=figures["saved_layers"],
+            layer_speedup=figures["layer_speedup"],
+            metrics={**self.text_metrics(texts, self.references), "perplexity": reference.perplexity},
+            exit_histogram=exit_histogram(torch.tensor(layers), numbers),
+            peak_memory_mb=memory.peak_mb,
+        )
+        return point, tokens
+
+    def _speed(self, batch_size: int, settings: dict[str, Any]) -> Speed:
+        """Times the batches of `timed` prompts, exits and full depth in turn; who goes first changes."""
+        batches = [self.timed[at : at + batch_size] for at in range(0, len(self.timed), batch_size)]
+        first = [self.prompts[row] for row in batches[0]]
+        for warm_up in (FULL_DEPTH, settings):
+            answer(self.model, first, 2, self.pad, **warm_up)
+        pairs = []
+        for number, batch in enumerate(self._bar(f"Time, batch size {batch_size}")(batches)):
+            prompts = [self.prompts[row] for row in batch]
+            order = (FULL_DEPTH, settings) if number % 2 == 0 else (settings, FULL_DEPTH)
+            made = [answer(self.model, prompts, self.max_new_tokens, self.pad, **one) for one in order]
+            pairs.append(tuple(made) if number % 2 == 0 else (made[1], made[0]))
+        whole = [(full.tokens_per_second, early.tokens_per_second) for full, early in pairs]
+        decode = [(full.decode_tokens_per_second, early.decode_tokens_per_second) for full, early in pairs]
+        decode = [(full, early) for full, early in decode if full and early]
+        return Speed(
+            tokens_per_second=_median(early for _, early in whole),
+            decode_tokens_per_second=_median(early for _, early in decode),
+            full_tokens_per_second=_median(full for full, _ in whole),
+            full_decode_tokens_per_second=_median(full for full, _ in decode),
+            speedup=_median(early / full for full, early in whole),
+            decode_speedup=_median(early / full for full, early in decode),
+            prompts=len(self.timed),
+        )
+
+    def _bar(self, name: str) -> Callable[[Any], Any]:
+        return lambda batches: tqdm(batches, desc=name, disable=self.disable_tqdm, leave=False)
+
+
+def _median(values: Any) -> float:
+    found = list(values)
+    return statistics.median(found) if found else float("nan")
+
+
+__all__ = ["GenerationBenchmark", "GenerationPoint", "Speed"]

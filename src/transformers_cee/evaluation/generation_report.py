@@ -1,0 +1,117 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Operating points of language models as Markdown tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers_cee.evaluation import plots
+from transformers_cee.evaluation.report import markdown_table, method_name, operating_points_table
+
+
+if TYPE_CHECKING:
+    from transformers_cee.evaluation.generation import GenerationPoint
+
+__all__ = ["generation_table", "plot_generation", "speed_table"]
+
+# The order of columns; others follow.
+FIRST_METRICS = ("agreement", "identical", "rougeL")
+
+
+def metric_names(points: Sequence[GenerationPoint]) -> list[str]:
+    """All metrics of the points, those that compare with full depth first."""
+    names = list(dict.fromkeys(name for point in points for name in point.metrics))
+    return [name for name in FIRST_METRICS if name in names] + [name for name in names if name not in FIRST_METRICS]
+
+
+def generation_table(points: Sequence[GenerationPoint]) -> str:
+    """One row per operating point: criterion, threshold, depth, saved layers, speed-ups, metrics."""
+    return operating_points_table(points, metric_names(points))
+
+
+def speed_table(points: Sequence[GenerationPoint]) -> str:
+    """One row per timed operating point and batch size: tokens per second, full depth of the same run in brackets."""
+    header = ["criterion", "batch size", "depth", "tokens/s", "speed-up", "tokens/s without prompt", "speed-up "]
+    rows = [
+        [
+            method_name(point.criterion),
+            size,
+            f"{point.depth:.2f}",
+            f"{speed.tokens_per_second:.1f} ({speed.full_tokens_per_second:.1f})",
+            f"{speed.speedup:.2f}x",
+            f"{speed.decode_tokens_per_second:.1f} ({speed.full_decode_tokens_per_second:.1f})",
+            f"{speed.decode_speedup:.2f}x",
+        ]
+        for point in points
+        for size, speed in point.speeds.items()
+    ]
+    return markdown_table(header, rows)
+
+
+def plot_generation(
+    curves: Mapping[str, Sequence[GenerationPoint]],
+    metrics: Sequence[str],
+    path: str | Path,
+    full: GenerationPoint,
+    title: str | None = None,
+) -> Path:
+    """Draws each metric against depth (left) and against tokens per second, prompt included (right).
+
+    Args:
+        curves: operating points per method, in any order. The right panels show those that were timed, at the first
+            batch size.
+        metrics: keys into the points' `metrics`; one row of panels each.
+        path: where to write; the suffix chooses the format (png, svg, pdf).
+        full: the model with exits off.
+        title: above the panels.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra to install.
+        ValueError: there is no point to draw, or a point has no value for a metric.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    for metric in metrics:
+        plots._check_metric([*points, full] if points else [], metric)
+    figure, axes = _panels(len(metrics))
+    for (by_depth, by_speed), metric in zip(axes, metrics, strict=True):
+        for index, (method, curve) in enumerate(curves.items()):
+            style = plots._style(index, method)
+            plots._draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
+            timed = [(_first(point).tokens_per_second, point.metrics[metric]) for point in curve if point.speeds]
+            plots._draw_curve(by_speed, timed, style)
+        for axis in (by_depth, by_speed):
+            axis.axhline(
+                full.metrics[metric], color=plots.REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), zorder=1
+            )
+        by_depth.plot(full.depth, full.metrics[metric], "x", color=plots.REFERENCE_COLOR, label="full depth")
+        speeds = sorted(_first(point).full_tokens_per_second for point in points if point.speeds)
+        if speeds:
+            by_speed.plot(speeds[len(speeds) // 2], full.metrics[metric], "x", color=plots.REFERENCE_COLOR)
+        by_depth.set_ylabel(metric)
+    axes[-1][0].set_xlabel("depth of generated tokens (mean exit layer)")
+    axes[-1][1].set_xlabel("tokens per second, prompt included")
+    return plots._finish(figure, axes[0][0], path, title)
+
+
+def _first(point: GenerationPoint) -> Any:
+    """Speed at the first batch size."""
+    return next(iter(point.speeds.values()))
+
+
+def _panels(rows: int) -> tuple[Any, list[list[Any]]]:
+    """A figure with `rows` rows of two panels; panels of a row share the vertical axis."""
+    figure, _ = plots._figure(columns=2)
+    figure.clear()
+    figure.set_size_inches(10.4, 1.4 + 2.8 * rows)
+    axes = figure.subplots(rows, 2, sharey="row", squeeze=False)
+    for axis in axes.flat:
+        axis.grid(color="#E0E0E0", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, [list(row) for row in axes]

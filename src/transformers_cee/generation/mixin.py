@@ -1,0 +1,297 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""`generate` with exits, by the hooks of transformers' own `GenerationMixin`."""
+
+import math
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
+
+from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
+from transformers_cee.exits.criteria import CRITERIA, Thresholds, build_criterion
+from transformers_cee.generation.cache import EarlyExitCache
+from transformers_cee.generation.decoding import complete_waiting
+
+
+EXIT_ARGUMENTS = ("exit_threshold", "exit_criterion", "min_exit_layer", "skipped_kv", "exit_threshold_decay")
+# Fields that make generation check several drafted tokens at once, which is not a decode step.
+_DRAFTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+@dataclass
+class ExitTrace:
+    """What one call of `generate` notes down.
+
+    Args:
+        exit_layers (`list[Tensor]`): exit layers (rows · beams,) of the prompt's pass and of each pass after it.
+        ended (`list[Tensor]`): per new token, which rows (rows,) it ended.
+        prompt_length, max_length (`int`): tokens of the prompt, and at most in all.
+        decay (`float`, *optional*): `exit_threshold_decay`.
+        is_on (`bool`): may tokens leave?
+        has_drafts (`bool`): does a pass check several drafted tokens?
+        pads_ended (`bool`): does a row that ended get padding?
+        cache (`EarlyExitCache`, *optional*): the cache in use.
+        attention_mask (`Tensor`, *optional*): of the whole sequence, as the last step had it.
+    """
+
+    exit_layers: list[Tensor] = field(default_factory=list)
+    ended: list[Tensor] = field(default_factory=list)
+    prompt_length: int = 0
+    max_length: int = 0
+    decay: float | None = None
+    is_on: bool = False
+    has_drafts: bool = False
+    pads_ended: bool = False
+    cache: EarlyExitCache | None = None
+    attention_mask: Tensor | None = None
+
+
+# Of the innermost call of `generate`. As an argument it would also reach models that assist this one and know nothing
+# of it; on the model it would outlive the call and be shared by threads.
+_TRACE: ContextVar[ExitTrace | None] = ContextVar("exit_trace", default=None)
+
+
+class EarlyExitGenerationMixin(GenerationMixin):
+    """[`~transformers.GenerationMixin`] whose decode steps leave early. The prompt always runs at full depth.
+
+    `generate` takes, as arguments, in a `GenerationConfig`, or from the model's saved defaults (generation config
+    first, then config):
+
+    - `exit_threshold`, `exit_criterion`, `min_exit_layer`, `skipped_kv`: see `DecoderExitConfigMixin`.
+    - `exit_threshold_decay` (`float`): τ of CALM's decaying threshold `0.9·λ + 0.1·exp(−τ·t/N)`, clipped to [0, 1], at
+      the t-th of at most N new tokens: the first tokens leave later, since errors there spoil all that follows.
+
+    With `return_dict_in_generate=True` the output also has `exit_layers` (rows, new tokens): the layer (1-based) of
+    each new token; the first comes from the prompt's pass at full depth; 0 behind the end of a row.
+    """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, with the arguments named above.
+
+        Raises:
+            ValueError: an exit argument is out of range, or exits meet a way to generate that does not support them:
+                drafting assistants, static or quantized caches, `use_cache=False`.
+        """
+        trace = ExitTrace()
+        outer = _TRACE.set(trace)
+        try:
+            output = super().generate(*args, **kwargs)
+        finally:
+            _TRACE.reset(outer)
+        returns_cache = isinstance(output, ModelOutput) or kwargs.get("past_key_values") is not None
+        if trace.cache is not None and returns_cache:
+            # Whoever looks at the cache next expects all keys and values.
+            complete_waiting(self._as_decoder, trace.cache, trace.attention_mask)
+        if isinstance(output, ModelOutput) and trace.exit_layers:
+            output["exit_layers"] = _layers_of_tokens(trace, output, self.layer_numbers[-1])
+        return output
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        settings = {}
+        for name in EXIT_ARGUMENTS:
+            # `generate` hands an argument to the generation config if that has an entry of its name; else it is here.
+            value = model_kwargs.pop(name, None)
+            for source in (generation_config, self.config):
+                value = getattr(source, name, None) if value is None else value
+            if value is not None:
+                # A tensor would be repeated for every beam.
+                settings[name] = value.tolist() if isinstance(value, Tensor) else value
+        trace, is_on = _TRACE.get(), self._exits_are_on(settings)
+        decay = settings.pop("exit_threshold_decay", None)
+        if is_on:
+            _check_way_to_generate(generation_config)
+            model_kwargs.update(settings)
+        if trace is not None:
+            trace.is_on, trace.decay = is_on, decay
+            trace.pads_ended = generation_config.eos_token_id is not None
+        return generation_config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> None:
+        trace = _TRACE.get()
+        if trace is not None:
+            trace.has_drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
+            if trace.has_drafts and trace.is_on:
+                raise ValueError("`assistant_model` and exits exclude each other; set `exit_threshold`=1.0.")
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
+
+    def _prepare_generated_length(self, *args: Any, input_ids_length: int, **kwargs: Any) -> GenerationConfig:
+        generation_config = super()._prepare_generated_length(*args, input_ids_length=input_ids_length, **kwargs)
+        trace = _TRACE.get()
+        if trace is not None:
+            trace.prompt_length, trace.max_length = input_ids_length, generation_config.max_length
+        return generation_config
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria, trace = super()._get_stopping_criteria(*args, **kwargs), _TRACE.get()
+        return criteria if trace is None else _NotedCriteria(criteria, trace)
+
+    def _exits_are_on(self, settings: dict[str, Any]) -> bool:
+        """Checks the settings, before any layer runs; False if no token could leave."""
+        num_exits = len(self.layer_numbers)
+        criterion = build_criterion(
+            settings["exit_criterion"],
+            settings["exit_threshold"],
+            num_exits,
+            "single_label_classification",
+            self.exit_policies,
+        )
+        check_skipped_kv(settings["skipped_kv"])
+        check_min_exit_layer(settings.get("min_exit_layer"), self.config.num_hidden_layers)
+        decay = settings.get("exit_threshold_decay")
+        if decay is not None:
+            _check_decay(decay, settings["exit_criterion"])
+        return not criterion.is_off
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        trace = _TRACE.get()
+        if trace is None or not trace.is_on:
+            return
+        given = model_kwargs["past_key_values"]
+        trace.cache = EarlyExitCache.from_cache(given, self.config.num_hidden_layers)
+        trace.cache._is_user_defined = getattr(given, "_is_user_defined", False)  # type: ignore[attr-defined]
+        model_kwargs["past_key_values"] = trace.cache
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step; those of the prompt's pass, in one or many chunks, have no exits."""
+        # `generate` takes `inputs_embeds` only where it finds it named here.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        trace = _TRACE.get()
+        if trace is not None:
+            trace.attention_mask = inputs.get("attention_mask")
+        if is_first_iteration:
+            for name in EXIT_ARGUMENTS:
+                inputs.pop(name, None)
+        elif trace is not None and trace.is_on and trace.decay is not None:
+            new, most = input_ids.shape[1] - trace.prompt_length, max(1, trace.max_length - trace.prompt_length)
+            inputs["exit_threshold"] = decayed(kwargs["exit_threshold"], trace.decay, new / most)
+        return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        trace = _TRACE.get()
+        if trace is not None and outputs.get("exit_layers") is not None:
+            trace.exit_layers.append(outputs["exit_layers"][:, -1])
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; exit arguments in the generation config are saved with it."""
+        if any(getattr(self.generation_config, name, None) is not None for name in EXIT_ARGUMENTS):
+            # Entries of a generation config that was only made from the config are dropped when it is read back.
+            self.generation_config._from_model_config = False
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    # Continuous batching packs the tokens of all requests into one row and knows nothing of exits.
+
+    def generate_batch(
+        self, inputs: Any, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `GenerationMixin.generate_batch`. Raises `ValueError` unless exits are off."""
+        self._refuse_continuous_batching(generation_config, kwargs)
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `GenerationMixin.init_continuous_batching`. Raises `ValueError` unless exits are off."""
+        self._refuse_continuous_batching(generation_config, kwargs)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def _refuse_continuous_batching(self, given: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        settings = {}
+        for name in EXIT_ARGUMENTS:
+            sources = (given, self.generation_config, self.config)
+            values = (kwargs.pop(name, None), *(getattr(source, name, None) for source in sources))
+            settings[name] = next((value for value in values if value is not None), None)
+        if self._exits_are_on(settings):
+            raise ValueError(
+                f"`exit_threshold`={settings['exit_threshold']} has no effect in continuous batching; set it to 1.0, "
+                "or use `generate` on a padded batch."
+            )
+
+
+def decayed(threshold: Thresholds, decay: float, progress: float) -> Thresholds:
+    """CALM's decaying threshold `0.9·λ + 0.1·exp(−τ·t/N)`, clipped to [0, 1] (Schuster et al. 2022). A threshold of 1,
+    which closes an exit, stays.
+
+    Args:
+        threshold (`float` or sequence of `float`): λ.
+        decay (`float`): τ.
+        progress (`float`): t/N, the share of the new tokens that are there.
+    """
+    rest = 0.1 * math.exp(-decay * progress)
+    if isinstance(threshold, int | float):
+        return 1.0 if threshold >= 1.0 else min(1.0, 0.9 * threshold + rest)
+    return [1.0 if value >= 1.0 else min(1.0, 0.9 * value + rest) for value in threshold]
+
+
+def _check_decay(decay: Any, criterion: str) -> None:
+    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay < math.inf:
+        raise ValueError(f"`exit_threshold_decay`={decay!r} must be a finite number of at least 0.")
+    cls = CRITERIA[criterion]
+    if not (cls.higher_is_deeper and cls.check(0.0)):
+        raise ValueError(
+            f"`exit_threshold_decay` needs a criterion whose scores lie in [0, 1] and whose larger thresholds send "
+            f"tokens deeper; `exit_criterion`={criterion!r} is not one."
+        )
+
+
+def _check_way_to_generate(generation_config: GenerationConfig) -> None:
+    for name in _DRAFTING:
+        if getattr(generation_config, name, None):
+            raise ValueError(f"`{name}` and exits exclude each other; set `exit_threshold`=1.0.")
+    if generation_config.use_cache is False:
+        raise ValueError("`use_cache`=False leaves no decode steps to exit from; set `exit_threshold`=1.0.")
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"`cache_implementation`={generation_config.cache_implementation!r} does not work with exits; accepted "
+            "are None and 'dynamic'. Set `exit_threshold`=1.0 for other caches."
+        )
+
+
+class _NotedCriteria(StoppingCriteriaList):
+    """Stopping criteria that note which rows they end."""
+
+    def __init__(self, criteria: StoppingCriteriaList, trace: ExitTrace) -> None:
+        super().__init__(criteria)
+        self.trace = trace
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        ends: Tensor = super().__call__(*args, **kwargs)
+        self.trace.ended.append(ends)
+        return ends
+
+
+def _layers_of_tokens(trace: ExitTrace, output: ModelOutput, last_layer: int) -> Tensor:
+    """Exit layers (rows, new tokens) of the sequences that are returned."""
+    new = output["sequences"][:, trace.prompt_length :]
+    if trace.has_drafts:
+        return torch.full_like(new, last_layer)
+    layers = torch.stack(trace.exit_layers, dim=1)[:, : new.shape[1]]
+    beams = output.get("beam_indices")
+    if beams is not None:
+        # A returned sequence passed through one beam after the other.
+        return layers.gather(0, beams.clamp_min(0).long()) * (beams >= 0)
+    if not trace.pads_ended:
+        return layers
+    ended = torch.stack(trace.ended[: new.shape[1]], dim=1).long()
+    return layers.masked_fill(ended.cumsum(1) - ended > 0, 0)

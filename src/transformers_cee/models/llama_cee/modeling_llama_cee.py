@@ -1,0 +1,509 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""LLaMA with exits: `transformers`' own decoder layers, walked by the early-exit loop token by token."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+from transformers.utils import can_return_tuple
+
+from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
+from transformers_cee.exits.criteria import ExitCriterion, build_criterion
+from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
+from transformers_cee.exits.losses import layer_weighted
+from transformers_cee.exits.outputs import ExitCausalLMOutput
+from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.exits.runner import Layer, RowBatch, collect_states, run_token_exits
+from transformers_cee.exits.token_losses import CrossEntropy, TokenLoss, taken_exit_losses, token_exit_losses
+from transformers_cee.generation.cache import EarlyExitCache
+from transformers_cee.generation.decoding import Decoder, Rotary, complete_waiting, decode_step
+from transformers_cee.generation.mixin import EarlyExitGenerationMixin
+from transformers_cee.models.llama_cee.configuration_llama_cee import LlamaCeeConfig
+
+
+Loss = Tensor | None
+
+
+class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedModel):
+    """LLaMA for text generation in which every token leaves at its own layer (ConsistentEE, Zeng et al., AAAI 2024).
+
+    Loads from its own checkpoints and from any LLaMA checkpoint, GGUF files included (`gguf_file=`). Norms and heads
+    of the internal exits start as copies of the model's own, policies at random; [`ConsistentEETrainer`] trains them.
+    Until then exits are off (`config.exit_threshold` is 1.0) and the model does what the stock one does.
+
+    Args:
+        config ([`LlamaCeeConfig`]): sizes of LLaMA and the fields of the exits.
+    """
+
+    config_class = LlamaCeeConfig
+    config: LlamaCeeConfig
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Every token leaves on its own.
+    exits_per_token = True
+    # How deep a token goes depends on the data.
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: LlamaCeeConfig) -> None:
+        # Fields given to `from_pretrained` are set on a config that has been checked before.
+        config.check_exits()
+        super().__init__(config)
+        # Transformers guesses this from the class name, and Trainer counts labels by it.
+        self.loss_type = "ForCausalLM"
+        self.layer_numbers = config.exit_layer_numbers
+        internal = len(self.layer_numbers) - 1
+        self.vocab_size = config.vocab_size
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.exit_norms = LMExitNorms(
+            config.exit_head,
+            internal,
+            config.hidden_size,
+            config.rms_norm_eps,
+            lambda: LlamaRMSNorm(config.hidden_size, config.rms_norm_eps),
+        )
+        self.exit_heads = LMExitHeads(
+            config.exit_head, internal, config.hidden_size, config.vocab_size, config.exit_head_rank
+        )
+        self.exit_policies = ExitPolicies(
+            internal, config.hidden_size, config.policy_hidden_size, config.policy_activation, config.policy_inputs
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Asked for single layers only: containers of classes outside of transformers are passed over when it loads.
+        if any(module is norm for norm in self.exit_norms.norms) and isinstance(module, LlamaRMSNorm):
+            init.copy_(module.weight, self.model.norm.weight)
+        elif any(module is head for head in self.exit_heads.heads) and self.exit_heads.kind == "untied":
+            tied = self.config.tie_word_embeddings
+            init.copy_(module.weight, (self.model.embed_tokens if tied else self.lm_head).weight)
+        elif any(module is getattr(head, "up", None) for head in self.exit_heads.heads):
+            init.zeros_(module.weight)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, gguf_file: str | None = None, **kwargs: Any
+    ) -> "LlamaForConsistentEECausalLM":
+        """As `PreTrainedModel.from_pretrained`. With `gguf_file`, the weights are read into a stock LLaMA first, since
+        GGUF files name stock architectures only; the model is then saved as any other."""
+        if gguf_file is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        names = {one.name for one in fields(LlamaCeeConfig)}
+        exits = {name: kwargs.pop(name) for name in list(kwargs) if name in names - {"dtype"}}
+        given = kwargs.pop("config", None)
+        stock = LlamaForCausalLM.from_pretrained(
+            pretrained_model_name_or_path, *args, gguf_file=gguf_file, **{"dtype": torch.float32, **kwargs}
+        )
+        values = {} if given is None else given.to_diff_dict()
+        values = {**stock.config.to_dict(), **{name: values[name] for name in values if name in _EXIT_FIELDS}, **exits}
+        for name in ("model_type", "quantization_config", "architectures", "transformers_version"):
+            values.pop(name, None)
+        config = LlamaCeeConfig(**values)
+        model = cls._from_config(config, attn_implementation=stock.config._attn_implementation).to(stock.dtype)
+        model.load_state_dict(stock.state_dict(), strict=False)
+        for module in (*model.exit_norms.modules(), *model.exit_heads.modules()):
+            model._init_weights(module)
+        model.generation_config = stock.generation_config
+        return model.eval()
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, heads of the internal exits included."""
+        embeddings = super().resize_token_embeddings(*args, mean_resizing=mean_resizing, **kwargs)
+        for index, head in enumerate(self.exit_heads.heads):
+            if isinstance(head, nn.Linear):
+                size = self.config.vocab_size
+                self.exit_heads.heads[index] = self._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
+        return embeddings
+
+    # What the walks over layers ask.
+
+    def exit_state(self, hidden_states: Tensor, index: int) -> Tensor:
+        """Normed state (…, hidden) of exit `index` (0-based) from its layer's hidden states (…, hidden)."""
+        if index == len(self.layer_numbers) - 1 or self.exit_norms.is_shared:
+            return self.model.norm(hidden_states)
+        return self.exit_norms(hidden_states, index)
+
+    def exit_logits(self, state: Tensor, index: int) -> Tensor:
+        """Logits (…, vocabulary) of exit `index` from its normed state (…, hidden)."""
+        if index == len(self.layer_numbers) - 1:
+            return self.lm_head(state)
+        return self.exit_heads(state, index, self.lm_head)
+
+    def project_skipped(self, start: int, stop: int, states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values (layers, rows, heads, time, head size) of the layers `start..stop−1` (0-based) for input
+        states (rows, time, hidden): each layer's own input norm, projections and rotary embedding."""
+        keys, values = [], []
+        for layer in self._layers[start:stop]:
+            normed = layer.input_layernorm(states)
+            keys.append(layer.self_attn.k_proj(normed))
+            values.append(layer.self_attn.v_proj(normed))
+        shape = (stop - start, *states.shape[:-1], -1, self._layers[0].self_attn.head_dim)
+        rotated = torch.stack(keys).view(shape).transpose(2, 3)
+        rotated = apply_rotary_pos_emb(rotated[:, :, :0], rotated, *rotary)[1]
+        return rotated, torch.stack(values).view(shape).transpose(2, 3)
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        # Slicing a ModuleList would make a new module in every step.
+        return list(self.model.layers)[: self.config.num_hidden_layers]
+
+    @property
+    def _as_decoder(self) -> Decoder:
+        return Decoder(self.config, self._layers, self.model.rotary_emb, self.project_skipped)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        exit_threshold: float | list[float] | None = None,
+        exit_criterion: str | None = None,
+        min_exit_layer: int | None = None,
+        skipped_kv: str | None = None,
+        output_all_exits: bool = False,
+        sample_exits: bool = False,
+        token_loss: TokenLoss | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ExitCausalLMOutput:
+        """Runs the model: at full depth, to all exits, or each token to its own exit.
+
+        - Without `exit_threshold`: full depth, as the stock model; in training mode with `labels`, all exits.
+        - One token per row with `past_key_values` and `exit_threshold`: a decode step. Layers behind a token's exit
+          are not executed for it.
+        - Several tokens with `exit_threshold`, or `sample_exits`: the text is known, so each token leaves at its own
+          exit and others see it as generation with `skipped_kv="copy"` would. All layers are executed. With `labels`,
+          positions whose own label is −100 (the prompt) stay at full depth, as in generation.
+
+        Args:
+            input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
+            attention_mask (`Tensor` of shape `(batch, past + time)`, *optional*): 1 at tokens, 0 at padding.
+            past_key_values (`Cache`, *optional*): of the tokens before; an [`EarlyExitCache`] for decode steps with
+                exits, see `EarlyExitCache.from_cache`.
+            labels (`LongTensor` of shape `(batch, time)`, *optional*):
+                Tokens of the same positions, shifted inside; −100 where nothing is to be learnt.
+            logits_to_keep (`int` or `LongTensor`, *optional*):
+                Positions from the end whose logits are computed, or which positions; 0 stands for all.
+            exit_threshold (`float` or `list[float]`, *optional*):
+                A token leaves at the first exit whose score is beyond it; a list holds one number per exit. `generate`
+                fills in the default of the generation config or of the config; here `None` means full depth.
+            exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`): name of the exit criterion.
+            min_exit_layer (`int`, *optional*, defaults to `config.min_exit_layer`): first layer to leave at.
+            skipped_kv (`str`, *optional*, defaults to `config.skipped_kv`): `"copy"` or `"deferred"`.
+            output_all_exits (`bool`): with `labels`, states, losses and predictions of all exits at counted positions.
+            sample_exits (`bool`): with `labels`, leave with the policy's probability; the loss is that of the exits.
+            token_loss (`TokenLoss`, *optional*): per-token loss with `output_all_exits`; cross-entropy by default.
+            num_items_in_batch (`int`, *optional*): divides summed losses instead of the number of counted positions.
+
+        Raises:
+            ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, `labels` that do not fit or are
+                missing, or an exit argument out of range. No layer has run by then.
+        """
+        _check_inputs(input_ids, inputs_embeds, labels, output_all_exits or sample_exits)
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
+        if output_all_exits or (self.training and labels is not None and exit_threshold is None and not sample_exits):
+            return self._all_exits(inputs, labels, token_loss or CrossEntropy(), num_items_in_batch, kwargs)
+        if exit_threshold is None and not sample_exits:
+            return self._full_depth(inputs, labels, use_cache, logits_to_keep, num_items_in_batch, kwargs)
+        criterion = build_criterion(
+            "policy" if sample_exits else exit_criterion or self.config.exit_criterion,
+            1.0 if exit_threshold is None else exit_threshold,
+            len(self.layer_numbers),
+            "single_label_classification",
+            self.exit_policies,
+        )
+        first_exit = self._first_exit(min_exit_layer)
+        check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
+        if inputs_embeds.shape[1] == 1 and past_key_values is not None and labels is None:
+            return self._decode(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv, kwargs)
+        _check_known_text(skipped_kv, past_key_values)
+        return self._known_text(
+            inputs, labels, criterion, first_exit, sample_exits, logits_to_keep, num_items_in_batch, kwargs
+        )
+
+    # The four ways to run
+
+    def _full_depth(
+        self, inputs: tuple, labels: Loss, use_cache: bool | None, logits_to_keep: Any, items: Any, kwargs: dict
+    ) -> ExitCausalLMOutput:
+        inputs_embeds, attention_mask, position_ids, cache = inputs
+        if isinstance(cache, EarlyExitCache):
+            complete_waiting(self._as_decoder, cache, attention_mask)
+        outputs = self.model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
+            loss = _reduce(losses[labels[:, 1:].flatten() != -100], items)
+        layers = torch.full(inputs_embeds.shape[:2], self.layer_numbers[-1], device=inputs_embeds.device)
+        return ExitCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            exit_layers=layers,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _all_exits(
+        self, inputs: tuple, labels: Tensor, token_loss: TokenLoss, items: Any, kwargs: dict
+    ) -> ExitCausalLMOutput:
+        counted = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+        tokens = counted.flatten().nonzero().squeeze(1)
+        token_labels = labels.roll(-1, 1).flatten()[tokens]
+        exits = _Exits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, tokens))
+        states = torch.stack(collect_states(*self._prepare(inputs, kwargs), exits), dim=1)
+        found = token_exit_losses(
+            states, token_labels, self.exit_logits, token_loss, features=self.exit_policies.needs_logits
+        )
+        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
+        # Summed first where the divisor is given: a part of a batch may hold nothing that counts.
+        sums = found.losses.sum(0, keepdim=True)
+        loss = layer_weighted(found.losses) if items is None else layer_weighted(sums) / items
+        return ExitCausalLMOutput(
+            loss=loss,
+            exit_layers=torch.full(labels.shape, self.layer_numbers[-1], device=labels.device),
+            all_exit_states=states,
+            all_exit_losses=found.losses,
+            all_exit_predictions=found.predictions,
+            all_exit_features=found.features,
+            token_labels=token_labels,
+            token_rows=rows.flatten()[tokens],
+            may_exit=_may_exit(labels, inputs[1]).flatten()[tokens],
+        )
+
+    def _known_text(
+        self,
+        inputs: tuple,
+        labels: Loss,
+        criterion: ExitCriterion,
+        first_exit: int,
+        draw: bool,
+        logits_to_keep: Any,
+        items: Any,
+        kwargs: dict,
+    ) -> ExitCausalLMOutput:
+        shape, device = inputs[0].shape[:2], inputs[0].device
+        may_exit = (
+            torch.ones(shape, dtype=torch.bool, device=device) if labels is None else _may_exit(labels, inputs[1])
+        )
+        batch, layers = self._prepare(inputs, kwargs)
+        run = run_token_exits(
+            batch,
+            layers,
+            _Exits(self, lambda hidden_states: hidden_states),
+            criterion,
+            may_exit,
+            first_exit=first_exit,
+            copy_states=self.config.copy_exit_states or not draw,
+            draw=draw,
+        )
+        taken, states = run.exits.flatten(), run.states
+        found: dict[str, Tensor] = {}
+        if labels is not None:
+            tokens = F.pad(labels[:, 1:] != -100, (0, 1), value=False).flatten().nonzero().squeeze(1)
+            targets = labels.roll(-1, 1).flatten()[tokens]
+            num_exits = len(self.layer_numbers)
+            losses, predictions = taken_exit_losses(
+                states[tokens], taken[tokens], targets, self.exit_logits, num_exits
+            )
+            found = {
+                "loss": _reduce(losses, items),
+                "token_losses": losses,
+                "token_predictions": predictions,
+                "token_labels": targets,
+                "token_rows": tokens // shape[1],
+                "may_exit": may_exit.flatten()[tokens],
+            }
+        logits = None
+        if not draw:
+            positions = torch.arange(len(states), device=device).view(*shape, 1)
+            positions = _kept(positions, logits_to_keep).squeeze(-1)
+            logits = self._taken_logits(states, taken, positions.flatten())
+            logits = logits.view(*positions.shape, logits.shape[-1])
+        return ExitCausalLMOutput(
+            **found,
+            logits=logits,
+            past_key_values=inputs[3],
+            exit_layers=torch.tensor(self.layer_numbers, device=device)[run.exits],
+            exit_probabilities=run.scores,
+        )
+
+    def _decode(
+        self, inputs: tuple, criterion: ExitCriterion, first_exit: int, skipped_kv: str, kwargs: dict
+    ) -> ExitCausalLMOutput:
+        inputs_embeds, attention_mask, position_ids, cache = inputs
+        if not isinstance(cache, EarlyExitCache):
+            raise ValueError(
+                f"`past_key_values` of type {type(cache).__name__} cannot hold tokens that leave early; use "
+                "`EarlyExitCache.from_cache`."
+            )
+        decoder = self._as_decoder
+        if skipped_kv == "copy":
+            complete_waiting(decoder, cache, attention_mask)
+        run = decode_step(
+            decoder,
+            _Exits(self, lambda hidden_states: hidden_states[:, -1]),
+            criterion,
+            cache,
+            inputs_embeds,
+            attention_mask,
+            _position_ids(position_ids, inputs_embeds, cache),
+            first_exit=first_exit,
+            skipped_kv=skipped_kv,
+            layer_arguments={name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
+        )
+        return ExitCausalLMOutput(
+            logits=run.logits.unsqueeze(1),
+            past_key_values=cache,
+            exit_layers=run.exit_layers.unsqueeze(1),
+            exit_probabilities=run.scores.unsqueeze(1),
+        )
+
+    # Parts
+
+    def _prepare(self, inputs: tuple, kwargs: dict) -> tuple[RowBatch, list[Layer]]:
+        """The embedded batch and the layers bound to masks, positions and cache."""
+        inputs_embeds, attention_mask, position_ids, cache = inputs
+        if isinstance(cache, EarlyExitCache):
+            complete_waiting(self._as_decoder, cache, attention_mask)
+        position_ids = _position_ids(position_ids, inputs_embeds, cache)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        arguments = {
+            "position_embeddings": self.model.rotary_emb(inputs_embeds, position_ids=position_ids),
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+            **{name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
+        }
+        layers = [_bind(layer, arguments) for layer in self._layers]
+        return RowBatch(inputs_embeds, mask), layers
+
+    def _taken_logits(self, states: Tensor, taken: Tensor, positions: Tensor) -> Tensor:
+        """Logits (positions, vocabulary) of flat positions, each from its own exit."""
+        order, logits = [], []
+        for index in range(len(self.layer_numbers)):
+            mine = (taken[positions] == index).nonzero().squeeze(1)
+            order.append(mine)
+            logits.append(self.exit_logits(states[positions[mine]], index))
+        return torch.cat(logits)[torch.cat(order).argsort()]
+
+    def _first_exit(self, min_exit_layer: int | None) -> int:
+        """Exit (0-based) before which nothing leaves."""
+        layer = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
+        check_min_exit_layer(layer, self.config.num_hidden_layers)
+        return 0 if layer is None else sum(number < layer for number in self.layer_numbers)
+
+
+_EXIT_FIELDS = {one.name for one in fields(DecoderExitConfigMixin)}
+_OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
+
+
+class _Exits:
+    """The model's exits for one walk; `pick` chooses the positions that are looked at."""
+
+    def __init__(self, model: LlamaForConsistentEECausalLM, pick: Callable[[Tensor], Tensor]) -> None:
+        self.layer_numbers = model.layer_numbers
+        self.logits = model.exit_logits
+        self._model, self._pick = model, pick
+
+    def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
+        return self._model.exit_state(self._pick(hidden_states), index)
+
+
+def _bind(layer: nn.Module, arguments: dict[str, Any]) -> Layer:
+    return lambda batch: layer(batch.hidden_states, attention_mask=batch.attention_mask, **arguments)
+
+
+def _may_exit(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Positions (batch, time) that generation would run as decode steps: the text that is to be learnt, but for a
+    row's first token, which has nothing before it."""
+    may_exit = labels != -100
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        may_exit[:, 0] = False
+    else:
+        may_exit.scatter_(1, attention_mask.to(torch.int8).argmax(1, keepdim=True), False)
+    return may_exit
+
+
+def _position_ids(position_ids: Tensor | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
+    if position_ids is not None:
+        return position_ids
+    past = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+
+
+def _kept(tensor: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Positions of (batch, time, …) whose logits are wanted."""
+    if isinstance(logits_to_keep, int):
+        return tensor[:, -logits_to_keep:] if logits_to_keep else tensor
+    return tensor[:, logits_to_keep]
+
+
+def _reduce(losses: Tensor, items: Any) -> Tensor:
+    return losses.mean() if items is None else losses.sum() / items
+
+
+def _check_inputs(input_ids: Loss, inputs_embeds: Loss, labels: Loss, needs_labels: bool) -> None:
+    """Raises `ValueError` on input that cannot be run."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    assert given is not None
+    shape = tuple(given.shape[:2])
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"The input of shape {shape} is empty; (batch, time) with at least one row and token needed.")
+    if labels is None and needs_labels:
+        raise ValueError("`output_all_exits` and `sample_exits` need `labels`, which say what positions count.")
+    if labels is not None and tuple(labels.shape) != shape:
+        raise ValueError(f"`labels` of shape {tuple(labels.shape)} must be (batch, time) = {shape}.")
+
+
+def _check_known_text(skipped_kv: str | None, cache: Cache | None) -> None:
+    if skipped_kv == "deferred" and cache is not None:
+        raise ValueError(
+            "`skipped_kv`='deferred' with several tokens at once is not supported: give one token per row, or use "
+            "'copy'."
+        )
+
+
+__all__ = ["LlamaForConsistentEECausalLM"]

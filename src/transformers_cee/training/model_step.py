@@ -1,0 +1,127 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Losses of the phases that train the model itself, of encoders and decoders: from model and batch to one mean."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_cee.evaluation.store import count_labels, exit_features
+from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.training.objectives import (
+    HEADS_OBJECTIVES,
+    closed_before,
+    consistent_expected,
+    consistent_sampled,
+    staying_where_forced,
+)
+from transformers_cee.training.parameters import active_module
+from transformers_cee.training.training_args import ConsistentEETrainingArguments
+
+
+# Mean loss over rows, or over the batch's counted tokens, and the model's output.
+StepLoss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Any]]
+
+
+@dataclass
+class ModelPhase:
+    """What a phase that trains the model itself changes.
+
+    Args:
+        loss (`StepLoss`): its loss.
+        evaluation (`dict`): arguments of the model's forward while it evaluates.
+    """
+
+    loss: StepLoss
+    evaluation: dict[str, Any]
+
+
+def heads_phase(args: ConsistentEETrainingArguments, per_token: bool) -> ModelPhase:
+    """Phase `heads`: all exits learn. Evaluation is at full depth, and of a decoder at all exits."""
+    objective = HEADS_OBJECTIVES[args.heads_objective]
+    options = {"token_loss": args.make_token_loss()} if per_token else {}
+
+    def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        outputs = model(**inputs, output_all_exits=True, **options)
+        return objective(outputs.all_exit_losses), outputs
+
+    full_depth = {"exit_criterion": "policy", "exit_threshold": 1.0}
+    return ModelPhase(loss, {"output_all_exits": True} if per_token else full_depth)
+
+
+def consistent_phase(
+    args: ConsistentEETrainingArguments, exit_model: nn.Module, problem_type: Callable[[], str]
+) -> ModelPhase:
+    """Model step of the phase `consistent`: the loss at the exits that the policies take.
+
+    Args:
+        exit_model (`nn.Module`): the early-exit model itself, without wrappers.
+        problem_type (`Callable`): tells what labels mean, once there is data.
+    """
+    samples, sampled = args.consistent_samples, args.consistent_objective == "sampled"
+
+    def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        if sampled and exit_model.exits_per_token:
+            # What a token reads depends on where earlier ones left, so every sample is a pass of its own. All in one
+            # batch, since DistributedDataParallel wants one forward pass per backward pass.
+            copies = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+            outputs = model(**copies, sample_exits=True)
+            return outputs.loss, outputs
+        outputs = model(**inputs, output_all_exits=True)
+        distribution = log_distribution(exit_model, outputs, problem_type())
+        if sampled:
+            return consistent_sampled(outputs.all_exit_losses, distribution, samples), outputs
+        return consistent_expected(outputs.all_exit_losses, distribution), outputs
+
+    criterion, threshold = operating_point(exit_model)
+    return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold})
+
+
+def operating_point(exit_model: nn.Module) -> tuple[str, float | list[float]]:
+    """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. Exits
+    that are off, as they are in a fresh decoder, would show nothing of them; then it is the policy at 0.5."""
+    config = exit_model.config
+    off = exit_model.exits_per_token and (config.exit_criterion, config.exit_threshold) == ("policy", 1.0)
+    return config.exit_criterion, 0.5 if off else config.exit_threshold
+
+
+@torch.no_grad()
+def log_distribution(exit_model: nn.Module, outputs: Any, problem_type: str) -> Tensor:
+    """Log of the exit distribution (rows or tokens, exits) that the policies give for an output with all exits."""
+    policies = active_module(exit_model.exit_policies)
+    with torch.autocast(outputs.all_exit_states.device.type, enabled=False):
+        states = outputs.all_exit_states.to(next(policies.parameters()).dtype)
+        exit_logits = policies(states, exit_features(exit_model, outputs, problem_type))
+        distribution = exit_log_distribution(closed_before(exit_logits, first_exit(exit_model.config)))
+    return staying_where_forced(distribution, outputs.may_exit) if exit_model.exits_per_token else distribution
+
+
+def first_exit(config: Any) -> int:
+    """Exit (0-based) before which nothing leaves, by `min_exit_layer` of a decoder's config."""
+    first = getattr(config, "min_exit_layer", None) or 1
+    return sum(layer < first for layer in config.exit_layer_numbers)
+
+
+def token_share(loss: Tensor, labels: Tensor, items: Tensor | int, processes: int) -> Tensor:
+    """Share of a micro-batch in the mean over all counted tokens of an optimizer step.
+
+    Args:
+        loss (`Tensor`): mean over the micro-batch's own counted tokens.
+        labels (`LongTensor` of shape `(rows, time)`): its labels.
+        items (`Tensor` or `int`): counted tokens of the step, in all micro-batches and processes.
+        processes (`int`): processes over which gradients will be averaged.
+    """
+    tokens = count_labels(labels).sum()
+    share = loss * (tokens * processes / torch.as_tensor(items, device=loss.device).clamp_min(1))
+    # The mean over no token is not a number.
+    return torch.where(tokens > 0, share, torch.zeros_like(share))
+
+
+def with_gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    """The loss, tied to the parameters that train where it depends on none: all exits that were drawn are frozen."""
+    if loss.requires_grad:
+        return loss
+    return loss + 0.0 * sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad)

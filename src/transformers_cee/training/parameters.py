@@ -1,0 +1,72 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The model underneath adapters, which of its parameters a phase trains, and how fast."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+POLICIES = "exit_policies"
+# Modules that exist for the exits' sake only.
+EXIT_MODULES = ("exit_heads", "exit_norms", POLICIES)
+# Those, and what an encoder's task starts from scratch.
+NEW_MODULES = ("exit_heads", "exit_norms", "pooler", "classifier")
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The early-exit model itself, underneath PEFT's wrapper if there is one; its layers keep their adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def active_module(module: nn.Module) -> nn.Module:
+    """The module that runs: PEFT trains a copy of each of its `modules_to_save`."""
+    if not hasattr(module, "modules_to_save"):
+        return module
+    active = module.active_adapters
+    return module.modules_to_save[active[0]] if active else module.original_module
+
+
+@contextmanager
+def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Gives every parameter its `requires_grad` back at the end."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+def freeze_for_model_step(model: nn.Module, trainable: str) -> None:
+    """Freezes the policies and, with `trainable="exits"`, whatever else is not the exits' own. Parameters that are
+    frozen already stay so.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    for name, parameter in model.named_parameters():
+        if POLICIES in name or (trainable == "exits" and not any(part in name for part in EXIT_MODULES)):
+            parameter.requires_grad_(False)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if trainable == "exits":
+        raise ValueError(
+            "`trainable`='exits' leaves nothing to train beside the policies: the exits have no weights of their own "
+            "(`exit_head`='shared'), or these are frozen. Accepted are `trainable`='all', `phases` without 'heads' "
+            "and 'consistent', or exits with weights of their own."
+        )
+    raise ValueError("`model` has no parameter to train beside the policies: all are frozen (`requires_grad`).")
+
+
+def split_exit_groups(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
+    """Moves what belongs to the exits and not to the layers into parameter groups with their own learning rate."""
+    own = {id(parameter) for name, parameter in model.named_parameters() if any(part in name for part in NEW_MODULES)}
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in own]
+        if mine:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            options = {name: value for name, value in group.items() if name not in ("params", "lr")}
+            optimizer.add_param_group({"params": mine, "lr": learning_rate, **options})

@@ -1,0 +1,95 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Operating points of language models, against answers of single prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_llama
+
+from transformers_cee.evaluation.answers import FULL_DEPTH
+from transformers_cee.evaluation.generation import GenerationBenchmark
+from transformers_cee.evaluation.report import write_results
+
+
+POLICY = {"exit_criterion": "policy", "exit_threshold": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(exit_layers=[1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in (2, 7, 4, 5, 3)]
+
+
+def greedy(model, prompt, settings, count):
+    """Answer of one prompt by `generate` on it alone."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    return output.sequences[0, len(prompt) :].tolist(), output.exit_layers[0].tolist()
+
+
+def make_benchmark(model, prompts, **options):
+    answers = [[9, 11, 2], [4, 2], [30, 31, 2], [7, 2], [8, 2]]
+    return GenerationBenchmark(
+        model,
+        prompts,
+        answers,
+        lambda rows: [" ".join(map(str, row)) for row in rows],
+        pad=0,
+        max_new_tokens=6,
+        batch_size=2,
+        timing_prompts=2,
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def test_operating_points(model, prompts, tmp_path):
+    def shared_words(answers, references):
+        return {"shared": sum(answer == reference for answer, reference in zip(answers, references, strict=True))}
+
+    benchmark = make_benchmark(model, prompts, text_metrics=shared_words, timing_batch_sizes=(1, 2))
+    point = benchmark.measure("policy", 0.5)
+    full = benchmark.full_depth()
+    early = [greedy(model, prompt, POLICY, 6) for prompt in prompts]
+    wanted = [greedy(model, prompt, FULL_DEPTH, 6) for prompt in prompts]
+    layers = [layer for _, row in early for layer in row if layer]
+    assert point.depth == pytest.approx(sum(layers) / len(layers))
+    assert point.exit_histogram == {str(layer): layers.count(layer) for layer in (1, 2, 3, 4)}
+    same = sum(one[0] == other[0] for one, other in zip(early, wanted, strict=True)) / 5
+    assert point.metrics["identical"] == same
+    assert point.metrics.keys() == {"agreement", "identical", "perplexity", "shared"}
+    assert full.depth == 4
+    assert full.metrics["agreement"] == full.metrics["identical"] == 1
+    assert list(point.speeds) == ["1", "2"]
+    assert point.wall_clock_speedup == point.speeds["1"].speedup > 0
+    assert point.speeds["2"].prompts == 2
+    assert point.peak_memory_mb > 0
+    assert benchmark.texts["policy", "0.5"] == [" ".join(map(str, tokens)) for tokens, _ in early]
+    assert benchmark.references[1] == "4 2"
+    assert "rouge" not in write_results({"point": point}, tmp_path / "results.json").read_text()
+
+
+def test_a_point_without_exits_is_the_full_model(model, prompts):
+    point = make_benchmark(model, prompts).measure("policy", 1.0)
+    assert point.depth == 4
+    assert point.metrics["agreement"] == point.metrics["identical"] == 1
+
+
+def test_bad_lists(model, prompts):
+    with pytest.raises(ValueError, match=r"`prompts` \(0\) and `answers` \(0\) must be as many"):
+        GenerationBenchmark(model, [], [], lambda rows: [], pad=0)
+    with pytest.raises(ValueError, match=r"`prompts` \(5\) and `answers` \(1\)"):
+        GenerationBenchmark(model, prompts, [[1]], lambda rows: [], pad=0)
