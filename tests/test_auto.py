@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import transformers_cee
-from transformers_cee import BertCeeConfig, BertForConsistentEE, auto
+from transformers_cee import BertCeeConfig, BertForConsistentEE, LlamaCeeConfig, auto
 
 
 REGISTERED = """
@@ -22,7 +22,7 @@ import transformers_cee
 assert not {"torch", "transformers"} & set(sys.modules), "loaded too early"
 exec(sys.argv[1])
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers_cee import auto
 
 config = AutoConfig.for_model(
@@ -31,16 +31,27 @@ config = AutoConfig.for_model(
 for auto_class in (AutoModel, AutoModelForSequenceClassification):
     assert type(auto_class.from_config(config)).__name__ == "BertForConsistentEE", auto_class
 
+config = AutoConfig.for_model(
+    "llama_cee", hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9
+)
+for auto_class in (AutoModel, AutoModelForCausalLM):
+    assert type(auto_class.from_config(config)).__name__ == "LlamaForConsistentEECausalLM", auto_class
+
 from transformers.pipelines import PIPELINE_REGISTRY
 
 assert "early-exit-text-classification" in PIPELINE_REGISTRY.supported_tasks
+
+import peft
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
+
+assert targets["llama_cee"] == targets["llama"] and targets["bert_cee"] == targets["bert"]
 assert auto._finder not in sys.meta_path, "still waiting"
 """
 
 
 def test_import_loads_neither_torch_nor_transformers():
     done = run_python(
-        "import sys, transformers_cee; print(*sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "import sys, transformers_cee; print(*sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
@@ -54,7 +65,11 @@ def test_import_loads_neither_torch_nor_transformers():
         "from transformers import BertModel",
         "from transformers import pipeline",
         "from transformers import Trainer",
+        "import peft",
+        "from peft.utils import constants",
         "from transformers_cee import BertForConsistentEE",
+        "from transformers_cee import LlamaForConsistentEECausalLM",
+        "from transformers_cee import exit_lora_config",
     ],
 )
 def test_registered_whatever_is_imported_first(first):
@@ -63,7 +78,7 @@ def test_registered_whatever_is_imported_first(first):
 
 
 def test_registered_when_transformers_was_first():
-    done = run_python("import transformers.pipelines, torch\n" + REGISTERED.replace("assert not {", "{"), "pass")
+    done = run_python("import transformers.pipelines, torch, peft\n" + REGISTERED.replace("assert not {", "{"), "pass")
     assert done.returncode == 0, done.stderr
 
 
@@ -82,8 +97,27 @@ def test_registering_again_changes_nothing():
     auto.register_configs()
     auto.register_models()
     auto.register_pipelines()
+    auto.register_peft()
     assert sys.meta_path == finders
-    assert CONFIG_MAPPING["bert_cee"] is BertCeeConfig
+    assert CONFIG_MAPPING["bert_cee"] is BertCeeConfig and CONFIG_MAPPING["llama_cee"] is LlamaCeeConfig
+
+
+def test_peft_knows_every_method_that_it_knows_for_the_stock_model():
+    from peft.utils import constants
+
+    mappings = [value for name, value in vars(constants).items() if name.endswith("_TARGET_MODULES_MAPPING")]
+    assert len(mappings) > 5
+    for mapping in mappings:
+        for model_type, entry in auto.MODELS.items():
+            assert mapping.get(model_type) == mapping.get(entry.stock)
+
+
+def test_others_targets_are_left_alone(monkeypatch):
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
+
+    monkeypatch.setitem(targets, "llama_cee", ["k_proj"])
+    auto.register_peft()
+    assert targets["llama_cee"] == ["k_proj"]
 
 
 def test_foreign_class_under_our_model_type_is_refused():

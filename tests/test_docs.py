@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tiny import tiny_llama
+from tiny_lm import SPECIAL, WORDS, word_tokenizer
 from tiny_models import run_python, tiny_config, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
@@ -28,7 +30,7 @@ def python_blocks(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a trained model under the demo's name, a stock encoder and a data set."""
+    """A working folder with trained models under the demos' names, a stock encoder and a data set."""
     root = tmp_path_factory.mktemp("docs")
     tokenizer = tiny_tokenizer()
     tiny_model(exit_pooling="mean").save_pretrained(root / "runs" / "demo")
@@ -37,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     BertModel(BertConfig(**{**stock, "model_type": "bert"})).save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
+    tiny_llama(vocab_size=len(WORDS) + len(SPECIAL), eos_token_id=2).save_pretrained(root / "runs" / "demo-llm")
+    word_tokenizer().save_pretrained(root / "runs" / "demo-llm")
     encoded = tokenizer(SENTENCES * 4)
     Dataset.from_dict({**encoded, "labels": [1, 0, 0, 1] * 4}).save_to_disk(str(root / "train"))
     return root

@@ -25,6 +25,7 @@ _PUBLIC = {
     "LlamaCeeConfig": "models.llama_cee",
     "LlamaForConsistentEECausalLM": "models.llama_cee",
     "OperatingPoint": "evaluation.operating_points",
+    "exit_lora_config": "lora",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

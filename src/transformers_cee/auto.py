@@ -1,11 +1,11 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Everything that makes the Auto classes and `pipeline` of 🤗 Transformers find this package.
+"""Everything that makes the Auto classes and `pipeline` of 🤗 Transformers, and PEFT, find this package.
 
 The Auto classes live in modules that load torch, so `import transformers_cee` must not touch them. Registration
-therefore waits, through one finder on `sys.meta_path`, until transformers itself loads them. It also waits until no
-module of either package is half-way through its own import: `transformers.modeling_layers`, for one, loads the Auto
-classes before it defines what our models import from it.
+therefore waits, through one finder on `sys.meta_path`, until they are loaded by others. It also waits until no module
+of these packages is half-way through its own import: `transformers.modeling_layers`, for one, loads the Auto classes
+before it defines what our models import from it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class ModelEntry:
     """One architecture: its classes, and which Auto classes give its model.
 
     Args:
+        stock (`str`): model type of the architecture in transformers.
         config (`str`): full name of the config class.
         model (`str`): full name of the model class.
         auto_classes (`tuple[str, ...]`):
@@ -33,6 +34,7 @@ class ModelEntry:
             model without exits and drop their weights.
     """
 
+    stock: str
     config: str
     model: str
     auto_classes: tuple[str, ...]
@@ -40,11 +42,13 @@ class ModelEntry:
 
 MODELS: dict[str, ModelEntry] = {
     "bert_cee": ModelEntry(
+        stock="bert",
         config="transformers_cee.models.bert_cee.configuration_bert_cee.BertCeeConfig",
         model="transformers_cee.models.bert_cee.modeling_bert_cee.BertForConsistentEE",
         auto_classes=("AutoModel", "AutoModelForSequenceClassification"),
     ),
     "llama_cee": ModelEntry(
+        stock="llama",
         config="transformers_cee.models.llama_cee.configuration_llama_cee.LlamaCeeConfig",
         model="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaForConsistentEECausalLM",
         auto_classes=("AutoModel", "AutoModelForCausalLM"),
@@ -55,10 +59,9 @@ EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
 
 
 def register() -> None:
-    """Registers the models and pipelines of this package with transformers, now or as soon as it is loaded.
+    """Registers the models and pipelines of this package with transformers and PEFT, now or as soon as they are loaded.
 
-    Calling it again changes nothing. Where transformers' Auto classes are not loaded yet, neither they nor torch are
-    loaded by this call.
+    Calling it again changes nothing. What is not loaded yet is not loaded by this call.
 
     Raises:
         ValueError: another package has registered a class of its own under one of our model types.
@@ -116,13 +119,25 @@ def register_pipelines() -> None:
     del EarlyExitTextClassificationPipeline._registered_impl  # type: ignore[attr-defined]
 
 
-# What to do once a module of transformers has been loaded; configs come before the models that they belong to.
+def register_peft() -> None:
+    """Gives each model the default target modules that PEFT has for its stock architecture, for LoRA and all others."""
+    from peft.utils import constants
+
+    for name, targets in vars(constants).items():
+        if name.endswith("_MAPPING") and isinstance(targets, dict):
+            for model_type, entry in MODELS.items():
+                if entry.stock in targets:
+                    targets.setdefault(model_type, targets[entry.stock])
+
+
+# What to do once a module has been loaded; configs come before the models that they belong to.
 _STEPS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_configs,
     "transformers.models.auto.modeling_auto": register_models,
     "transformers.pipelines": register_pipelines,
+    "peft.utils.constants": register_peft,
 }
-_OURS = ("transformers.", "transformers_cee.")
+_WATCHED = ("transformers.", "transformers_cee.", "peft.")
 
 
 def _load(full_name: str) -> Any:
@@ -135,7 +150,7 @@ def _full_name(cls: type) -> str:
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Runs the registration steps when the outermost import of a module of transformers or of this package is done."""
+    """Runs the registration steps when the outermost import of a module of the watched packages is done."""
 
     def __init__(self) -> None:
         self._imports = threading.local()
@@ -143,7 +158,7 @@ class _RegisterAfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if path is None or not fullname.startswith(_OURS):
+        if path is None or not fullname.startswith(_WATCHED):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:

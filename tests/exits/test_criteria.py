@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,12 +22,12 @@ def step(index: int, logits: list) -> ExitStep:
 
 class TestRegistry:
     def test_names(self):
-        assert set(CRITERIA) == {"policy", "max_probability", "entropy", "patience"}
+        assert set(CRITERIA) == {"policy", "max_probability", "margin", "entropy", "patience"}
         assert all(cls.name == name for name, cls in CRITERIA.items())
 
     @pytest.mark.parametrize("call", [check_thresholds, lambda *args: build_criterion(*args, "regression")])
     def test_unknown_name(self, call):
-        with pytest.raises(ValueError, match=r"`exit_criterion`='hope'.*entropy, max_probability, patience, policy"):
+        with pytest.raises(ValueError, match=r"`exit_criterion`='hope'.*entropy, margin, max_probability, patience, policy"):
             call("hope", 0.5, 3)
 
     @torch.no_grad()
@@ -44,7 +45,7 @@ class TestRegistry:
 
 
 class TestThresholds:
-    @given(st.integers(1, 12), st.floats(0, 1), st.sampled_from(["policy", "max_probability", "entropy"]))
+    @given(st.integers(1, 12), st.floats(0, 1), st.sampled_from(["policy", "max_probability", "margin", "entropy"]))
     def test_one_number(self, exits, threshold, criterion):
         assert check_thresholds(criterion, threshold, exits) == [threshold] * exits
 
@@ -61,7 +62,7 @@ class TestThresholds:
         assert check_thresholds("policy", 1, 2) == [1.0, 1.0]
         assert check_thresholds("patience", 3, 2) == [3.0, 3.0]
 
-    @pytest.mark.parametrize("criterion", ["policy", "max_probability", "entropy"])
+    @pytest.mark.parametrize("criterion", ["policy", "max_probability", "margin", "entropy"])
     @pytest.mark.parametrize("threshold", [-0.01, 1.01, float("nan"), float("inf"), [0.5, -1.0]])
     def test_outside(self, criterion, threshold):
         with pytest.raises(ValueError, match=rf"`exit_threshold`=.*'{criterion}'.*\[0, 1\]"):
@@ -82,7 +83,8 @@ class TestOff:
     """When may the loop skip looking at scores?"""
 
     @pytest.mark.parametrize(
-        "criterion,off,on", [("policy", 1.0, 0.999), ("max_probability", 1.0, 0.0), ("entropy", 0.0, 1e-9)]
+        "criterion,off,on",
+        [("policy", 1.0, 0.999), ("max_probability", 1.0, 0.0), ("margin", 1.0, 0.5), ("entropy", 0.0, 1e-9)],
     )
     def test_by_threshold(self, criterion, off, on):
         policies = tiny_model().exit_policies
@@ -139,11 +141,21 @@ class TestRules:
 
     def test_directions(self):
         scores = torch.tensor([0.2, 0.5, 0.8])
-        for name, leaves in (("policy", [0, 0, 1]), ("max_probability", [0, 0, 1]), ("entropy", [1, 0, 0])):
+        above, below = [0, 0, 1], [1, 0, 0]
+        for name, leaves in (("policy", above), ("max_probability", above), ("margin", above), ("entropy", below)):
             assert CRITERIA[name].passes(scores, 0.5).tolist() == [bool(value) for value in leaves]
         assert CRITERIA["patience"].passes(torch.tensor([1.0, 2.0, 3.0]), 2).tolist() == [False, True, True]
         deeper = {name: cls.higher_is_deeper for name, cls in CRITERIA.items()}
-        assert deeper == {"policy": True, "max_probability": True, "entropy": False, "patience": True}
+        assert deeper.pop("entropy") is False and all(deeper.values())
+
+    @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+    def test_margin_between_the_two_best(self, problem_type):
+        logits = [[2.0, 1.0, -3.0], [0.5, 0.5, 0.5], [-9.0, 9.0, 0.0]]
+        scores = build_criterion("margin", 0.5, 3, problem_type).score(step(0, logits))
+        expected = [reference.confidence(torch.tensor(row), problem_type)[1] for row in logits]
+        assert scores.tolist() == pytest.approx(expected, abs=1e-6)
+        with pytest.raises(ValueError, match=r"'regression' has no class probabilities"):
+            build_criterion("margin", 0.5, 3, "regression")
 
     def test_heads_run_only_when_asked(self):
         calls = []

@@ -19,6 +19,7 @@ from transformers_cee.exits.criteria import ExitStep, build_criterion
 from transformers_cee.exits.policy import (
     ExitHistory,
     ExitPolicies,
+    all_features,
     confidence_scores,
     exit_log_distribution,
     predicted_classes,
@@ -120,7 +121,9 @@ class TestPolicies:
         walks = [reference.walk(model, row["input_ids"], "policy", 1.0, problem_type=problem_type) for row in rows]
         states = torch.stack([torch.stack(walk.all_states) for walk in walks])
         logits = torch.stack([torch.stack(walk.all_logits) for walk in walks])
-        stored = model.exit_policies(states, logits, problem_type)
+        features = all_features(logits, problem_type)
+        assert features.shape == (6, 5, 5)
+        stored = model.exit_policies(states, None if inputs == "state" else features)
         assert stored.shape == (6, 5)
         expected = torch.tensor([walk.scores for walk in walks])
         torch.testing.assert_close(stored.sigmoid(), expected, rtol=1e-4, atol=1e-5)
@@ -133,7 +136,7 @@ class TestPolicies:
     def test_memory_follows_the_rows(self):
         model = tiny_model(policy_inputs="both")
         states, logits = torch.randn(5, 6, 32), torch.randn(5, 6, 3)
-        stored = model.exit_policies(states, logits).sigmoid()
+        stored = model.exit_policies(states, all_features(logits)).sigmoid()
         criterion = build_criterion("policy", 0.5, 6, "single_label_classification", model.exit_policies)
         rows = torch.arange(5)
         for index, kept in enumerate(([0, 2, 3, 4], [0, 3], [1], [0], [0])):
@@ -149,8 +152,31 @@ class TestPolicies:
 
     def test_no_internal_exit(self):
         policies = ExitPolicies(0, 8, 4, "gelu")
-        assert policies(torch.zeros(3, 1, 8), torch.zeros(3, 1, 2)).shape == (3, 0)
+        assert all_features(torch.zeros(3, 1, 2)).shape == (3, 0, 5)
+        assert policies(torch.zeros(3, 1, 8), torch.zeros(3, 0, 5)).shape == (3, 0)
+        assert policies(torch.zeros(3, 1, 8)).shape == (3, 0)
         assert torch.equal(exit_log_distribution(torch.zeros(3, 0)), torch.zeros(3, 1))
+
+    @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+    def test_features_row_by_row(self, problem_type):
+        logits = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)) * 3
+        for row, features in zip(logits, all_features(logits, problem_type).tolist(), strict=True):
+            scores = [reference.confidence(one, problem_type) for one in row]
+            predictions = [reference.prediction(one, problem_type) for one in row]
+            for index in range(4):
+                same = [one == predictions[index] for one in predictions[:index]]
+                before = scores[index - 1][1] if index else 0.0
+                expected = [*scores[index], before, sum(same) / len(same) if same else 0.0]
+                assert features[index] == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("inputs", ["confidence", "both"])
+    def test_features_are_asked_for(self, inputs):
+        with pytest.raises(ValueError, match=rf"`policy_inputs`='{inputs}' needs `features`.*None"):
+            ExitPolicies(2, 8, 4, "gelu", inputs)(torch.zeros(3, 3, 8))
+
+    def test_features_are_left_alone_by_policies_that_look_at_states(self):
+        policies, states = ExitPolicies(2, 8, 4, "gelu"), torch.randn(3, 3, 8)
+        assert torch.equal(policies(states, torch.randn(3, 2, 5)), policies(states))
 
     @pytest.mark.parametrize("inputs,width", [("state", 8), ("confidence", 5), ("both", 13)])
     def test_shape_of_a_network(self, inputs, width):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import ExitCriterion
-from transformers_cee.exits.runner import RowBatch, run_all_exits, run_exits
+from transformers_cee.exits.runner import RowBatch, collect_states, run_all_exits, run_exits
 
 
 HIDDEN, LAYERS = 3, 5
@@ -156,6 +156,58 @@ def test_all_exits():
             torch.testing.assert_close(run.all_states[row, index], states[layer - 1].mean(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(run.logits, run.all_logits[:, -1])
     assert run.exit_layers.tolist() == [5, 5, 5] and run.scores.isnan().all()
+    collected = collect_states(RowBatch(hidden), toy.layers(), toy)
+    assert torch.equal(torch.stack(collected, dim=1), run.all_states)
+
+
+class TestFirstExit:
+    @pytest.mark.parametrize("first", range(6))
+    def test_nobody_leaves_before(self, first):
+        """Rows that wanted to leave before go to the end: their turn is over."""
+        toy, plan = Toy([1, 2, 3, 4, 5]), [2, 0, 1, 4, 3]
+        hidden = torch.randn(5, 4, HIDDEN)
+        run = run_exits(RowBatch(hidden), toy.layers(), toy, Planned(plan, 5), first)
+        expected = [exit + 1 if exit >= first else 5 for exit in plan]
+        assert run.exit_layers.tolist() == expected
+        for row, layer in enumerate(expected):
+            state = toy.reference(hidden[row])[layer - 1].mean(0)
+            torch.testing.assert_close(run.logits[row], toy.logits(state, layer - 1), rtol=1e-4, atol=1e-5)
+        assert run.scores[:, :first].isnan().all(), "exits before the first are not asked"
+        if first < 4:
+            assert not run.scores[:, first].isnan().any()
+
+    def test_memory_is_kept_from_earlier_exits(self):
+        """A criterion that remembers is asked at closed exits, too."""
+        toy = Toy([1, 2, 3, 4, 5])
+        criterion = Planned([2, 0, 1, 4, 3], 5)
+        criterion.has_memory = True
+        run = run_exits(RowBatch(torch.randn(5, 4, HIDDEN)), toy.layers(), toy, criterion, 2)
+        assert run.exit_layers.tolist() == [3, 5, 5, 5, 4]
+        assert run.scores[:, 0].tolist() == [0, 1, 0, 0, 0] and run.scores[:, 1].tolist() == [0, 0, 1, 0, 0]
+
+    def test_closed_by_threshold(self):
+        toy = Toy([1, 2, 3, 4, 5])
+        criterion = Planned([2, 0, 1, 4, 3], 5)
+        criterion.thresholds = [1.0, 0.5, 1.0, 0.5, 0.5]
+        run = run_exits(RowBatch(torch.randn(5, 4, HIDDEN)), toy.layers(), toy, criterion)
+        assert run.exit_layers.tolist() == [5, 5, 2, 5, 4]
+        assert run.scores[:, [0, 2]].isnan().all() and not run.scores[:, 1].isnan().any()
+
+
+@pytest.mark.parametrize("plan", [[2, 0, 1, 4], [0, 0, 0, 0], [4, 4, 4, 4], [4, 0, 0, 3], [1, 1, 3, 3]])
+def test_leaving_is_told(plan):
+    """Of rows that leave before the last exit: numbers, hidden states and layer."""
+    toy, told = Toy([1, 2, 3, 4, 5]), []
+    hidden = torch.randn(4, 2, HIDDEN)
+    run_exits(RowBatch(hidden), toy.layers(), toy, Planned(plan, 5), leaving=lambda *one: told.append(one))
+    seen = {}
+    for rows, states, layer in told:
+        assert len(rows) == len(states) > 0
+        seen |= {int(row): (layer, state) for row, state in zip(rows, states, strict=True)}
+    assert {row: layer for row, (layer, _) in seen.items()} == {row: e + 1 for row, e in enumerate(plan) if e < 4}
+    assert [layer for *_, layer in told] == sorted({exit + 1 for exit in plan if exit < 4})
+    for row, (layer, state) in seen.items():
+        torch.testing.assert_close(state, toy.reference(hidden[row])[layer - 1], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_flow_to_the_rows_own_path():
@@ -199,6 +251,16 @@ class TestSelect:
             torch.tensor([2, 3]), slice(1, 3), dense=False
         )
         assert some.attention_mask.tolist() == [[[[1, 2]]]]
+
+    def test_keys_of_a_cache_stay(self):
+        """The mask of one query over more keys than there are tokens."""
+        hidden = torch.randn(3, 1, 2)
+        batch = RowBatch(hidden, torch.arange(12).view(3, 1, 1, 4), None, torch.arange(3))
+        some = batch.select(torch.tensor([2, 0]), slice(0, 1), dense=False)
+        assert some.attention_mask.tolist() == [[[[8, 9, 10, 11]]], [[[0, 1, 2, 3]]]]
+        batch = RowBatch(hidden, torch.arange(12).view(3, 4), None, torch.arange(3))
+        some = batch.select(torch.tensor([1]), slice(0, 1), dense=False)
+        assert some.attention_mask.tolist() == [[4, 5, 6, 7]] and some.hidden_states.shape == (1, 1, 2)
 
     def test_none(self):
         some = self.batch(None, None).select(torch.tensor([0]), slice(0, 5), dense=False)

@@ -1,0 +1,115 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Exit fields of encoders and decoders: defaults, what is refused, what is saved."""
+
+from __future__ import annotations
+
+import pytest
+
+from transformers_cee import BertCeeConfig, LlamaCeeConfig
+from transformers_cee.exits.configuration import (
+    DecoderExitConfigMixin,
+    EncoderExitConfigMixin,
+    ExitConfigMixin,
+    check_min_exit_layer,
+    check_skipped_kv,
+)
+
+
+SHARED = {
+    "exit_layers": None,
+    "exit_criterion": "policy",
+    "policy_hidden_size": 32,
+    "policy_activation": "gelu",
+    "policy_inputs": "state",
+    "reward_alpha": 0.02,
+    "reward_hardness": True,
+}
+OWN = {
+    BertCeeConfig: {"exit_threshold": 0.5, "exit_pooling": "cls", "exit_norm": "none"},
+    LlamaCeeConfig: {
+        "exit_threshold": 1.0,
+        "exit_head": "norm",
+        "exit_head_rank": 64,
+        "min_exit_layer": None,
+        "skipped_kv": "copy",
+        "copy_exit_states": True,
+    },
+}
+
+
+@pytest.mark.parametrize("config", OWN)
+def test_defaults_are_saved(config, tmp_path):
+    assert issubclass(config, ExitConfigMixin)
+    made = config(num_hidden_layers=4)
+    made.save_pretrained(tmp_path)
+    for one in (made, config.from_pretrained(tmp_path)):
+        assert {name: getattr(one, name) for name in {**SHARED, **OWN[config]}} == {**SHARED, **OWN[config]}
+        assert one.exit_layer_numbers == [1, 2, 3, 4]
+
+
+def test_each_kind_has_its_own_fields():
+    assert issubclass(BertCeeConfig, EncoderExitConfigMixin) and not issubclass(BertCeeConfig, DecoderExitConfigMixin)
+    assert issubclass(LlamaCeeConfig, DecoderExitConfigMixin) and not issubclass(LlamaCeeConfig, EncoderExitConfigMixin)
+    assert not hasattr(LlamaCeeConfig(), "exit_pooling") and not hasattr(BertCeeConfig(), "skipped_kv")
+
+
+@pytest.mark.parametrize("config", OWN)
+@pytest.mark.parametrize(
+    "exit_layers,expected", [(None, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [2, 5]), ([4, 2], [2, 4, 5]), ([5], [5])]
+)
+def test_exit_layers(config, exit_layers, expected):
+    assert config(num_hidden_layers=5, exit_layers=exit_layers).exit_layer_numbers == expected
+
+
+@pytest.mark.parametrize("config", OWN)
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"exit_layers": 0}, r"`exit_layers`=0 as a stride must lie in 1\.\.4"),
+        ({"exit_layers": [0, 2]}, r"`exit_layers`=\[0, 2\]: \[0\] outside of 1\.\.4"),
+        ({"exit_criterion": "mood"}, r"`exit_criterion`='mood'"),
+        ({"exit_threshold": 1.5}, r"`exit_threshold`=1.5"),
+        ({"exit_threshold": [0.5]}, r"1 values.*\(4\)"),
+        ({"policy_inputs": "smell"}, r"`policy_inputs`='smell'.*'state', 'confidence', 'both'"),
+        ({"policy_hidden_size": 0}, r"`policy_hidden_size`=0"),
+        ({"policy_activation": "cubic"}, r"`policy_activation`='cubic'"),
+        ({"reward_alpha": -1.0}, r"`reward_alpha`=-1.0"),
+    ],
+)
+def test_refused(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(num_hidden_layers=4, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"exit_head": "mine"}, r"`exit_head`='mine'.*'shared', 'norm', 'low_rank', 'untied', 'layernorm_linear'"),
+        ({"exit_head_rank": 0}, r"`exit_head_rank`=0 must be at least 1"),
+        ({"skipped_kv": "guess"}, r"`skipped_kv`='guess'.*'copy', 'deferred'"),
+        ({"min_exit_layer": 0}, r"`min_exit_layer`=0 must lie in 1\.\.4"),
+        ({"min_exit_layer": 5}, r"`min_exit_layer`=5"),
+    ],
+)
+def test_refused_of_decoders(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaCeeConfig(num_hidden_layers=4, **fields)
+
+
+def test_checks_alone():
+    for layer in (None, 1, 4):
+        check_min_exit_layer(layer, 4)
+    for name in ("copy", "deferred"):
+        check_skipped_kv(name)
+    with pytest.raises(ValueError, match=r"`min_exit_layer`=5"):
+        check_min_exit_layer(5, 4)
+    with pytest.raises(ValueError, match=r"`skipped_kv`='guess'"):
+        check_skipped_kv("guess")
+
+
+def test_what_trainer_leaves_out_of_predictions():
+    assert {"past_key_values", "all_exit_features", "token_labels", "may_exit", "exit_layers"} <= set(
+        LlamaCeeConfig.keys_to_ignore_at_inference
+    )
+    assert "past_key_values" not in BertCeeConfig.keys_to_ignore_at_inference
