@@ -77,10 +77,13 @@ def check_stages(args: TrainingArguments) -> None:
         raise ValueError("Nothing to do: pass `--do_train`, `--do_eval` or both.")
 
 
-def set_up_logging(logger: logging.Logger, log_level: int) -> None:
-    """Logs to standard output: `logger` at `log_level`, the libraries from warnings up."""
+def set_up_logging(logger: logging.Logger, args: TrainingArguments) -> None:
+    """Logs to standard output: a script's own `logger` at `--log_level`, or what it has to tell if that is not given;
+    the libraries from warnings up."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True)
-    logger.setLevel(log_level)
+    log_level = args.get_process_log_level()
+    tells = args.log_level == "passive" and args.should_log
+    logger.setLevel(logging.INFO if tells else log_level)
     datasets.utils.logging.set_verbosity(max(log_level, logging.WARNING))
     transformers.utils.logging.set_verbosity(max(log_level, logging.WARNING))
 

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transformers_cee  # noqa: F401  (registers its models with the Auto classes)
 from transformers_cee.evaluation.answers import FULL_DEPTH, Answers, answer
+from transformers_cee.evaluation.generation_report import setting_name
 
 
-PROMPT = "In this paper we ask how a language model can give each word only as much computation as it needs. Go on."
+PROMPT = "What is machine translation, and why is it hard?"
 DEFAULT_THRESHOLDS = (0.9, 0.7, 0.5)
 # From the first exit to the last layer, in the colours of a 256-colour terminal: green, yellow, red.
 COLORS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         made, speed, full_speed = answer_in_turn(model, prompt, settings, pad, args.max_new_tokens, args.repeats)
         tokens, exits = made.rows()[0]
         print(
-            f"\n{args.exit_criterion} > {threshold:.4g}: depth {statistics.mean(exits):.1f} of {layers[-1]}, "
+            f"\n{setting_name(args.exit_criterion, threshold)}: depth {statistics.mean(exits):.1f} of {layers[-1]}, "
             f"{speed:.1f} tokens/s, {speed / full_speed:.2f}x full depth in the same run\n"
         )
         print(paint(pieces(tokenizer, tokens), exits, layers, colored))

@@ -45,7 +45,7 @@ from transformers import (
 from transformers_cee import ConsistentEETrainer, LlamaCeeConfig, LlamaForConsistentEECausalLM
 from transformers_cee.evaluation.answers import exit_scores
 from transformers_cee.evaluation.generation import GenerationBenchmark
-from transformers_cee.evaluation.generation_report import generation_table, plot_generation, speed_table
+from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
 from transformers_cee.evaluation.operating_points import thresholds_for_depths
 from transformers_cee.evaluation.report import method_name, write_results
 from transformers_cee.evaluation.store import ExitStore
@@ -231,7 +231,8 @@ def evaluate(
         curves.setdefault(criterion, []).append(point)
         curves[criterion].sort(key=lambda one: one.depth)
         speed = f"{point.wall_clock_speedup:.2f}x tokens/s, agreement {point.metrics['agreement']:.3f}"
-        logger.info(f"{number}/{len(points)} {criterion} > {threshold:.4g}: depth {point.depth:.2f}, {speed}")
+        name = setting_name(criterion, threshold)
+        logger.info(f"{number}/{len(points)} {name}: depth {point.depth:.2f}, {speed}")
         write_results(results, output / "results.json")
         write_answers(benchmark, output / "answers.jsonl")
     methods = {method_name(name): curve for name, curve in curves.items()}
@@ -330,7 +331,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         text_metrics(eval_args.bertscore_model)
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
-    set_up_logging(logger, training_args.get_process_log_level())
+    set_up_logging(logger, training_args)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)

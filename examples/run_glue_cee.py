@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_stages(training_args)
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
-    set_up_logging(logger, training_args.get_process_log_level())
+    set_up_logging(logger, training_args)
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):

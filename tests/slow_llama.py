@@ -54,9 +54,7 @@ class SlowRow:
         row.keys, row.values = [list(one) for one in self.keys], [list(one) for one in self.values]
         return row
 
-    def feed(
-        self, token: int, may_exit: bool, new_tokens: int = 1, forced: int | None = None
-    ) -> tuple[Tensor, int]:
+    def feed(self, token: int, may_exit: bool, new_tokens: int = 1, forced: int | None = None) -> tuple[Tensor, int]:
         """Logits (vocabulary,) and exit layer of the next token, which leaves at `forced` if that is given."""
         position = len(self.keys[0])
         state = self.model.model.embed_tokens.weight[token]
@@ -89,9 +87,7 @@ class SlowRow:
         if threshold is None:
             return False
         if self.options["criterion"] == "policy":
-            return (
-                reference.policy_score(self.model, state, history, "single_label_classification", index) > threshold
-            )
+            return reference.policy_score(self.model, state, history, "single_label_classification", index) > threshold
         if self.options["criterion"] == "entropy":
             threshold = -threshold
         return SCORES[self.options["criterion"]](history[-1]) > threshold
@@ -208,6 +204,4 @@ def check_against_slow(model, batch, slow, output, beams: bool = False) -> None:
         for keys, values, layer in zip(row.keys, row.values, output.past_key_values.layers, strict=True):
             stop = time + count - 1
             for ours, theirs in ((layer.keys, keys), (layer.values, values)):
-                torch.testing.assert_close(
-                    ours[number, :, pad:stop], torch.stack(theirs, dim=1), rtol=1e-4, atol=1e-4
-                )
+                torch.testing.assert_close(ours[number, :, pad:stop], torch.stack(theirs, dim=1), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import transformers
+from peft.utils import constants
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from tiny_models import run_python, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -66,7 +68,6 @@ def test_import_loads_neither_torch_nor_transformers():
         "from transformers import pipeline",
         "from transformers import Trainer",
         "import peft",
-        "from peft.utils import constants",
         "from transformers_cee import BertForConsistentEE",
         "from transformers_cee import LlamaForConsistentEECausalLM",
         "from transformers_cee import exit_lora_config",
@@ -103,8 +104,6 @@ def test_registering_again_changes_nothing():
 
 
 def test_peft_knows_every_method_that_it_knows_for_the_stock_model():
-    from peft.utils import constants
-
     mappings = [value for name, value in vars(constants).items() if name.endswith("_TARGET_MODULES_MAPPING")]
     assert len(mappings) > 5
     for mapping in mappings:
@@ -113,11 +112,9 @@ def test_peft_knows_every_method_that_it_knows_for_the_stock_model():
 
 
 def test_others_targets_are_left_alone(monkeypatch):
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
-
-    monkeypatch.setitem(targets, "llama_cee", ["k_proj"])
+    monkeypatch.setitem(LORA_TARGETS, "llama_cee", ["k_proj"])
     auto.register_peft()
-    assert targets["llama_cee"] == ["k_proj"]
+    assert LORA_TARGETS["llama_cee"] == ["k_proj"]
 
 
 def test_foreign_class_under_our_model_type_is_refused():

@@ -6,8 +6,16 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_llama
 from tiny_models import tiny_model, tiny_tokenizer
-from transformers import BertConfig, BertForSequenceClassification, pipeline
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    TextGenerationPipeline,
+    pipeline,
+)
 
 from transformers_cee import EarlyExitTextClassificationPipeline
 
@@ -90,6 +98,11 @@ def test_model_without_exits_is_refused(tokenizer):
         make(BertForSequenceClassification(config), tokenizer)
 
 
+def test_language_models_are_sent_elsewhere(tokenizer):
+    with pytest.raises(ValueError, match=r"LlamaForConsistentEECausalLM, which generates text.*'text-generation'"):
+        make(tiny_llama(), tokenizer)
+
+
 def test_stock_pipeline_works_too(model, tokenizer):
     results = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(SENTENCES, batch_size=2)
     assert [set(result) for result in results] == [{"label", "score"}] * 3
@@ -101,3 +114,72 @@ def test_saved_pipeline_needs_no_remote_code(model, tokenizer, tmp_path):
     loaded = pipeline(TASK, model=str(tmp_path), device="cpu", exit_threshold=0.0)
     assert type(loaded) is EarlyExitTextClassificationPipeline
     assert loaded(SENTENCES[0])[0]["exit_layer"] == 1
+
+
+class TestTextGeneration:
+    """The stock pipeline hands exit arguments on to `generate`: the layers that run tell."""
+
+    NEW = 5
+
+    @pytest.fixture
+    def generator(self):
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        )
+        model = tiny_llama(eos_token_id=None)
+        return pipeline("text-generation", model=model, tokenizer=words, device="cpu", eos_token_id=-1)
+
+    def layers(self, generator, texts=SENTENCES[0], **options):
+        """Calls of layers behind the prompt's pass."""
+        calls = []
+        hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in generator.model.model.layers]
+        made = generator(texts, max_new_tokens=self.NEW, do_sample=False, **options)
+        for hook in hooks:
+            hook.remove()
+        first = made[0][0] if isinstance(texts, list) else made[0]
+        assert first["generated_text"].startswith(texts[0] if isinstance(texts, list) else texts)
+        return len(calls) - 4
+
+    def test_depth_changes_with_the_threshold(self, generator):
+        assert type(generator) is TextGenerationPipeline
+        steps = self.NEW - 1
+        assert self.layers(generator) == 4 * steps
+        assert self.layers(generator, exit_threshold=1.0) == 4 * steps
+        assert self.layers(generator, exit_threshold=0.0) == steps
+        assert self.layers(generator, exit_threshold=[1.0, 0.0, 1.0, 1.0]) == 2 * steps
+        assert self.layers(generator, exit_threshold=0.0, min_exit_layer=3) == 3 * steps
+        assert self.layers(generator, exit_threshold=0.0, exit_criterion="margin", skipped_kv="deferred") == steps
+        assert self.layers(generator, SENTENCES, exit_threshold=0.0, batch_size=3) == steps
+
+    def test_defaults(self, generator):
+        steps = self.NEW - 1
+        config = GenerationConfig(exit_threshold=0.0, eos_token_id=-1)
+        assert self.layers(generator, generation_config=config) == steps
+        made = pipeline(
+            "text-generation",
+            model=generator.model,
+            tokenizer=generator.tokenizer,
+            device="cpu",
+            eos_token_id=-1,
+            exit_threshold=0.0,
+        )
+        assert self.layers(made) == steps
+        assert self.layers(made, exit_threshold=1.0) == 4 * steps
+        generator.model.generation_config.exit_threshold = 0.0
+        made = pipeline("text-generation", model=generator.model, tokenizer=generator.tokenizer, device="cpu")
+        assert self.layers(made, eos_token_id=-1) == steps
+
+    def test_same_texts_as_generate(self, generator):
+        model, words = generator.model, generator.tokenizer
+        thresholds = [0.6, 0.5, 0.5, 1.0]
+        inputs = words(SENTENCES[1], return_tensors="pt", return_token_type_ids=False)
+        options = {"max_new_tokens": self.NEW, "do_sample": False, "exit_threshold": thresholds, "eos_token_id": -1}
+        tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        made = generator(SENTENCES[1], return_tensors=True, **options)[0]["generated_token_ids"]
+        assert list(made)[-self.NEW :] == tokens.tolist()
+
+    def test_bad_arguments_are_named(self, generator):
+        with pytest.raises(ValueError, match=r"`exit_threshold`=1.5"):
+            generator(SENTENCES[0], max_new_tokens=2, exit_threshold=1.5)
+        with pytest.raises(ValueError, match=r"`exit_criterion`='mood'"):
+            generator(SENTENCES[0], max_new_tokens=2, exit_criterion="mood")

@@ -59,7 +59,7 @@ EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
 
 
 def register() -> None:
-    """Registers the models and pipelines of this package with transformers and PEFT, now or as soon as they are loaded.
+    """Registers the models and pipelines of this package with transformers and PEFT, now or when these are loaded.
 
     Calling it again changes nothing. What is not loaded yet is not loaded by this call.
 
@@ -120,7 +120,7 @@ def register_pipelines() -> None:
 
 
 def register_peft() -> None:
-    """Gives each model the default target modules that PEFT has for its stock architecture, for LoRA and all others."""
+    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods."""
     from peft.utils import constants
 
     for name, targets in vars(constants).items():

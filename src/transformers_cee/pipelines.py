@@ -24,10 +24,11 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
             What the exit criterion's score is compared with: for the policy, 1.0 switches exits off and 0.0 lets
             every text out at the first exit. A list holds one number per exit.
         exit_criterion (`str`, *optional*, defaults to the config's):
-            `"policy"`, `"max_probability"`, `"entropy"` or `"patience"`.
+            `"policy"`, `"max_probability"`, `"margin"`, `"entropy"` or `"patience"`.
 
     Raises:
-        ValueError: the model has no exits, or the threshold or criterion is not accepted by the model.
+        ValueError: the model has no exits or is a language model, or the threshold or criterion is not accepted by the
+            model.
 
     Example:
 
@@ -42,11 +43,16 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     """
 
     def check_model_type(self, supported_models: list[str] | dict[str, Any]) -> None:
-        """Raises `ValueError` unless the model takes an exit threshold."""
+        """Raises `ValueError` unless the model takes an exit threshold and classifies."""
         if "exit_threshold" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(
                 f"`model` is a {type(self.model).__name__}, which has no exits; an early-exit model such as "
                 "`BertForConsistentEE` is needed."
+            )
+        if getattr(self.model, "exits_per_token", False):
+            raise ValueError(
+                f"`model` is a {type(self.model).__name__}, which generates text; use the task 'text-generation', "
+                "which takes `exit_threshold` as well."
             )
 
     def _sanitize_parameters(  # type: ignore[override]

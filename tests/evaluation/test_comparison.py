@@ -2,12 +2,15 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import EvalPrediction
 
 from transformers_cee import BertCeeConfig, BertForConsistentEE
-from transformers_cee.evaluation.comparison import compare_criteria, exit_points, time_points
+from transformers_cee.evaluation.comparison import DEPTH_TOLERANCE, compare_criteria, exit_points, time_points
+from transformers_cee.evaluation.operating_points import hindsight_point, score_exits, thresholds_for_depths
 from transformers_cee.evaluation.store import ExitStore
 
 
@@ -103,3 +106,29 @@ def test_time_points_executes(model):
     assert timed[0].wall_clock_speedup > 0
     assert sum(timed[0].exit_histogram.values()) == 8
     assert timed[0].layer_speedup == pytest.approx(LAYERS / timed[0].depth)
+
+
+def test_a_family_of_policies_serves_each_depth_by_the_member_that_is_best_on_dev(model):
+    dev, test, depths = make_store(400, 1), make_store(300, 2), [1.5, 2.5, 3.5]
+    torch.manual_seed(1)
+    family = {0.1: copy.deepcopy(model.exit_policies), 0.2: copy.deepcopy(model.exit_policies)}
+    family[0.2].reset_parameters()
+    comparison = compare_criteria(
+        ["policy"], dev, test, model.exit_policies, accuracy, "accuracy", depths, more_policies={"family": family}
+    )
+    scores = {
+        name: (score_exits("policy", dev, one), score_exits("policy", test, one)) for name, one in family.items()
+    }
+    expected = []
+    for depth in depths:
+        tried = []
+        for on_dev, on_test in scores:
+            threshold = thresholds_for_depths("policy", on_dev, list(range(1, LAYERS + 1)), [depth])[0]
+            point = hindsight_point("policy", threshold, on_dev, dev, accuracy)
+            tried.append((abs(point.depth - depth), point.metrics["accuracy"], threshold, on_test))
+        near = [one for one in tried if one[0] <= DEPTH_TOLERANCE]
+        best = max(near, key=lambda one: one[1]) if near else min(tried, key=lambda one: one[0])
+        expected.append(hindsight_point("policy", best[2], best[3], test, accuracy))
+    by_depth = {point.depth: point for point in expected}
+    assert comparison.curves["family"] == [by_depth[depth] for depth in sorted(by_depth)]
+    assert list(comparison.matched["family"]) == depths

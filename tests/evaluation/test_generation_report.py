@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from transformers_cee.evaluation.generation import GenerationPoint, Speed
-from transformers_cee.evaluation.generation_report import generation_table, plot_generation, speed_table
+from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
 
 
 def make_point(criterion="policy", depth=3.0, timed=True, **metrics):
@@ -39,6 +39,13 @@ def test_speeds_stand_beside_those_of_full_depth():
     assert len(lines) == 4
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == ["ConsistentEE (policy)", "8", "3.00", "80.0 (60.0)", "1.33x", "90.0 (75.0)", "1.20x"]
+
+
+def test_settings_have_short_names():
+    assert setting_name("policy", 0.5) == "policy > 0.5"
+    assert setting_name("entropy", 0.25) == "entropy < 0.25"
+    assert setting_name("policy", 0.99999952) == "policy > 0.99999952"
+    assert setting_name("policy", [0.5, 0.5]) == "policy > per exit"
 
 
 def test_picture(tmp_path):

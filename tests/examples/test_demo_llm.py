@@ -135,3 +135,13 @@ def test_bad_arguments(words, message, capsys):
     with pytest.raises(SystemExit):
         generate_demo.main(words)
     assert message in capsys.readouterr().err
+
+
+def test_frozen_model_configuration_parses(tmp_path):
+    (tmp_path / "text.txt").touch()
+    path = Path(demo_llm_assets.__file__).parent / "configs" / "clm.yaml"
+    words = ["--model_name_or_path", "anything", "--train_file", str(tmp_path / "text.txt")]
+    model, _, evaluation, training = parse_arguments([str(path), *words, "--output_dir", str(tmp_path)])
+    assert model.fit_heads_tokens == 60000
+    assert evaluation.target_depths([16, 20, 24, 27, 30])[0] > 16
+    assert training.trainable == "exits"

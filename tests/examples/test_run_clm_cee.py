@@ -296,3 +296,17 @@ def test_exit_options_become_fields_of_the_config(checkpoint):
         "exit_layers": 2, "exit_threshold": 0.8, "exit_head": "norm", "skipped_kv": "deferred",
     }  # fmt: skip
     assert set(clm_arguments.LM_EXIT_FIELDS) >= set(arguments.exit_options())
+
+
+def test_what_a_run_tells(run, rows, capsys):
+    output, _ = run
+    options = make_options(output, rows, output.parent / "told") | {
+        "do_train": False, "criteria": ["margin"], "eval_depths": [3], "max_new_tokens": 2,
+    }  # fmt: skip
+    run_clm_cee.main(words(options))
+    told = capsys.readouterr().out
+    assert "rows {'train': 24, 'validation': 8, 'test': 8}" in told
+    assert "no test split: 8 of 40 training rows (20%) taken for it, seed 42." in told
+    assert "1/1 margin > " in told
+    run_clm_cee.main([*words(options), "--log_level", "error"])
+    assert "1/1 margin > " not in capsys.readouterr().out

@@ -50,7 +50,9 @@ def test_defaults_are_saved(config, tmp_path):
 
 def test_each_kind_has_its_own_fields():
     assert issubclass(BertCeeConfig, EncoderExitConfigMixin) and not issubclass(BertCeeConfig, DecoderExitConfigMixin)
-    assert issubclass(LlamaCeeConfig, DecoderExitConfigMixin) and not issubclass(LlamaCeeConfig, EncoderExitConfigMixin)
+    assert issubclass(LlamaCeeConfig, DecoderExitConfigMixin) and not issubclass(
+        LlamaCeeConfig, EncoderExitConfigMixin
+    )
     assert not hasattr(LlamaCeeConfig(), "exit_pooling") and not hasattr(BertCeeConfig(), "skipped_kv")
 
 

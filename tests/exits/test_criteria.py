@@ -27,7 +27,9 @@ class TestRegistry:
 
     @pytest.mark.parametrize("call", [check_thresholds, lambda *args: build_criterion(*args, "regression")])
     def test_unknown_name(self, call):
-        with pytest.raises(ValueError, match=r"`exit_criterion`='hope'.*entropy, margin, max_probability, patience, policy"):
+        with pytest.raises(
+            ValueError, match=r"`exit_criterion`='hope'.*entropy, margin, max_probability, patience, policy"
+        ):
             call("hope", 0.5, 3)
 
     @torch.no_grad()

@@ -84,7 +84,9 @@ def test_any_pattern(rows, time, exits, copies, data):
     may = [[data.draw(st.booleans()) for _ in range(time)] for _ in range(rows)]
     plan = [[data.draw(st.integers(0, last)) for _ in range(time)] for _ in range(rows)]
     first = data.draw(st.integers(0, last))
-    active = [exit for some, open_ in zip(plan, may, strict=True) for exit, yes in zip(some, open_, strict=True) if yes]
+    active = [
+        exit for some, open_ in zip(plan, may, strict=True) for exit, yes in zip(some, open_, strict=True) if yes
+    ]
     hidden = torch.randn(rows, time, HIDDEN, generator=torch.Generator().manual_seed(rows * time))
     run = run_token_exits(
         RowBatch(hidden),

@@ -64,7 +64,9 @@ class TestLosses:
         losses = FinalArgmax(weight)(ours, final, None)
         for one, other, loss in zip(ours, final, losses.tolist(), strict=True):
             shares = one.softmax(0)
-            expected = -(1 - weight) * float(shares[other.argmax()].log()) + weight * float((shares * shares.log()).sum())
+            expected = -(1 - weight) * float(shares[other.argmax()].log()) + weight * float(
+                (shares * shares.log()).sum()
+            )
             assert loss == pytest.approx(expected, abs=1e-5)
 
     @pytest.mark.parametrize("loss", [CrossEntropy(), FinalDistributionKL(), FinalArgmax(0.5)])

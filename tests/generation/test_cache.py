@@ -72,73 +72,90 @@ class Numbers:
         return (torch.arange(rows * columns) + self.last).view(rows, columns).tolist()
 
 
+class Pair:
+    """A cache of two layers with tokens that wait, and the lists that it must be equal to."""
+
+    def __init__(self, rows):
+        self.cache, self.numbers = EarlyExitCache(2), Numbers()
+        self.fill(self.numbers.take(rows, 3))
+        self.waits, self.done = self.numbers.take(rows, 2), [[1, 0]] * rows
+        self.cache.waiting = waiting_of(self.waits, self.done)
+
+    def fill(self, columns):
+        """Columns for all rows."""
+        for index in range(2):
+            keys, values = self.cache.update(states(columns), -states(columns), index)
+            layer = self.cache.layers[index]
+            assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+        self.plain = [
+            row + more for row, more in zip(getattr(self, "plain", [[]] * len(columns)), columns, strict=True)
+        ]
+
+    def append(self, value, generator):
+        self.fill(self.numbers.take(len(self.plain), value))
+
+    def write(self, value, generator):
+        """One more column, which some rows write together with some of the columns before, and the others alone."""
+        if not self.plain[0]:
+            return
+        self.cache.reserve()
+        chosen = torch.randperm(len(self.plain), generator=generator)[: 1 + value % len(self.plain)]
+        rest = [row for row in range(len(self.plain)) if row not in chosen.tolist()]
+        width = min(1 + value % 3, len(self.plain[0]) + 1)
+        writes = torch.rand(len(chosen), width, generator=generator) < 0.5
+        writes[:, -1] = True
+        new, alone = self.numbers.take(len(chosen), width), self.numbers.take(len(rest), 1)
+        for index in range(2):
+            keys, _ = RowView(self.cache, chosen, writes).update(states(new), -states(new), index)
+            if rest:
+                self.cache.layers[index].put(states(alone), -states(alone), torch.tensor(rest))
+        self.plain = [[*row, None] for row in self.plain]
+        for row, more in zip(rest, alone, strict=True):
+            self.plain[row][-1] = more[0]
+        for place, row in enumerate(chosen.tolist()):
+            for column in range(width):
+                if writes[place, column]:
+                    self.plain[row][len(self.plain[row]) - width + column] = new[place][column]
+        assert torch.equal(keys, states([self.plain[row] for row in chosen.tolist()]))
+
+    def crop(self, value, generator):
+        self.cache.crop(-value)
+        self.plain = [row[: max(0, len(row) - value)] for row in self.plain]
+        self.waits, self.done = ([row[: max(0, len(row) - value)] for row in one] for one in (self.waits, self.done))
+
+    def reorder(self, value, generator, size=None):
+        order = torch.randint(0, len(self.plain), (size or len(self.plain),), generator=generator)
+        (self.cache.batch_select_indices if size else self.cache.reorder_cache)(order)
+        tables = (self.plain, self.waits, self.done)
+        self.plain, self.waits, self.done = ([table[row] for row in order.tolist()] for table in tables)
+
+    def select(self, value, generator):
+        self.reorder(value, generator, size=1 + value % len(self.plain))
+
+    def repeat(self, value, generator):
+        self.cache.batch_repeat_interleave(value)
+        tables = (self.plain, self.waits, self.done)
+        self.plain, self.waits, self.done = ([row for row in table for _ in range(value)] for table in tables)
+
+    def reset(self, value, generator):
+        self.cache.reset()
+        assert self.cache.get_seq_length() == 0 and self.cache.waiting is None
+        self.waits = self.done = self.plain = [[] for _ in self.plain]
+        self.fill(self.numbers.take(len(self.plain), 2))
+
+    def check(self):
+        for layer in self.cache.layers:
+            check(layer, self.plain)
+        check_waiting(self.cache.waiting, self.waits, self.done)
+
+
 @given(actions=ACTIONS, rows=st.integers(1, 4))
 def test_any_sequence_of_operations(actions, rows):
-    """Two layers and what waits, through all that `generate` and its users do to a cache."""
-    cache, numbers = EarlyExitCache(2), Numbers()
-    plain = numbers.take(rows, 3)
-    waits, done = numbers.take(rows, 2), [[1, 0]] * rows
-
-    def fill(columns):
-        for index in range(2):
-            keys, values = cache.update(states(columns), -states(columns), index)
-        assert torch.equal(keys, cache.layers[1].keys) and torch.equal(values, cache.layers[1].values)
-
-    fill(plain)
-    cache.waiting = waiting_of(waits, done)
+    """All that `generate` and its users do to a cache."""
+    pair = Pair(rows)
     for action, value in actions:
-        generator = torch.Generator().manual_seed(value or 0)
-        count = len(plain)
-        if action == "append":
-            new = numbers.take(count, value)
-            fill(new)
-            plain = [row + more for row, more in zip(plain, new, strict=True)]
-        elif action == "write" and plain[0]:
-            # One more column, which only some rows write, together with some of the columns before.
-            cache.reserve()
-            chosen = torch.randperm(count, generator=generator)[: 1 + value % count]
-            width = min(1 + value % 3, len(plain[0]) + 1)
-            writes = torch.rand(len(chosen), width, generator=generator) < 0.5
-            writes[:, -1] = True
-            new = numbers.take(len(chosen), width)
-            rest = [row for row in range(count) if row not in chosen.tolist()]
-            fallback = numbers.take(len(rest), 1)
-            for index in range(2):
-                view = RowView(cache, chosen, writes)
-                keys, _ = view.update(states(new), -states(new), index)
-                if rest:
-                    cache.layers[index].put(states(fallback), -states(fallback), torch.tensor(rest))
-            plain = [[*row, None] for row in plain]
-            for row, more in zip(rest, fallback, strict=True):
-                plain[row][-1] = more[0]
-            for place, row in enumerate(chosen.tolist()):
-                for column in range(width):
-                    if writes[place, column]:
-                        plain[row][len(plain[row]) - width + column] = new[place][column]
-            assert torch.equal(keys, states([plain[row] for row in chosen.tolist()]))
-        elif action == "crop":
-            cache.crop(-value)
-            kept = max(0, len(plain[0]) - value)
-            plain = [row[:kept] for row in plain]
-            left = max(0, len(waits[0]) - value)
-            waits, done = [row[:left] for row in waits], [row[:left] for row in done]
-        elif action in ("reorder", "select"):
-            size = count if action == "reorder" else 1 + value % count
-            order = torch.randint(0, count, (size,), generator=generator)
-            (cache.reorder_cache if action == "reorder" else cache.batch_select_indices)(order)
-            plain, waits, done = ([table[row] for row in order.tolist()] for table in (plain, waits, done))
-        elif action == "repeat":
-            cache.batch_repeat_interleave(value)
-            plain, waits, done = ([row for row in table for _ in range(value)] for table in (plain, waits, done))
-        elif action == "reset":
-            cache.reset()
-            assert cache.get_seq_length() == 0 and cache.waiting is None
-            plain = numbers.take(count, 2)
-            fill(plain)
-            waits = done = [[] for _ in range(count)]
-        check(cache.layers[0], plain)
-        check(cache.layers[1], plain)
-        check_waiting(cache.waiting, waits, done)
+        getattr(pair, action)(value, torch.Generator().manual_seed(value or 0))
+        pair.check()
 
 
 class TestLayer:

@@ -47,9 +47,7 @@ def layer_calls(model):
     """Collects (layer, rows, columns) of every call of a layer, layers counted from 1."""
     calls = []
     hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, inputs, number=number: calls.append((number, *inputs[0].shape[:2]))
-        )
+        layer.register_forward_pre_hook(lambda _, inputs, number=number: calls.append((number, *inputs[0].shape[:2])))
         for number, layer in enumerate(model.model.layers, start=1)
     ]
     try:
@@ -178,7 +176,10 @@ class TestByHand:
         model(tokens[:, :3], past_key_values=cache)
         for column in range(3, 7):
             model(
-                tokens[:, column : column + 1], past_key_values=cache, exit_threshold=[0, 0, 0, 0], skipped_kv="deferred"
+                tokens[:, column : column + 1],
+                past_key_values=cache,
+                exit_threshold=[0, 0, 0, 0],
+                skipped_kv="deferred",
             )
         assert len(cache.waiting) == 4
         if then == "copy":

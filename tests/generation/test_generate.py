@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""`generate` with exits against a slow LLaMA of its own: tokens, exit layers, keys and values; without, the stock one."""
+"""`generate` with exits against a slow LLaMA of its own: tokens, exit layers, keys and values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_llama import SlowModel, check_against_slow, prompts, spreading
 from tiny import tiny_llama
-from transformers import LlamaForCausalLM
 
 
 KINDS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")

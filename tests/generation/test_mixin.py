@@ -242,9 +242,7 @@ class TestOutput:
     def test_return_sequences(self, skipped_kv, options):
         model, batch = tiny_llama(eos_token_id=list(range(2, 12))), prompts([4, 2])
         thresholds = spreading(model)
-        output = run(
-            model, batch, exit_threshold=thresholds, num_return_sequences=3, skipped_kv=skipped_kv, **options
-        )
+        output = run(model, batch, exit_threshold=thresholds, num_return_sequences=3, skipped_kv=skipped_kv, **options)
         slow = SlowModel(model, 4, threshold=thresholds, skipped_kv=skipped_kv)
         expected = run(slow, batch, num_return_sequences=3, use_cache=False, **options)
         assert torch.equal(output.sequences, expected.sequences) and len(output.sequences) == 6

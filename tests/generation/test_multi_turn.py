@@ -120,9 +120,7 @@ class TestDeferred:
     @pytest.mark.parametrize("options", [{}, {"do_sample": True}])
     def test_the_cache_is_the_full_models(self, lengths, options):
         model, batch = tiny_llama(), prompts(lengths)
-        output = model.generate(
-            **batch, **OPTIONS, exit_threshold=spreading(model), skipped_kv="deferred", **options
-        )
+        output = model.generate(**batch, **OPTIONS, exit_threshold=spreading(model), skipped_kv="deferred", **options)
         assert len(output.exit_layers.unique()) >= 2
         mask = torch.cat((batch["attention_mask"], torch.ones(len(lengths), 5, dtype=torch.long)), dim=1)
         expected = full_depth_cache(model, output.sequences[:, :-1], mask)

@@ -43,7 +43,10 @@ BAD_VALUES = {
     ),
     "criterion": ({"exit_threshold": 0.5, "exit_criterion": "mood"}, r"`exit_criterion`='mood'.*margin.*policy"),
     "criterion with exits off": ({"exit_criterion": "mood"}, r"`exit_criterion`='mood'"),
-    "skipped_kv": ({"exit_threshold": 0.5, "skipped_kv": "recompute"}, r"`skipped_kv`='recompute'.*'copy', 'deferred'"),
+    "skipped_kv": (
+        {"exit_threshold": 0.5, "skipped_kv": "recompute"},
+        r"`skipped_kv`='recompute'.*'copy', 'deferred'",
+    ),
     "min_exit_layer 0": ({"exit_threshold": 0.5, "min_exit_layer": 0}, r"`min_exit_layer`=0.*1\.\.4"),
     "min_exit_layer 5": ({"exit_threshold": 0.5, "min_exit_layer": 5}, r"`min_exit_layer`=5.*1\.\.4"),
     **{
@@ -107,20 +110,19 @@ def test_ways_to_generate_that_exits_do_not_go_with(model, case):
     refuse(model, message, **options)
 
 
+CALLS = {
+    "generate_batch": lambda model, *args, **kwargs: model.generate_batch([[3, 4]], *args, **kwargs),
+    "init": lambda model, *args, **kwargs: model.init_continuous_batching(*args, **kwargs),
+    "context": lambda model, *args, **kwargs: model.continuous_batching_context_manager(*args, **kwargs).__enter__(),
+}
+
+
 class TestContinuousBatching:
     """It packs all requests into one row, and would leave exit arguments aside without a word."""
 
-    CALLS = {
-        "generate_batch": lambda model, *args, **kwargs: model.generate_batch([[3, 4]], *args, **kwargs),
-        "init": lambda model, *args, **kwargs: model.init_continuous_batching(*args, **kwargs),
-        "context": lambda model, *args, **kwargs: model.continuous_batching_context_manager(
-            *args, **kwargs
-        ).__enter__(),
-    }
-
     @pytest.mark.parametrize("call", CALLS)
     def test_refused(self, model, call):
-        run, message = self.CALLS[call], r"`exit_threshold`=0.4 has no effect in continuous batching.*1\.0"
+        run, message = CALLS[call], r"`exit_threshold`=0.4 has no effect in continuous batching.*1\.0"
         given = GenerationConfig(exit_threshold=0.4, max_new_tokens=2)
         for args, kwargs in (((given,), {}), ((), {"generation_config": given})):
             with pytest.raises(ValueError, match=message):

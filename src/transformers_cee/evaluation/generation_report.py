@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers_cee.evaluation import plots
-from transformers_cee.evaluation.report import markdown_table, method_name, operating_points_table
+from transformers_cee.evaluation.report import _threshold, markdown_table, method_name, operating_points_table
+from transformers_cee.exits.criteria import CRITERIA
 
 
 if TYPE_CHECKING:
     from transformers_cee.evaluation.generation import GenerationPoint
 
-__all__ = ["generation_table", "plot_generation", "speed_table"]
+__all__ = ["generation_table", "plot_generation", "setting_name", "speed_table"]
 
 # The order of columns; others follow.
 FIRST_METRICS = ("agreement", "identical", "rougeL")
+
+
+def setting_name(criterion: str, threshold: float | Sequence[float]) -> str:
+    """A criterion and its threshold in one short text, e.g. `"policy > 0.5"`; just below 1 does not look like 1."""
+    return f"{criterion} {'>' if CRITERIA[criterion].higher_is_deeper else '<'} {_threshold(threshold)}"
 
 
 def metric_names(points: Sequence[GenerationPoint]) -> list[str]:

@@ -74,6 +74,36 @@ class TestAllExits:
         torch.testing.assert_close(output.loss, expected, **CLOSE)
         assert output.all_exit_losses.dtype == torch.float32 and output.all_exit_features is None
 
+    @pytest.mark.parametrize("mask", [True, False])
+    def test_plain_text(self, mask):
+        """Without a prompt all but a row's first token may leave: it has nothing before it."""
+        model, rows = tiny_llama(), list(instructions(5, 1, plain=True))
+        if not mask:
+            rows = [row for row in rows if len(row["input_ids"]) == len(rows[0]["input_ids"])]
+        for row in rows:
+            row["labels"] = row["input_ids"]
+        batch = collate_text(rows)
+        if not mask:
+            del batch["attention_mask"]
+        tokens, output = text_tokens(model, rows), model(**batch, output_all_exits=True)
+        assert output.may_exit.tolist() == [token.may_exit for token in tokens]
+        assert 0 < sum(output.may_exit.tolist()) < len(tokens)
+        torch.testing.assert_close(
+            output.all_exit_losses, torch.stack([torch.stack(token.losses) for token in tokens]), **CLOSE
+        )
+        known = model(**batch, exit_threshold=0.0)
+        for row, layers in zip(rows, known.exit_layers.tolist(), strict=True):
+            assert layers[: len(row["input_ids"])] == [4] + [1] * (len(row["input_ids"]) - 1)
+
+    def test_first_token_behind_padding(self):
+        ids = torch.tensor([[7, 7, 5, 9, 11], [3, 4, 5, 6, 8]])
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+        labels = ids.where(mask.bool(), torch.tensor(-100))
+        output = tiny_llama()(ids, attention_mask=mask, labels=labels, exit_threshold=0.0)
+        assert output.exit_layers.tolist() == [[4, 4, 4, 1, 1], [4, 1, 1, 1, 1]]
+        assert output.token_labels.tolist() == [5, 9, 11, 4, 5, 6, 8]
+        assert output.may_exit.tolist() == [False, False, True, False, True, True, True]
+
     @pytest.mark.parametrize("exit_layers", [2, [1], [2, 3]])
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_exit_layers(self, exit_layers, implementation):
@@ -179,7 +209,11 @@ class TestAllExits:
     def test_one_exit_only(self):
         model, (_, batch) = tiny_llama(exit_layers=[4], policy_inputs="both"), texts()
         output = model(**batch, output_all_exits=True)
-        assert output.all_exit_losses.shape[1] == 1 and output.all_exit_features.shape == (len(output.token_labels), 0, 5)
+        assert output.all_exit_losses.shape[1] == 1 and output.all_exit_features.shape == (
+            len(output.token_labels),
+            0,
+            5,
+        )
         torch.testing.assert_close(output.loss, stock_twin(model)(**batch).loss)
         assert model(**batch, exit_threshold=0.0).exit_layers.unique().tolist() == [4]
 
@@ -278,7 +312,7 @@ class TestKnownText:
 
     def test_scores(self):
         model = tiny_llama()
-        made, output, *_ = self.compare(model)
+        _, output, *_ = self.compare(model)
         thresholds = spreading(model)
         for layers, scores in zip(output.exit_layers.tolist(), output.exit_probabilities, strict=True):
             for column, layer in enumerate(layers):

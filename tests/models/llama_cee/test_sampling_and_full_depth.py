@@ -42,6 +42,19 @@ def close_to(shares, expected, count=COPIES):
         assert abs(share - probability) <= 5 * (probability * (1 - probability) / count) ** 0.5 + 1e-6
 
 
+class Watched(SlowRow):
+    """Goes on from another row and notes what it sees at each exit, normed state and logits up to there."""
+
+    def __init__(self, row):
+        super().__init__(row.model, min_exit_layer=1)
+        self.keys, self.values = [list(one) for one in row.keys], [list(one) for one in row.values]
+        self.seen = []
+
+    def _leaves(self, normed, history, index, new_tokens):
+        self.seen.append((normed, list(history)))
+        return False
+
+
 class TestSampling:
     @pytest.mark.parametrize("inputs", ["state", "both"])
     @pytest.mark.parametrize("copies", [True, False])
@@ -69,15 +82,13 @@ class TestSampling:
 
     def after(self, model, layer, first):
         """Exit distribution of position 3 after position 2 left at `layer`."""
-        slow, reached, shares = SlowRow(model, min_exit_layer=1), 1.0, []
+        slow, reached, shares = SlowRow(model), 1.0, []
         for token, forced in zip(ROW["input_ids"][:3], (4, 4, layer), strict=True):
             slow.feed(token, False, forced=forced)
         for number in range(1, 4):
-            states = []
-            row = slow.copy()
-            row._leaves = lambda normed, history, index, _: states.append((normed, list(history))) or False
+            row = Watched(slow)
             row.feed(ROW["input_ids"][3], True)
-            normed, history = states[number - 1]
+            normed, history = row.seen[number - 1]
             score = reference.policy_score(model, normed, history, "single_label_classification", number - 1)
             score = score if number >= first else 0.0
             shares.append(reached * score)
@@ -194,6 +205,38 @@ class TestFullDepth:
 MODES = {"all exits": {"output_all_exits": True}, "sampled": {"sample_exits": True}, "full depth": {}}
 
 
+LAYERS_MAY_NOT_RUN = {
+    "nothing": ({}, r"exactly one of `input_ids` and `inputs_embeds`"),
+    "both": ({"input_ids": torch.ones(1, 2).long(), "inputs_embeds": torch.ones(1, 2, 32)}, r"exactly one of"),
+    "no rows": ({"input_ids": torch.ones(0, 2).long()}, r"input of shape \(0, 2\) is empty"),
+    "no tokens": ({"input_ids": torch.ones(2, 0).long()}, r"input of shape \(2, 0\) is empty"),
+    "one dimension": ({"input_ids": torch.ones(3).long()}, r"input of shape \(3,\).*\(batch, time\)"),
+    "labels of another length": (
+        {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 4).long()},
+        r"`labels` of shape \(2, 4\) must be \(batch, time\) = \(2, 3\)",
+    ),
+    "all exits without labels": (
+        {"input_ids": torch.ones(2, 3).long(), "output_all_exits": True},
+        r"`output_all_exits` and `sample_exits` need `labels`",
+    ),
+    "samples without labels": ({"input_ids": torch.ones(2, 3).long(), "sample_exits": True}, r"need `labels`"),
+    "threshold": ({"input_ids": torch.ones(2, 3).long(), "exit_threshold": 2}, r"`exit_threshold`=2"),
+    "thresholds": ({"input_ids": torch.ones(2, 3).long(), "exit_threshold": [0.5]}, r"1 values.*\(4\)"),
+    "criterion": (
+        {"input_ids": torch.ones(2, 3).long(), "exit_threshold": 0.5, "exit_criterion": "mood"},
+        r"`exit_criterion`='mood'",
+    ),
+    "min_exit_layer": (
+        {"input_ids": torch.ones(2, 3).long(), "exit_threshold": 0.5, "min_exit_layer": 7},
+        r"`min_exit_layer`=7 must lie in 1\.\.4",
+    ),
+    "skipped_kv": (
+        {"input_ids": torch.ones(2, 3).long(), "exit_threshold": 0.5, "skipped_kv": "never"},
+        r"`skipped_kv`='never' is unknown",
+    ),
+}
+
+
 class TestAllWays:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("reentrant", [False, True])
@@ -257,44 +300,13 @@ class TestAllWays:
                 )
                 assert output.shape[1] <= 8
 
-    LAYERS_MAY_NOT_RUN = {
-        "nothing": ({}, r"exactly one of `input_ids` and `inputs_embeds`"),
-        "both": ({"input_ids": torch.ones(1, 2).long(), "inputs_embeds": torch.ones(1, 2, 32)}, r"exactly one of"),
-        "no rows": ({"input_ids": torch.ones(0, 2).long()}, r"input of shape \(0, 2\) is empty"),
-        "no tokens": ({"input_ids": torch.ones(2, 0).long()}, r"input of shape \(2, 0\) is empty"),
-        "one dimension": ({"input_ids": torch.ones(3).long()}, r"input of shape \(3,\).*\(batch, time\)"),
-        "labels of another length": (
-            {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 4).long()},
-            r"`labels` of shape \(2, 4\) must be \(batch, time\) = \(2, 3\)",
-        ),
-        "all exits without labels": (
-            {"input_ids": torch.ones(2, 3).long(), "output_all_exits": True},
-            r"`output_all_exits` and `sample_exits` need `labels`",
-        ),
-        "samples without labels": ({"input_ids": torch.ones(2, 3).long(), "sample_exits": True}, r"need `labels`"),
-        "threshold": ({"input_ids": torch.ones(2, 3).long(), "exit_threshold": 2}, r"`exit_threshold`=2"),
-        "thresholds": ({"input_ids": torch.ones(2, 3).long(), "exit_threshold": [0.5]}, r"1 values.*\(4\)"),
-        "criterion": (
-            {"input_ids": torch.ones(2, 3).long(), "exit_threshold": 0.5, "exit_criterion": "mood"},
-            r"`exit_criterion`='mood'",
-        ),
-        "min_exit_layer": (
-            {"input_ids": torch.ones(2, 3).long(), "exit_threshold": 0.5, "min_exit_layer": 7},
-            r"`min_exit_layer`=7 must lie in 1\.\.4",
-        ),
-        "skipped_kv": (
-            {"input_ids": torch.ones(2, 3).long(), "exit_threshold": 0.5, "skipped_kv": "never"},
-            r"`skipped_kv`='never' is unknown",
-        ),
-    }
-
     @pytest.mark.parametrize("case", LAYERS_MAY_NOT_RUN)
     @pytest.mark.parametrize("training", [False, True])
     def test_refusals(self, case, training):
         model = tiny_llama().train(training)
         for layer in model.model.layers:
             layer.register_forward_pre_hook(lambda *_: pytest.fail("a layer has run"))
-        inputs, message = self.LAYERS_MAY_NOT_RUN[case]
+        inputs, message = LAYERS_MAY_NOT_RUN[case]
         with pytest.raises(ValueError, match=message):
             model(**inputs)
 
