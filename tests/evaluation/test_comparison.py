@@ -122,7 +122,7 @@ def test_a_family_of_policies_serves_each_depth_by_the_member_that_is_best_on_de
     expected = []
     for depth in depths:
         tried = []
-        for on_dev, on_test in scores:
+        for on_dev, on_test in scores.values():
             threshold = thresholds_for_depths("policy", on_dev, list(range(1, LAYERS + 1)), [depth])[0]
             point = hindsight_point("policy", threshold, on_dev, dev, accuracy)
             tried.append((abs(point.depth - depth), point.metrics["accuracy"], threshold, on_test))
