@@ -64,6 +64,9 @@ def load_models(args: argparse.Namespace) -> tuple[LlamaForCausalLM, LlamaForCon
     model = LlamaForConsistentEECausalLM.from_pretrained(
         args.model, dtype=torch.float32, exit_layers=exits, exit_head="norm", **source
     )
+    for one in (stock, model):
+        # Every row gets all its tokens.
+        one.generation_config.eos_token_id = None
     return stock, model.eval()
 
 
@@ -139,7 +142,6 @@ def measure(stock: Any, model: Any, batch_size: int, args: argparse.Namespace) -
     common = {
         "attention_mask": torch.ones_like(prompt),
         "max_new_tokens": args.new_tokens,
-        "min_new_tokens": args.new_tokens,
         "do_sample": False,
         "pad_token_id": 0,
     }

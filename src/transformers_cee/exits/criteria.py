@@ -84,6 +84,11 @@ class ExitCriterion(ABC):
         self.problem_type = problem_type
         self.policies = policies
 
+    @property
+    def needs_logits(self) -> bool:
+        """Does the score need the logits of every row that comes to an exit?"""
+        return self.needs_classes
+
     @classmethod
     def check(cls, threshold: float) -> bool:
         """Is this an acceptable threshold?"""
@@ -135,6 +140,10 @@ class Policy(ExitCriterion):
         self.networks: ExitPolicies = self.policies
         self.has_memory = self.policies.needs_logits
         self.history = ExitHistory()
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.networks.needs_logits
 
     def score(self, step: ExitStep) -> Tensor:
         features = self.history.features(step.logits, self.problem_type) if self.networks.needs_logits else None

@@ -59,11 +59,18 @@ class LMExitHeads(nn.Module):
         }.get(kind)
         self.heads = nn.ModuleList([] if make is None else [make() for _ in range(num_internal_exits)])
 
+    @property
+    def share_head(self) -> bool:
+        """Do all exits end in the model's own LM head?"""
+        return self.kind not in ("untied", "layernorm_linear")
+
+    def head_state(self, state: Tensor, index: int) -> Tensor:
+        """What the shared LM head takes (…, hidden) at internal exit `index` (0-based)."""
+        return self.heads[index](state) if self.kind == "low_rank" else state
+
     def forward(self, state: Tensor, index: int, lm_head: nn.Module) -> Tensor:
         """Logits (…, vocabulary) of internal exit `index` (0-based) from its normed state (…, hidden)."""
-        if self.kind in ("untied", "layernorm_linear"):
-            return self.heads[index](state)
-        return lm_head(self.heads[index](state) if self.kind == "low_rank" else state)
+        return lm_head(self.head_state(state, index)) if self.share_head else self.heads[index](state)
 
 
 class LowRankAdapter(nn.Module):

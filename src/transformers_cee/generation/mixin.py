@@ -179,7 +179,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
         trace = _TRACE.get()
         if trace is not None:
             trace.attention_mask = inputs.get("attention_mask")
-        if is_first_iteration:
+        # Older versions of transformers do not tell chunks of a prompt from decode steps.
+        if is_first_iteration or (trace is not None and not trace.exit_layers):
             for name in EXIT_ARGUMENTS:
                 inputs.pop(name, None)
         elif trace is not None and trace.is_on and trace.decay is not None:

@@ -147,6 +147,11 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
             return self.lm_head(state)
         return self.exit_heads(state, index, self.lm_head)
 
+    def head_state(self, state: Tensor, index: int) -> Tensor:
+        """What the LM head takes (…, hidden) at exit `index`, where all exits share it."""
+        last = index == len(self.layer_numbers) - 1
+        return state if last else self.exit_heads.head_state(state, index)
+
     def project_skipped(self, start: int, stop: int, states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Keys and values (layers, rows, heads, time, head size) of the layers `start..stop−1` (0-based) for input
         states (rows, time, hidden): each layer's own input norm, projections and rotary embedding."""
@@ -374,9 +379,14 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         decoder = self._as_decoder
         if skipped_kv == "copy":
             complete_waiting(decoder, cache, attention_mask)
+        exits = _Exits(self, lambda hidden_states: hidden_states[:, -1])
+        # A shared head is asked once for all rows of the step, wherever they left: it costs as much as several layers.
+        one_head = self.exit_heads.share_head and not criterion.needs_logits
+        if one_head:
+            exits.logits = self.head_state
         run = decode_step(
             decoder,
-            _Exits(self, lambda hidden_states: hidden_states[:, -1]),
+            exits,
             criterion,
             cache,
             inputs_embeds,
@@ -386,8 +396,9 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
             skipped_kv=skipped_kv,
             layer_arguments={name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
         )
+        logits = self.lm_head(run.logits) if one_head else run.logits
         return ExitCausalLMOutput(
-            logits=run.logits.unsqueeze(1),
+            logits=logits.unsqueeze(1),
             past_key_values=cache,
             exit_layers=run.exit_layers.unsqueeze(1),
             exit_probabilities=run.scores.unsqueeze(1),
