@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from slow_llama import SlowModel, check_against_slow, prompts, spreading
 from tiny import collate_text, instructions, pad, random_rows, tiny_llama, tiny_model
@@ -126,11 +128,14 @@ class TestAdapters:
         files = {path.name for path in (tmp_path / "adapter").iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors"} <= files
         before = generate(model)
-        for load in (
+        loads = [
             lambda: PeftModel.from_pretrained(tiny_llama(exit_head=kind), tmp_path / "adapter"),
             lambda: AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
-            lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
-        ):
+        ]
+        if Version(transformers.__version__) >= Version("5.23"):
+            # Older ones (seen in 5.8) do not restore modules that an adapter saves in full.
+            loads.append(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+        for load in loads:
             loaded = load().eval()
             assert type(getattr(loaded, "get_base_model", lambda one=loaded: one)()) is LlamaForConsistentEECausalLM
             same(generate(loaded), before)
@@ -203,8 +208,11 @@ class TestAgainstOthers:
             assert set(output.exit_layers.flatten().tolist()) <= {0, 4}
 
     @pytest.mark.parametrize("options", [{"num_beams": 2}, {"exit_threshold_decay": 2.0}, {"prefill_chunk_size": 3}])
-    def test_options_reach_the_model(self, options):
-        same(generate(adapted(), **options), generate(adapted().merge_and_unload(), **options))
+    @pytest.mark.parametrize("inputs", ["state", "both"])
+    def test_options_reach_the_model(self, options, inputs):
+        model = adapted(policy_inputs=inputs)
+        before = generate(model, **options)
+        same(before, generate(model.merge_and_unload(), **options))
 
     def test_refusals_reach_the_user(self):
         model = adapted()

@@ -41,6 +41,15 @@ class TestRegistry:
         with pytest.raises(ValueError, match=r"scripted"):
             model(**pad(random_rows(3, seed=1)), exit_criterion=name)
 
+    def test_who_needs_logits(self):
+        """Only a policy that looks at states does without, so a rule of one's own may ask."""
+        for inputs in ("state", "confidence", "both"):
+            policies = tiny_model(policy_inputs=inputs).exit_policies
+            criterion = build_criterion("policy", 0.5, 6, "single_label_classification", policies)
+            assert criterion.needs_logits is (inputs != "state")
+        for name, threshold in (("max_probability", 0.5), ("margin", 0.5), ("entropy", 0.5), ("patience", 1)):
+            assert build_criterion(name, threshold, 6, "single_label_classification").needs_logits
+
     def test_policy_needs_policies(self):
         with pytest.raises(ValueError, match=r"policies"):
             build_criterion("policy", 0.5, 3, "single_label_classification")

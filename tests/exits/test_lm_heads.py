@@ -55,6 +55,9 @@ def test_logits(kind):
             head = exit_heads.heads[index]
             expected = state @ head.weight.T + (0 if head.bias is None else head.bias)
         torch.testing.assert_close(logits, expected)
+        assert exit_heads.share_head is (kind in ("shared", "norm", "low_rank"))
+        if exit_heads.share_head:
+            torch.testing.assert_close(lm_head(exit_heads.head_state(state, index)), logits)
         if kind != "shared":
             torch.testing.assert_close(exit_norms(state, index), exit_norms.norms[index](state))
 

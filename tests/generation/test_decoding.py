@@ -134,6 +134,47 @@ class TestWhatRuns:
         assert seen == [(3, 3), (0, 1), (2, 2), (3, 3)]
 
 
+class TestSharedHead:
+    """Where all exits end in the model's own head and no score asks for logits, it runs once per step."""
+
+    @pytest.mark.parametrize("kind", ["shared", "norm", "low_rank"])
+    @pytest.mark.parametrize("skipped_kv", ["copy", "deferred"])
+    def test_once_per_step(self, kind, skipped_kv):
+        model, seen = tiny_llama(exit_head=kind), []
+        thresholds = spreading(model)
+        model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+        output = model.generate(
+            **prompts([4, 2, 3]),
+            max_new_tokens=6,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            exit_threshold=thresholds,
+            skipped_kv=skipped_kv,
+        )
+        assert len(output.exit_layers.unique()) >= 3 and seen == [3] * 6
+
+    @pytest.mark.parametrize("kind", ["shared", "low_rank", "untied"])
+    def test_rules_of_ones_own_see_logits(self, kind):
+        model, shapes = tiny_llama(exit_head=kind), []
+
+        class Largest(ExitCriterion):
+            """Leaves where the largest logit is."""
+
+            name = "largest"
+
+            def score(self, step):
+                shapes.append(step.logits.shape[1])
+                return (step.logits.amax(-1) > 1.0).float()
+
+        register_criterion(Largest)
+        try:
+            batch = prompts([4, 2])
+            output = model.generate(**batch, max_new_tokens=6, exit_criterion="largest", exit_threshold=0.5)
+        finally:
+            del CRITERIA["largest"]
+        assert set(shapes) == {60} and output.shape[0] == 2
+
+
 class TestByHand:
     """The model without `generate`."""
 

@@ -86,8 +86,8 @@ class ExitCriterion(ABC):
 
     @property
     def needs_logits(self) -> bool:
-        """Does the score need the logits of every row that comes to an exit?"""
-        return self.needs_classes
+        """May the score ask for the logits of every row that comes to an exit? Rules that never do say so."""
+        return True
 
     @classmethod
     def check(cls, threshold: float) -> bool:
