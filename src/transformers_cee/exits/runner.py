@@ -149,7 +149,7 @@ def run_exits(
         if index is None or (off and index < last):
             continue
         may_leave = index == last or (index >= first_exit and criterion.can_exit(index))
-        if not may_leave and not criterion.has_memory:
+        if index < min(first_exit, last) and not criterion.has_memory:
             continue
         state = exits.state(batch.hidden_states, batch.padding_mask, index)
         step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index))
