@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Table from the results.json that examples/run_clm_cee.py writes, also from one that is not complete yet.
 
-    python benchmarks/summarize_generation.py runs/alpaca --metrics agreement identical rougeL perplexity
+python benchmarks/summarize_generation.py runs/alpaca --metrics agreement identical rougeL perplexity
 """
 
 import argparse
