@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from transformers_cee.exits.criteria import ExitStep, build_criterion
+from transformers_cee.exits.criteria import CRITERIA, ExitStep, build_criterion
+from transformers_cee.exits.deciding import criterion_settings
 
 
 FULL_DEPTH: dict[str, Any] = {"exit_criterion": "policy", "exit_threshold": 1.0}
@@ -218,7 +219,14 @@ def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
     parts = []
     for some in states.split(max(1, SCORED_ROWS // exits)):
         some = some.to(model.device, model.dtype)
-        walk = build_criterion(criterion, 1.0, exits, "single_label_classification", model.exit_policies)
+        walk = build_criterion(
+            criterion,
+            CRITERIA[criterion].off,
+            exits,
+            "single_label_classification",
+            model.exit_policies,
+            criterion_settings(model),
+        )
         steps = [
             ExitStep(index, some[:, index], lambda one, index=index: model.exit_logits(one, index))  # type: ignore[misc]
             for index in range(exits - 1)

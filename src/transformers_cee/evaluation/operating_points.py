@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from transformers_cee.evaluation.store import ExitStore
-from transformers_cee.exits.criteria import CRITERIA, ExitStep, Thresholds, build_criterion, check_thresholds
+from transformers_cee.exits.criteria import (
+    CRITERIA,
+    CriterionSettings,
+    ExitStep,
+    Thresholds,
+    build_criterion,
+    check_thresholds,
+)
 from transformers_cee.exits.policy import ExitPolicies
 
 
@@ -96,7 +103,12 @@ def token_figures(
 
 
 @torch.no_grad()
-def score_exits(criterion: str, store: ExitStore, policies: ExitPolicies | None = None) -> Tensor:
+def score_exits(
+    criterion: str,
+    store: ExitStore,
+    policies: ExitPolicies | None = None,
+    settings: CriterionSettings | None = None,
+) -> Tensor:
     """Scores (entries, exits − 1) of a criterion at every internal exit, as if nothing had left before.
 
     Raises:
@@ -108,7 +120,8 @@ def score_exits(criterion: str, store: ExitStore, policies: ExitPolicies | None 
     columns = []
     device = next(policies.parameters()).device if policies is not None and len(policies.networks) else "cpu"
     for states, logits in zip(store.states.split(4096), store.logits.split(4096), strict=True):
-        walk = build_criterion(criterion, 1.0, num_exits, store.problem_type, policies)
+        off = CRITERIA[criterion].off
+        walk = build_criterion(criterion, off, num_exits, store.problem_type, policies, settings)
         states, logits = states.to(device), logits.to(device)
         scores = [
             walk.score(ExitStep(index, states[:, index], lambda _, index=index, logits=logits: logits[:, index]))

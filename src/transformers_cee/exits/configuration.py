@@ -2,13 +2,14 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The exit fields that every early-exit config carries, and their validation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
 EXIT_POOLINGS = ("cls", "mean")
 EXIT_NORMS = ("none", "layer_norm")
 POLICY_INPUTS = ("state", "confidence", "both")
+POLICY_CONDITIONS = ("none", "input", "film")
 LM_EXIT_HEADS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
 SKIPPED_KV = ("copy", "deferred")
 
@@ -28,6 +29,19 @@ class ExitConfigMixin:
         exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5):
             Number(s) that the criterion's score is compared with: one for all exits, or one per exit (the last one has
             no effect, since the last exit takes everything that reaches it).
+        exit_patience (`int`, *optional*, defaults to 2):
+            Exits in a row that must agree, of criteria whose threshold is something else.
+        exit_tolerance (`float`, *optional*, defaults to 0.5):
+            Difference up to which two exits' predictions count as the same in regression.
+        exit_estimators (`list[str]`, *optional*):
+            Criteria whose fitted estimators the model carries, see `transformers_cee.exits.estimators`.
+        exit_operating_points (`dict[str, dict]`, *optional*):
+            Calibrated thresholds by name, for `exit_threshold="name"`: `criterion`, `thresholds`, and their promise.
+        exit_budget (`float`, *optional*):
+            Default mean depth as a share of all layers, of policies conditioned on the price of a layer; used when
+            neither a threshold nor another criterion is asked for.
+        exit_budgets (`list[list[float]]`, *optional*):
+            Fitted on held-out data, by rising budget: budget, price α of one layer, threshold.
         policy_hidden_size (`int`, *optional*, defaults to 32):
             Hidden units of each exit's policy network.
         policy_activation (`str`, *optional*, defaults to `"gelu"`):
@@ -35,6 +49,12 @@ class ExitConfigMixin:
         policy_inputs (`str`, *optional*, defaults to `"state"`):
             What a policy sees: `"state"` (the exit state, as in the paper), `"confidence"` (maximum probability,
             margin and entropy of the exit head, the previous exit's margin, agreement with earlier exits) or `"both"`.
+        policy_condition (`str`, *optional*, defaults to `"none"`):
+            How the policies see the price α of a layer: `"none"`, `"input"` (one more input) or `"film"` (it scales
+            and shifts the hidden units). Conditioned policies serve any speed.
+        policy_alphas (`list[float]`, *optional*, defaults to `[0.0005, 0.5]`):
+            Lowest and highest α that conditioned policies learn.
+        policy_alpha (`float`, *optional*): α that conditioned policies are asked for where no budget says so.
         reward_alpha (`float`, *optional*, defaults to 0.02):
             Weight α of one layer in the reward `−CE − α·l`.
         reward_hardness (`bool`, *optional*, defaults to `True`):
@@ -44,9 +64,18 @@ class ExitConfigMixin:
     exit_layers: int | list[int] | None = None
     exit_criterion: str = "policy"
     exit_threshold: float | list[float] = 0.5
+    exit_patience: int = 2
+    exit_tolerance: float = 0.5
+    exit_estimators: list[str] = field(default_factory=list)
+    exit_operating_points: dict[str, dict] = field(default_factory=dict)
+    exit_budget: float | None = None
+    exit_budgets: list[list[float]] = field(default_factory=list)
     policy_hidden_size: int = 32
     policy_activation: str = "gelu"
     policy_inputs: str = "state"
+    policy_condition: str = "none"
+    policy_alphas: list[float] = field(default_factory=lambda: [0.0005, 0.5])
+    policy_alpha: float | None = None
     reward_alpha: float = 0.02
     reward_hardness: bool = True
 
@@ -87,6 +116,15 @@ class ExitConfigMixin:
             if wrong:
                 raise ValueError(f"`exit_layers`={self.exit_layers}: {wrong} outside of 1..{last}.")
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
+        _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
+        if len(self.policy_alphas) != 2 or not 0 < self.policy_alphas[0] < self.policy_alphas[1]:
+            raise ValueError(f"`policy_alphas`={self.policy_alphas} must be two rising positive numbers.")
+        if self.policy_alpha is not None and self.policy_alpha <= 0:
+            raise ValueError(f"`policy_alpha`={self.policy_alpha} must be positive, or None.")
+        if self.exit_patience < 1:
+            raise ValueError(f"`exit_patience`={self.exit_patience} must be at least 1.")
+        if self.exit_tolerance < 0:
+            raise ValueError(f"`exit_tolerance`={self.exit_tolerance} must not be negative.")
         if self.policy_hidden_size < 1:
             raise ValueError(f"`policy_hidden_size`={self.policy_hidden_size} must be at least 1.")
         if self.reward_alpha < 0:
@@ -94,8 +132,10 @@ class ExitConfigMixin:
         _check_activation(self.policy_activation)
         # Imported here: criteria need torch, a config alone does not.
         from transformers_cee.exits.criteria import check_thresholds
+        from transformers_cee.exits.deciding import resolve_decision
 
-        check_thresholds(self.exit_criterion, self.exit_threshold, len(self.exit_layer_numbers))
+        decision = resolve_decision(self)
+        check_thresholds(decision.criterion, decision.threshold, len(self.exit_layer_numbers))
 
 
 @dataclass(kw_only=True)

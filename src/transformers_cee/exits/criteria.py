@@ -6,14 +6,15 @@ Every criterion turns what is known at an exit into one score per row and compar
 A criterion object belongs to one walk through the layers: what it remembers follows the rows through compaction.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformers_cee.exits.policy import (
     ExitHistory,
@@ -35,11 +36,13 @@ class ExitStep:
         index (`int`): exit, counted from 0.
         state (`Tensor` of shape `(rows, hidden)`): pooled exit state.
         head (`Callable`): maps states (rows, hidden) to logits (rows, labels); called only when a criterion asks.
+        rows (`LongTensor` of shape `(rows,)`, *optional*): their numbers in the batch that the walk began with.
     """
 
     index: int
     state: Tensor
     head: Callable[[Tensor], Tensor]
+    rows: Tensor | None = None
     _logits: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -54,6 +57,27 @@ class ExitStep:
         return self.head(self.state[rows]) if self._logits is None else self._logits[rows]
 
 
+@dataclass(frozen=True)
+class CriterionSettings:
+    """What some criteria need besides a threshold and logits.
+
+    Args:
+        estimators (`Mapping[str, nn.Module]`): fitted estimators of the model, by the name of their criterion.
+        patience (`int`): exits in a row that must agree, of criteria whose threshold is something else.
+        tolerance (`float`): difference up to which two predictions of a regression count as the same.
+        alpha (`float`, *optional*): price of one layer that conditioned policies are asked for.
+        input_ids (`LongTensor` of shape `(rows, time)`, *optional*): tokens of the batch that the walk begins with.
+        labels (`Tensor` of shape `(rows,)` or `(rows, labels)`, *optional*): true labels, for the oracle.
+    """
+
+    estimators: Mapping[str, nn.Module] = field(default_factory=dict)
+    patience: int = 2
+    tolerance: float = 0.5
+    alpha: float | None = None
+    input_ids: Tensor | None = None
+    labels: Tensor | None = None
+
+
 class ExitCriterion(ABC):
     """One rule. Subclasses give `name`, `score` and, where it differs, `passes` and `check`.
 
@@ -61,10 +85,13 @@ class ExitCriterion(ABC):
         thresholds (`list[float]`): one per exit.
         problem_type (`str`): what the logits mean.
         policies (`ExitPolicies`, *optional*): the model's policy networks, for criteria that use them.
+        settings (`CriterionSettings`, *optional*): whatever else some criteria need.
     """
 
     name: ClassVar[str]
     accepted: ClassVar[str] = "numbers in [0, 1]"
+    # A threshold that lets nobody out.
+    off: ClassVar[float] = 1.0
     # Does a larger threshold send rows deeper? Calibration needs the direction.
     higher_is_deeper: ClassVar[bool] = True
     # Does the score need class probabilities, which regression has not?
@@ -77,12 +104,14 @@ class ExitCriterion(ABC):
         thresholds: list[float],
         problem_type: str = "single_label_classification",
         policies: ExitPolicies | None = None,
+        settings: CriterionSettings | None = None,
     ) -> None:
         if self.needs_classes:
             check_has_classes(problem_type)
         self.thresholds = thresholds
         self.problem_type = problem_type
         self.policies = policies
+        self.settings = settings or CriterionSettings()
 
     @property
     def needs_logits(self) -> bool:
@@ -183,6 +212,7 @@ class Entropy(ExitCriterion):
 
     name = "entropy"
     needs_classes = True
+    off = 0.0
     higher_is_deeper = False
 
     def score(self, step: ExitStep) -> Tensor:
@@ -205,6 +235,7 @@ class Patience(ExitCriterion):
     needs_classes = True
     has_memory = True
     accepted = "numbers of at least 1"
+    off = math.inf
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -266,8 +297,13 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
 
 
 def build_criterion(
-    criterion: str, threshold: Thresholds, num_exits: int, problem_type: str, policies: ExitPolicies | None = None
+    criterion: str,
+    threshold: Thresholds,
+    num_exits: int,
+    problem_type: str,
+    policies: ExitPolicies | None = None,
+    settings: CriterionSettings | None = None,
 ) -> ExitCriterion:
     """A fresh criterion object for one walk through the layers. Errors as `check_thresholds`."""
     thresholds = check_thresholds(criterion, threshold, num_exits)
-    return CRITERIA[criterion](thresholds, problem_type, policies)
+    return CRITERIA[criterion](thresholds, problem_type, policies, settings)

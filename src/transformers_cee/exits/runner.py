@@ -120,6 +120,7 @@ def run_exits(
     criterion: ExitCriterion,
     first_exit: int = 0,
     leaving: Leaving | None = None,
+    score_closed: bool = True,
 ) -> ExitRun:
     """Walks the layers and lets rows leave where the criterion says so.
 
@@ -135,6 +136,7 @@ def run_exits(
         leaving (`Callable`, *optional*):
             Told of rows that leave before the last exit: their numbers (rows,), hidden states (rows, time, hidden) and
             layer (1-based).
+        score_closed (`bool`): also ask for scores at exits that a threshold closes, unless all exits are closed.
     """
     rows, last = len(batch.hidden_states), len(exits.layer_numbers) - 1
     device = batch.hidden_states.device
@@ -149,10 +151,11 @@ def run_exits(
         if index is None or (off and index < last):
             continue
         may_leave = index == last or (index >= first_exit and criterion.can_exit(index))
-        if index < min(first_exit, last) and not criterion.has_memory:
+        unasked = index < first_exit or not score_closed
+        if not may_leave and unasked and not criterion.has_memory:
             continue
         state = exits.state(batch.hidden_states, batch.padding_mask, index)
-        step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index))
+        step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index), batch.index)
         if index == last:
             record.leave(batch.index, step.logits, number)
             break
@@ -307,7 +310,7 @@ def run_token_exits(
         if index == last:
             continue
         state = exits.state(batch.hidden_states, None, index).flatten(0, 1)
-        step = ExitStep(index, state[active], lambda states, index=index: exits.logits(states, index))
+        step = ExitStep(index, state[active], lambda states, index=index: exits.logits(states, index), active)
         scores = criterion.score(step).detach()
         scores_of[active, index] = scores.to(scores_of.dtype)
         if index < first_exit:

@@ -74,7 +74,9 @@ def decode_step(
     step_class = {"copy": _CopyStep, "deferred": _DeferredStep}[skipped_kv]
     step = step_class(decoder, cache, hidden_states, attention_mask, position_ids, layer_arguments or {})
     layers: list[Layer] = [step.bind(index) for index in range(len(decoder.layers))]
-    run = run_exits(RowBatch(hidden_states, mask), layers, exits, criterion, first_exit, step.leave)
+    run = run_exits(
+        RowBatch(hidden_states, mask), layers, exits, criterion, first_exit, step.leave, score_closed=False
+    )
     step.finish(run)
     return run
 

@@ -14,12 +14,20 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
-from transformers_cee.exits.criteria import CRITERIA, Thresholds, build_criterion
+from transformers_cee.exits.criteria import CRITERIA, Thresholds
+from transformers_cee.exits.deciding import model_criterion, resolve_decision
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
 
 
-EXIT_ARGUMENTS = ("exit_threshold", "exit_criterion", "min_exit_layer", "skipped_kv", "exit_threshold_decay")
+EXIT_ARGUMENTS = (
+    "exit_threshold",
+    "exit_criterion",
+    "exit_budget",
+    "min_exit_layer",
+    "skipped_kv",
+    "exit_threshold_decay",
+)
 # Fields that make generation check several drafted tokens at once, which is not a decode step.
 _DRAFTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -96,15 +104,9 @@ class EarlyExitGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        settings = {}
-        for name in EXIT_ARGUMENTS:
-            # `generate` hands an argument to the generation config if that has an entry of its name; else it is here.
-            value = model_kwargs.pop(name, None)
-            for source in (generation_config, self.config):
-                value = getattr(source, name, None) if value is None else value
-            if value is not None:
-                # A tensor would be repeated for every beam.
-                settings[name] = value.tolist() if isinstance(value, Tensor) else value
+        # `generate` hands an argument to the generation config if that has an entry of its name; else it is here.
+        given = {name: model_kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        settings = self._exit_settings(given, generation_config)
         trace, is_on = _TRACE.get(), self._exits_are_on(settings)
         decay = settings.pop("exit_threshold_decay", None)
         if is_on:
@@ -134,21 +136,43 @@ class EarlyExitGenerationMixin(GenerationMixin):
         criteria, trace = super()._get_stopping_criteria(*args, **kwargs), _TRACE.get()
         return criteria if trace is None else _NotedCriteria(criteria, trace)
 
+    def _exit_settings(self, *sources: Any) -> dict[str, Any]:
+        """Exit arguments from mappings and configs, first come first; the model's config comes last.
+
+        A threshold and a budget exclude each other, so the first source that has either settles both.
+        """
+        settings: dict[str, Any] = {}
+        for source in (*sources, self.config):
+            found = (
+                source if isinstance(source, dict) else {name: getattr(source, name, None) for name in EXIT_ARGUMENTS}
+            )
+            decided = "exit_threshold" in settings or "exit_budget" in settings
+            if source is self.config and found["exit_budget"] is not None and "exit_criterion" not in settings:
+                found["exit_threshold"] = None
+            for name, value in found.items():
+                if value is None or name in settings or (decided and name in ("exit_threshold", "exit_budget")):
+                    continue
+                # A tensor would be repeated for every beam.
+                settings[name] = value.tolist() if isinstance(value, Tensor) else value
+        if "exit_budget" in settings and settings.get("exit_criterion") == self.config.exit_criterion:
+            # The default criterion does not contradict a budget, which is the policy's.
+            settings.pop("exit_criterion")
+        elif isinstance(settings.get("exit_threshold"), str):
+            # A named operating point brings its criterion.
+            settings.pop("exit_criterion", None)
+        return settings
+
     def _exits_are_on(self, settings: dict[str, Any]) -> bool:
         """Checks the settings, before any layer runs; False if no token could leave."""
-        num_exits = len(self.layer_numbers)
-        criterion = build_criterion(
-            settings["exit_criterion"],
-            settings["exit_threshold"],
-            num_exits,
-            "single_label_classification",
-            self.exit_policies,
-        )
+        asked = {name: settings.get(name) for name in ("exit_threshold", "exit_criterion", "exit_budget")}
+        criterion = model_criterion(self, resolve_decision(self.config, **asked))
         check_skipped_kv(settings["skipped_kv"])
         check_min_exit_layer(settings.get("min_exit_layer"), self.config.num_hidden_layers)
         decay = settings.get("exit_threshold_decay")
         if decay is not None:
-            _check_decay(decay, settings["exit_criterion"])
+            _check_decay(decay, criterion.name)
+            if asked["exit_budget"] is not None or isinstance(asked["exit_threshold"], str):
+                raise ValueError("`exit_threshold_decay` needs `exit_threshold` as a number or a list of numbers.")
         return not criterion.is_off
 
     def _prepare_cache_for_generation(
@@ -218,15 +242,13 @@ class EarlyExitGenerationMixin(GenerationMixin):
         return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def _refuse_continuous_batching(self, given: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-        settings = {}
-        for name in EXIT_ARGUMENTS:
-            sources = (given, self.generation_config, self.config)
-            values = (kwargs.pop(name, None), *(getattr(source, name, None) for source in sources))
-            settings[name] = next((value for value in values if value is not None), None)
+        settings = self._exit_settings(
+            {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}, given, self.generation_config
+        )
         if self._exits_are_on(settings):
             raise ValueError(
-                f"`exit_threshold`={settings['exit_threshold']} has no effect in continuous batching; set it to 1.0, "
-                "or use `generate` on a padded batch."
+                f"`exit_threshold`={settings.get('exit_threshold')} has no effect in continuous batching; set it to "
+                "1.0, or use `generate` on a padded batch."
             )
 
 

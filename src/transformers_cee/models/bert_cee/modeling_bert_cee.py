@@ -9,7 +9,8 @@ from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedMode
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from transformers_cee.exits.criteria import build_criterion
+from transformers_cee.exits.deciding import model_criterion, resolve_decision
+from transformers_cee.exits.estimators import make_estimators
 from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
 from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
 from transformers_cee.exits.outputs import ExitClassifierOutput
@@ -55,6 +56,7 @@ class BertForConsistentEE(BertPreTrainedModel):
         self.exit_policies = ExitPolicies(
             internal, config.hidden_size, config.policy_hidden_size, config.policy_activation, config.policy_inputs
         )
+        self.exit_estimators = make_estimators(config)
         self.post_init()
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
@@ -81,8 +83,9 @@ class BertForConsistentEE(BertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        exit_threshold: float | list[float] | None = None,
+        exit_threshold: float | list[float] | str | None = None,
         exit_criterion: str | None = None,
+        exit_budget: float | None = None,
         output_all_exits: bool = False,
         **kwargs,
     ) -> ExitClassifierOutput:
@@ -94,11 +97,15 @@ class BertForConsistentEE(BertPreTrainedModel):
             labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, indicators or values, by `config.problem_type`. In training mode all exits are trained
                 (layer-weighted) and no row leaves early; in evaluation mode the loss is that of the exits taken.
-            exit_threshold (`float` or `list[float]`, *optional*, defaults to `config.exit_threshold`):
+            exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to `config.exit_threshold`):
                 A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
-                all out at the first exit. A list holds one number per exit.
+                all out at the first exit. A list holds one number per exit; a name stands for one of
+                `config.exit_operating_points`.
             exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`):
-                `"policy"`, or a baseline: `"max_probability"`, `"entropy"`, `"patience"`.
+                `"policy"`, or a baseline such as `"max_probability"`, `"entropy"` or `"patience"`; see
+                `transformers_cee.exits.criteria.CRITERIA`.
+            exit_budget (`float`, *optional*):
+                Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
             output_all_exits (`bool`, *optional*, defaults to `False`):
                 Run to full depth and return every exit's logits and state.
 
@@ -110,13 +117,8 @@ class BertForConsistentEE(BertPreTrainedModel):
         rows = _check_inputs(input_ids, inputs_embeds, attention_mask)
         if labels is not None:
             check_labels(labels, rows, self.num_labels, problem_type)
-        criterion = build_criterion(
-            exit_criterion or self.config.exit_criterion,
-            self.config.exit_threshold if exit_threshold is None else exit_threshold,
-            len(self.layer_numbers),
-            problem_type,
-            self.exit_policies,
-        )
+        decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
+        criterion = model_criterion(self, decision, problem_type, input_ids)
         batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
         all_exits = output_all_exits or (self.training and labels is not None)

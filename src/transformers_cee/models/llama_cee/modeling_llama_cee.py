@@ -22,7 +22,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
-from transformers_cee.exits.criteria import ExitCriterion, build_criterion
+from transformers_cee.exits.criteria import ExitCriterion
+from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
+from transformers_cee.exits.estimators import make_estimators
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
@@ -81,6 +83,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         self.exit_policies = ExitPolicies(
             internal, config.hidden_size, config.policy_hidden_size, config.policy_activation, config.policy_inputs
         )
+        self.exit_estimators = make_estimators(config)
         self.post_init()
 
     @torch.no_grad()
@@ -185,8 +188,9 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        exit_threshold: float | list[float] | None = None,
+        exit_threshold: float | list[float] | str | None = None,
         exit_criterion: str | None = None,
+        exit_budget: float | None = None,
         min_exit_layer: int | None = None,
         skipped_kv: str | None = None,
         output_all_exits: bool = False,
@@ -213,10 +217,13 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
                 Tokens of the same positions, shifted inside; −100 where nothing is to be learnt.
             logits_to_keep (`int` or `LongTensor`, *optional*):
                 Positions from the end whose logits are computed, or which positions; 0 stands for all.
-            exit_threshold (`float` or `list[float]`, *optional*):
-                A token leaves at the first exit whose score is beyond it; a list holds one number per exit. `generate`
-                fills in the default of the generation config or of the config; here `None` means full depth.
+            exit_threshold (`float`, `list[float]` or `str`, *optional*):
+                A token leaves at the first exit whose score is beyond it; a list holds one number per exit, a name
+                stands for one of `config.exit_operating_points`. `generate` fills in the default of the generation
+                config or of the config; here `None` means full depth.
             exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`): name of the exit criterion.
+            exit_budget (`float`, *optional*):
+                Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
             min_exit_layer (`int`, *optional*, defaults to `config.min_exit_layer`): first layer to leave at.
             skipped_kv (`str`, *optional*, defaults to `config.skipped_kv`): `"copy"` or `"deferred"`.
             output_all_exits (`bool`): with `labels`, states, losses and predictions of all exits at counted positions.
@@ -232,17 +239,16 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
-        if output_all_exits or (self.training and labels is not None and exit_threshold is None and not sample_exits):
+        full_depth = exit_threshold is None and exit_budget is None and not sample_exits
+        if output_all_exits or (self.training and labels is not None and full_depth):
             return self._all_exits(inputs, labels, token_loss or CrossEntropy(), num_items_in_batch, kwargs)
-        if exit_threshold is None and not sample_exits:
+        if full_depth:
             return self._full_depth(inputs, labels, use_cache, logits_to_keep, num_items_in_batch, kwargs)
-        criterion = build_criterion(
-            "policy" if sample_exits else exit_criterion or self.config.exit_criterion,
-            1.0 if exit_threshold is None else exit_threshold,
-            len(self.layer_numbers),
-            "single_label_classification",
-            self.exit_policies,
-        )
+        if sample_exits:
+            decision = ExitDecision("policy", 1.0, self.config.policy_alpha)
+        else:
+            decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
+        criterion = model_criterion(self, decision, input_ids=input_ids)
         first_exit = self._first_exit(min_exit_layer)
         check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
         if inputs_embeds.shape[1] == 1 and past_key_values is not None and labels is None:

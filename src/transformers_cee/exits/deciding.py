@@ -1,0 +1,124 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""From what a caller asks for (a threshold, the name of an operating point, a budget) to the criterion of one walk."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from transformers_cee.exits.criteria import CriterionSettings, ExitCriterion, Thresholds, build_criterion
+
+
+@dataclass(frozen=True)
+class ExitDecision:
+    """How a walk decides.
+
+    Args:
+        criterion (`str`): a name of the registry.
+        threshold (`float` or `list[float]`): one number for all exits, or one per exit.
+        alpha (`float`, *optional*): price of one layer that policies conditioned on it are asked for.
+    """
+
+    criterion: str
+    threshold: Thresholds
+    alpha: float | None = None
+
+
+def resolve_decision(
+    config: Any,
+    exit_threshold: Thresholds | str | None = None,
+    exit_criterion: str | None = None,
+    exit_budget: float | None = None,
+) -> ExitDecision:
+    """What a caller asks for, with the config's defaults.
+
+    Args:
+        config (`ExitConfigMixin`): fields of the exits.
+        exit_threshold (`float`, `list[float]` or `str`, *optional*):
+            Number(s), or the name of one of `config.exit_operating_points`.
+        exit_criterion (`str`, *optional*): name of an exit criterion; a named operating point brings its own.
+        exit_budget (`float`, *optional*): wanted mean depth as a share of all layers, of policies conditioned on α.
+
+    Raises:
+        ValueError: an unknown name, a criterion beside a name, a budget beside a threshold, or one that the model
+            knows nothing of.
+    """
+    if exit_threshold is None and exit_budget is None and exit_criterion in (None, "policy"):
+        exit_budget = config.exit_budget
+    if exit_budget is not None:
+        if exit_threshold is not None or exit_criterion not in (None, "policy"):
+            raise ValueError(
+                f"`exit_budget`={exit_budget} excludes `exit_threshold`={exit_threshold} and "
+                f"`exit_criterion`={exit_criterion!r}: give one of them."
+            )
+        alpha, limit = _of_budget(config, exit_budget)
+        return ExitDecision("policy", limit, alpha)
+    threshold = config.exit_threshold if exit_threshold is None else exit_threshold
+    if not isinstance(threshold, str):
+        return ExitDecision(exit_criterion or config.exit_criterion, threshold, config.policy_alpha)
+    point = config.exit_operating_points.get(threshold)
+    if point is None:
+        known = ", ".join(map(repr, sorted(config.exit_operating_points))) or "none yet"
+        raise ValueError(
+            f"`exit_threshold`={threshold!r} must be a number or a list of numbers, or the name of an operating point "
+            f"of this model ({known})."
+        )
+    if exit_criterion not in (None, point["criterion"]):
+        raise ValueError(
+            f"`exit_threshold`={threshold!r} is an operating point of the criterion {point['criterion']!r}; got "
+            f"`exit_criterion`={exit_criterion!r}."
+        )
+    return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha", config.policy_alpha))
+
+
+def _of_budget(config: Any, budget: float) -> tuple[float, float]:
+    """α and threshold of a budget, linear between the points that were fitted on held-out data."""
+    points = config.exit_budgets
+    if not points:
+        raise ValueError(f"`exit_budget`={budget}: this model has no fitted budgets (`config.exit_budgets` is empty).")
+    budgets = [point[0] for point in points]
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0.0 < budget <= 1.0:
+        raise ValueError(f"`exit_budget`={budget!r} must be a share of all layers, in (0, 1].")
+    if budget >= budgets[-1]:
+        # As deep as was fitted; the whole depth closes the exits.
+        return points[-1][1], 1.0 if budget == 1.0 else points[-1][2]
+    right = bisect_left(budgets, budget)
+    if right == 0:
+        return points[0][1], points[0][2]
+    (low, alpha, threshold), (high, next_alpha, next_threshold) = points[right - 1], points[right]
+    share = (budget - low) / (high - low)
+    # Prices are spread over orders of magnitude.
+    between = alpha ** (1 - share) * next_alpha**share if alpha > 0 and next_alpha > 0 else alpha
+    return between, threshold + share * (next_threshold - threshold)
+
+
+def criterion_settings(model: nn.Module, alpha: float | None = None, input_ids: Tensor | None = None, **more: Any):
+    """What criteria need of a model besides thresholds and logits."""
+    config = model.config
+    return CriterionSettings(
+        estimators=model.exit_estimators,
+        patience=config.exit_patience,
+        tolerance=config.exit_tolerance,
+        alpha=alpha,
+        input_ids=input_ids,
+        **more,
+    )
+
+
+def model_criterion(
+    model: nn.Module,
+    decision: ExitDecision,
+    problem_type: str = "single_label_classification",
+    input_ids: Tensor | None = None,
+) -> ExitCriterion:
+    """A fresh criterion object of a model for one walk. Raises `ValueError` as `build_criterion`."""
+    return build_criterion(
+        decision.criterion,
+        decision.threshold,
+        len(model.layer_numbers),
+        problem_type,
+        model.exit_policies,
+        criterion_settings(model, decision.alpha, input_ids),
+    )
