@@ -4,11 +4,13 @@
 #   PYTHON       interpreter that .venv is made with (3.11 or newer for constraints.txt)
 #   CONSTRAINTS  constraints.txt (newest tested versions) or constraints-lowest.txt (oldest)
 #   THREADS      OpenMP threads per test process
+#   WORKERS      test processes
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 THREADS ?= 1
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(basename $(notdir $(CONSTRAINTS)))
@@ -44,7 +46,7 @@ demo-llm: $(STAMP)
 	$(BIN)/python examples/generate_demo.py --model runs/demo-llm
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m slow

@@ -13,6 +13,7 @@ from transformers_cee.exits.criteria import CRITERIA
 
 
 EXIT_FIELDS = (
+    "num_hidden_layers",
     "exit_layers",
     "exit_pooling",
     "exit_norm",
@@ -20,6 +21,7 @@ EXIT_FIELDS = (
     "policy_inputs",
     "policy_hidden_size",
     "policy_activation",
+    "policy_condition",
     "reward_alpha",
     "reward_hardness",
 )
@@ -44,6 +46,9 @@ class CheckpointArguments:
     policy_inputs: str | None = field(default=None, metadata={"help": "state, confidence or both."})
     policy_hidden_size: int | None = field(default=None, metadata={"help": "Hidden units of each policy."})
     policy_activation: str | None = field(default=None, metadata={"help": "Activation of the policies."})
+    policy_condition: str | None = field(
+        default=None, metadata={"help": "none, or policies that serve any speed: input or film."}
+    )
     reward_alpha: float | None = field(default=None, metadata={"help": "Weight of a layer in the reward."})
     reward_hardness: bool | None = field(default=None, metadata={"help": "Scale alpha by 1 - M/L."})
 
@@ -62,6 +67,9 @@ class ModelArguments(CheckpointArguments):
 
     exit_fields: ClassVar[tuple[str, ...]] = EXIT_FIELDS
 
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Keep the first so many layers of the checkpoint only."}
+    )
     exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
     exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
 
@@ -82,6 +90,10 @@ class EvaluationArguments:
     timing_batch_sizes: list[int] = field(
         default_factory=lambda: [32, 1],
         metadata={"help": "Batch sizes of wall-clock figures; the first is plotted."},
+    )
+    save_exits: bool = field(
+        default=False,
+        metadata={"help": "Write every exit's states and logits of all splits to exits-<split>.safetensors."},
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop a phase after so many dev evaluations without improvement."}

@@ -25,6 +25,7 @@ LM_EXIT_FIELDS = (
     "policy_inputs",
     "policy_hidden_size",
     "policy_activation",
+    "policy_condition",
     "reward_alpha",
     "reward_hardness",
 )

@@ -245,6 +245,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
         results["train_seconds"] = time.perf_counter() - start
         trainer.save_model()
+    if eval_args.save_exits:
+        for name, rows in splits.items():
+            store = trainer.collect_exits(rows, name)
+            if trainer.is_world_process_zero():
+                store.save(Path(training_args.output_dir) / f"exits-{name}.safetensors")
     if training_args.do_eval:
         results |= evaluate(trainer, splits, corpus, arguments)
     if trainer.is_world_process_zero():

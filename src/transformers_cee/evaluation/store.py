@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -95,6 +97,23 @@ class ExitStore:
         assert self.rows is not None and self.may_exit is not None
         mine = self.may_exit if rows is None else self.may_exit & torch.isin(self.rows, rows)
         return mine.nonzero().squeeze(1)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the store to a safetensors file."""
+        tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        about = {"problem_type": self.problem_type, "tolerance": repr(self.tolerance)}
+        os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+        save_file(tensors, path, metadata=about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ExitStore":
+        """Reads a store that `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return cls(
+            **{"logits": None, **tensors}, problem_type=about["problem_type"], tolerance=float(about["tolerance"])
+        )
 
     @staticmethod
     def _of_tokens(value: Tensor | None) -> Tensor:

@@ -54,9 +54,9 @@ class ExitConfigMixin:
             and shifts the hidden units). Conditioned policies serve any speed.
         policy_alphas (`list[float]`, *optional*, defaults to `[0.0005, 0.5]`):
             Lowest and highest α that conditioned policies learn.
-        policy_alpha (`float`, *optional*): α that conditioned policies are asked for where no budget says so.
         reward_alpha (`float`, *optional*, defaults to 0.02):
-            Weight α of one layer in the reward `−CE − α·l`.
+            Weight α of one layer in the reward `−CE − α·l`; what conditioned policies are asked for where no budget
+            says otherwise.
         reward_hardness (`bool`, *optional*, defaults to `True`):
             Scale α by `1 − M/L`, with M the memorized layer of the training row.
     """
@@ -75,7 +75,6 @@ class ExitConfigMixin:
     policy_inputs: str = "state"
     policy_condition: str = "none"
     policy_alphas: list[float] = field(default_factory=lambda: [0.0005, 0.5])
-    policy_alpha: float | None = None
     reward_alpha: float = 0.02
     reward_hardness: bool = True
 
@@ -119,8 +118,6 @@ class ExitConfigMixin:
         _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
         if len(self.policy_alphas) != 2 or not 0 < self.policy_alphas[0] < self.policy_alphas[1]:
             raise ValueError(f"`policy_alphas`={self.policy_alphas} must be two rising positive numbers.")
-        if self.policy_alpha is not None and self.policy_alpha <= 0:
-            raise ValueError(f"`policy_alpha`={self.policy_alpha} must be positive, or None.")
         if self.exit_patience < 1:
             raise ValueError(f"`exit_patience`={self.exit_patience} must be at least 1.")
         if self.exit_tolerance < 0:
@@ -133,7 +130,9 @@ class ExitConfigMixin:
         # Imported here: criteria need torch, a config alone does not.
         from transformers_cee.exits.criteria import check_thresholds
         from transformers_cee.exits.deciding import resolve_decision
+        from transformers_cee.exits.estimators import check_estimators
 
+        check_estimators(self.exit_estimators)
         decision = resolve_decision(self)
         check_thresholds(decision.criterion, decision.threshold, len(self.exit_layer_numbers))
 

@@ -57,7 +57,7 @@ def resolve_decision(
         return ExitDecision("policy", limit, alpha)
     threshold = config.exit_threshold if exit_threshold is None else exit_threshold
     if not isinstance(threshold, str):
-        return ExitDecision(exit_criterion or config.exit_criterion, threshold, config.policy_alpha)
+        return ExitDecision(exit_criterion or config.exit_criterion, threshold)
     point = config.exit_operating_points.get(threshold)
     if point is None:
         known = ", ".join(map(repr, sorted(config.exit_operating_points))) or "none yet"
@@ -70,7 +70,7 @@ def resolve_decision(
             f"`exit_threshold`={threshold!r} is an operating point of the criterion {point['criterion']!r}; got "
             f"`exit_criterion`={exit_criterion!r}."
         )
-    return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha", config.policy_alpha))
+    return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"))
 
 
 def _of_budget(config: Any, budget: float) -> tuple[float, float]:
@@ -103,6 +103,7 @@ def criterion_settings(model: nn.Module, alpha: float | None = None, input_ids: 
         tolerance=config.exit_tolerance,
         alpha=alpha,
         input_ids=input_ids,
+        per_token=model.exits_per_token,
         **more,
     )
 
@@ -112,6 +113,7 @@ def model_criterion(
     decision: ExitDecision,
     problem_type: str = "single_label_classification",
     input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
 ) -> ExitCriterion:
     """A fresh criterion object of a model for one walk. Raises `ValueError` as `build_criterion`."""
     return build_criterion(
@@ -120,5 +122,5 @@ def model_criterion(
         len(model.layer_numbers),
         problem_type,
         model.exit_policies,
-        criterion_settings(model, decision.alpha, input_ids),
+        criterion_settings(model, decision.alpha, input_ids, attention_mask=attention_mask),
     )

@@ -3,6 +3,8 @@
 """Exit policies: the networks that give `p_l = P(exit at l | reached l)`, what they see, and the exit distribution."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,19 @@ def check_has_classes(problem_type: str) -> None:
         )
 
 
+def class_probabilities(logits: Tensor, problem_type: str) -> Tensor:
+    """Probabilities (…, classes) in float32, or (…, labels, 2) of no and yes with many labels.
+
+    Raises:
+        ValueError: regression, which has no class probabilities.
+    """
+    check_has_classes(problem_type)
+    if problem_type == "multi_label_classification":
+        positive = logits.float().sigmoid()
+        return torch.stack((1 - positive, positive), dim=-1)
+    return logits.float().softmax(-1)
+
+
 def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum probability, margin (top-1 minus top-2) and entropy over its maximum, each (rows,).
 
@@ -32,12 +47,7 @@ def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor
     Raises:
         ValueError: regression, which has no class probabilities.
     """
-    check_has_classes(problem_type)
-    if problem_type == "multi_label_classification":
-        positive = logits.float().sigmoid()
-        probabilities = torch.stack((1 - positive, positive), dim=-1)
-    else:
-        probabilities = logits.float().softmax(-1)
+    probabilities = class_probabilities(logits, problem_type)
     top = probabilities.topk(2, dim=-1).values
     entropy = torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
     scores = (top[..., 0], top[..., 0] - top[..., 1], entropy)
@@ -87,28 +97,53 @@ class ExitHistory:
 class ExitPolicies(nn.Module):
     """One policy network per internal exit: Linear → activation → Linear (Zeng et al. 2024), without the sigmoid.
 
+    Conditioned policies also see the price α of a layer, so that one set of networks serves any speed: α is drawn for
+    each row while they train, and asked for in use.
+
     Args:
         inputs (`str`): `"state"`, `"confidence"` or `"both"`.
+        condition (`str`): `"none"`, `"input"` (one more input) or `"film"` (scale and shift of the hidden units, Perez
+            et al. 2018).
+        alphas (pair of `float`): lowest and highest α that conditioned policies learn.
+        default_alpha (`float`): α where none is given in use, clipped to `alphas`.
     """
 
     def __init__(
-        self, num_internal_exits: int, state_size: int, hidden_size: int, activation: str, inputs: str = "state"
+        self,
+        num_internal_exits: int,
+        state_size: int,
+        hidden_size: int,
+        activation: str,
+        inputs: str = "state",
+        condition: str = "none",
+        alphas: Sequence[float] = (0.0005, 0.5),
+        default_alpha: float = 0.02,
     ) -> None:
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.condition = inputs, condition
+        self.alphas = (float(alphas[0]), float(alphas[1]))
+        self.default_alpha = min(max(default_alpha, self.alphas[0]), self.alphas[1])
         width = {"state": state_size, "confidence": NUM_CONFIDENCE_FEATURES}.get(
             inputs, state_size + NUM_CONFIDENCE_FEATURES
         )
+        if condition == "input":
+            width += 1
         self.networks = nn.ModuleList(
             [
                 nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1))
                 for _ in range(num_internal_exits)
             ]
         )
+        films = num_internal_exits if condition == "film" else 0
+        self.films = nn.ModuleList([nn.Linear(1, 2 * hidden_size) for _ in range(films)])
 
     @property
     def needs_logits(self) -> bool:
         return self.inputs != "state"
+
+    @property
+    def is_conditioned(self) -> bool:
+        return self.condition != "none"
 
     def reset_parameters(self) -> None:
         """Draws all weights anew."""
@@ -116,37 +151,83 @@ class ExitPolicies(nn.Module):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
-    def exit_logit(self, state: Tensor, features: Tensor | None, index: int) -> Tensor:
-        """Logit (rows,) in float32 of leaving at internal exit `index` (0-based)."""
+    def draw_alphas(self, rows: int, device: Any = None) -> Tensor:
+        """α (rows,), evenly distributed over its orders of magnitude."""
+        low, high = (math.log(alpha) for alpha in self.alphas)
+        return torch.empty(rows, device=device).uniform_(low, high).exp()
+
+    def _condition(self, state: Tensor, alpha: Tensor | float | None) -> Tensor:
+        """log α (rows, 1), scaled to [−1, 1] over the range that is learned."""
+        if alpha is None:
+            alpha = self.draw_alphas(len(state), state.device) if self.training else self.default_alpha
+        low, high = (math.log(bound) for bound in self.alphas)
+        if isinstance(alpha, Tensor):
+            scaled = (2 * alpha.to(state.device).log() - low - high) / (high - low)
+            return scaled.to(state.dtype).view(-1, 1)
+        return state.new_full((len(state), 1), (2 * math.log(alpha) - low - high) / (high - low))
+
+    def exit_logit(
+        self, state: Tensor, features: Tensor | None, index: int, alpha: Tensor | float | None = None
+    ) -> Tensor:
+        """Logit (rows,) in float32 of leaving at internal exit `index` (0-based).
+
+        Args:
+            alpha (`Tensor` of shape `(rows,)` or `float`, *optional*):
+                Price of a layer, of conditioned policies. None draws one per row in training mode and stands for the
+                default in evaluation mode.
+        """
         parts = []
         if self.inputs != "confidence":
             parts.append(state)
         if features is not None:
             parts.append(features.to(state.dtype))
+        if self.condition == "input":
+            parts.append(self._condition(state, alpha))
         inputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         # Called one by one: a container costs as much as the layers themselves on a single row.
         widen, activation, narrow = self.networks[index]
-        return narrow(activation(widen(inputs))).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
+        hidden = widen(inputs)
+        if self.condition == "film":
+            scale, shift = self.films[index](self._condition(state, alpha)).chunk(2, dim=-1)
+            hidden = hidden * (1 + scale) + shift
+        return narrow(activation(hidden)).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
-    def forward(self, states: Tensor, features: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, features: Tensor | None = None, alpha: Tensor | float | None = None) -> Tensor:
         """Logits (rows, exits − 1) of leaving at every internal exit, as if all rows reached all of them.
 
         Args:
-            states (`Tensor` of shape `(rows, exits, hidden)`): exit states; the last exit's is not used.
+            states (`Tensor` of shape `(rows, exits, hidden)`): exit states; the last exit's are not used.
             features (`Tensor` of shape `(rows, exits − 1, 5)`, *optional*):
                 From `all_features`, for confidence inputs.
+            alpha (`Tensor` of shape `(rows,)` or `float`, *optional*): as in `exit_logit`; one draw for all exits.
 
         Raises:
             ValueError: the policies look at confidence and no features are given.
         """
         if self.needs_logits and features is None:
             raise ValueError(f"`policy_inputs`={self.inputs!r} needs `features`, see `all_features`; got None.")
+        if alpha is None and self.is_conditioned and self.training:
+            alpha = self.draw_alphas(len(states), states.device)
         seen = features if self.needs_logits else None
         columns = [
-            self.exit_logit(states[:, index], None if seen is None else seen[:, index], index)
+            self.exit_logit(states[:, index], None if seen is None else seen[:, index], index, alpha)
             for index in range(len(self.networks))
         ]
         return torch.stack(columns, dim=1) if columns else states.new_zeros(len(states), 0)
+
+
+def make_policies(config: Any, num_internal_exits: int) -> ExitPolicies:
+    """The policy networks that a config describes."""
+    return ExitPolicies(
+        num_internal_exits,
+        config.hidden_size,
+        config.policy_hidden_size,
+        config.policy_activation,
+        config.policy_inputs,
+        config.policy_condition,
+        config.policy_alphas,
+        config.reward_alpha,
+    )
 
 
 def all_features(logits: Tensor, problem_type: str = "single_label_classification") -> Tensor:

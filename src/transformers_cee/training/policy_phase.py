@@ -3,6 +3,7 @@
 """The policy phase: policies trained alone, on stored exit states, by the policy gradient."""
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,27 +20,60 @@ from transformers_cee.training.objectives import closed_before, policy_loss
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
+# Prices of a layer at which conditioned policies are judged, over the range that they learn.
+JUDGED_ALPHAS = 8
+
+
 class PolicyObjective(nn.Module):
     """The policies and the loss that trains them, from stored states, features and rewards to one number.
+
+    Conditioned policies get rewards without a price, and what each exit costs at α = 1; every row then pays an α of
+    its own. Rows are weighted by `1/(1 + α·L)`, or else the dearest would drown the others.
 
     Args:
         policies (`ExitPolicies`): the model's own policies; trained in place.
         first_exit (`int`): exit (0-based) before which nothing leaves.
+        num_layers (`int`): number of layers L, of conditioned policies.
         options: keyword arguments of `policy_loss`.
     """
 
-    def __init__(self, policies: ExitPolicies, first_exit: int = 0, **options: Any) -> None:
+    def __init__(self, policies: ExitPolicies, first_exit: int = 0, num_layers: int = 1, **options: Any) -> None:
         super().__init__()
         self.policies = policies
-        self.first_exit = first_exit
+        self.first_exit, self.num_layers = first_exit, num_layers
         self.options = options
 
-    def forward(self, states: Tensor, rewards: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, states: Tensor, rewards: Tensor, features: Tensor | None = None, prices: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Mean loss over rows.
+
+        Args:
+            states (`Tensor` of shape `(rows, exits, hidden)`): exit states.
+            rewards (`Tensor` of shape `(rows, exits)`): reward of leaving at each exit, without `prices` if given.
+            features (`Tensor` of shape `(rows, exits − 1, 5)`, *optional*): confidence features.
+            prices (`Tensor` of shape `(rows, exits)`, *optional*): of conditioned policies, each exit's cost at α = 1.
+        """
         with torch.autocast(states.device.type, enabled=False):
-            dtype = next(self.policies.parameters()).dtype
-            exit_logits = closed_before(self.policies(states.to(dtype), features), self.first_exit)
-            options = self.options if self.training else {}
-            return {"loss": policy_loss(exit_logits, rewards, **options)}
+            states = states.to(next(self.policies.parameters()).dtype)
+            if prices is None:
+                return {"loss": self._loss(states, features, rewards, None)}
+            if self.training:
+                alphas = [self.policies.draw_alphas(len(states), states.device)]
+            else:
+                low, high = (math.log(alpha) for alpha in self.policies.alphas)
+                judged = torch.linspace(low, high, JUDGED_ALPHAS, device=states.device).exp()
+                alphas = [alpha.expand(len(states)) for alpha in judged]
+            losses = []
+            for alpha in alphas:
+                price = alpha.unsqueeze(1)
+                paid = (rewards - price * prices) / (1 + price * self.num_layers)
+                losses.append(self._loss(states, features, paid, alpha))
+            return {"loss": torch.stack(losses).mean()}
+
+    def _loss(self, states: Tensor, features: Tensor | None, rewards: Tensor, alpha: Tensor | None) -> Tensor:
+        exit_logits = closed_before(self.policies(states, features, alpha), self.first_exit)
+        return policy_loss(exit_logits, rewards, **(self.options if self.training else {}))
 
 
 class StoredRewards(Dataset):
@@ -49,10 +83,14 @@ class StoredRewards(Dataset):
         store (`ExitStore`): the store.
         rewards (`Tensor` of shape `(entries, exits)`): reward of each entry of the store at each exit.
         entries (`LongTensor`, *optional*): numbers of the entries to take; all by default.
+        prices (`Tensor` of shape `(entries, exits)`, *optional*):
+            Of conditioned policies, what each exit costs at α = 1; the rewards are then without it.
     """
 
-    def __init__(self, store: ExitStore, rewards: Tensor, entries: Tensor | None = None) -> None:
-        self.store, self.rewards = store, rewards
+    def __init__(
+        self, store: ExitStore, rewards: Tensor, entries: Tensor | None = None, prices: Tensor | None = None
+    ) -> None:
+        self.store, self.rewards, self.prices = store, rewards, prices
         self.entries = torch.arange(len(store)) if entries is None else entries
 
     def __len__(self) -> int:
@@ -64,8 +102,9 @@ class StoredRewards(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         entries = self.entries[indices]
         batch = {"states": self.store.states[entries], "rewards": self.rewards[entries]}
-        if self.store.features is not None:
-            batch["features"] = self.store.features[entries]
+        for name, value in (("features", self.store.features), ("prices", self.prices)):
+            if value is not None:
+                batch[name] = value[entries]
         return batch
 
 
@@ -161,6 +200,7 @@ def run_policy_phase(
     objective = PolicyObjective(
         policies,
         first_exit,
+        num_layers=int(train.store.layers[-1]),
         gradient=args.policy_gradient,
         samples=args.policy_samples,
         exploration=args.policy_exploration,

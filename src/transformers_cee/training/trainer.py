@@ -15,8 +15,9 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from transformers_cee.calibration.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.store import ExitStore, collect_exits
-from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.exits.policy import ExitPolicies, make_policies
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
 from transformers_cee.training.hardness import fingerprint, memorized_layers
 from transformers_cee.training.model_step import (
@@ -36,7 +37,7 @@ from transformers_cee.training.parameters import (
 )
 from transformers_cee.training.phases import PhaseLog
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
-from transformers_cee.training.rewards import RewardFunction, layer_reward
+from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
@@ -125,6 +126,9 @@ class ConsistentEETrainer(EarlyExitTrainer):
                 set_seed(self.args.seed + number)
                 results[step] = run(log.folder(step), log.checkpoint(step) if resume_from_checkpoint else None)
                 self._keep(log, step)
+        is_conditioned = active_module(self._exit_model.exit_policies).is_conditioned
+        if is_conditioned and self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
+            self.fit_exit_budgets()
         if self.args.push_to_hub:
             self.save_model()
         return results
@@ -185,13 +189,27 @@ class ConsistentEETrainer(EarlyExitTrainer):
         if wrong:
             raise ValueError(f"`alphas`={list(alphas)} must not be negative; got {wrong[0]}.")
         family = {}
+        config = copy.copy(self._exit_model.config)
+        config.policy_condition = "none"
+        own = next(self._exit_model.exit_policies.parameters())
         for alpha in alphas:
             set_seed(self.args.seed)
-            policies = copy.deepcopy(active_module(self._exit_model.exit_policies)).requires_grad_(True)
-            policies.reset_parameters()
+            policies = make_policies(config, len(config.exit_layer_numbers) - 1).to(own)
             self._policy(self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha)
             family[alpha] = policies.eval()
         return family
+
+    def fit_exit_budgets(self) -> list[list[float]]:
+        """Maps budgets to prices of a layer on the evaluation set, of conditioned policies: `exit_budget=` then works.
+        `train()` ends with it; labels are not looked at. See `calibration.exit_budget`.
+
+        Raises:
+            ValueError: policies that are not conditioned.
+        """
+        model = self._exit_model
+        store = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
+        model.config.exit_budgets = fit_exit_budgets(active_module(model.exit_policies), store)
+        return model.config.exit_budgets
 
     def train_consistent(self) -> dict[str, Any]:
         """Phase `consistent`: rounds of a model step (loss at the exits that the policies take) and a policy step."""
@@ -275,15 +293,16 @@ class ConsistentEETrainer(EarlyExitTrainer):
         mark = fingerprint(model, self.train_dataset)
         store = self._store("train", self.train_dataset, mark)
         entries = store.deciding(self._split()[1])
-        train = StoredRewards(store, self._rewards(store, self.compute_hardness(), alpha), entries)
+        used = active_module(model.exit_policies) if policies is None else policies
+        train = self._stored_rewards(store, self.compute_hardness(), alpha, used.is_conditioned, entries)
         evaluation = None
         if self.args.eval_strategy != "no" and self.eval_dataset is not None:
             stored = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
-            rewards = self._rewards(stored, memorized_layers(stored.correct, stored.layers), alpha)
-            evaluation = StoredRewards(stored, rewards, stored.deciding())
+            memorized = memorized_layers(stored.correct, stored.layers)
+            evaluation = self._stored_rewards(stored, memorized, alpha, used.is_conditioned, stored.deciding())
         criterion, threshold = operating_point(model)
         return run_policy_phase(
-            active_module(model.exit_policies) if policies is None else policies,
+            used,
             self.args,
             folder,
             train,
@@ -338,8 +357,23 @@ class ConsistentEETrainer(EarlyExitTrainer):
             self._stores[name] = (mark, self.collect_exits(dataset, name, limit, rows))
         return self._stores[name][1]
 
-    def _rewards(self, store: ExitStore, memorized: Tensor, alpha: float | None = None) -> Tensor:
+    def _stored_rewards(
+        self, store: ExitStore, memorized: Tensor, alpha: float | None, is_conditioned: bool, entries: Tensor
+    ) -> StoredRewards:
+        """Rewards at one α, or at none, with prices beside them, where every row will pay its own."""
         losses = store.losses if self.args.reward_loss == "ce" else store.errors
+        config = self._exit_model.config
+        if is_conditioned:
+            if self.reward_function is not None:
+                raise ValueError(
+                    f"`reward_function` knows no α that policies could be conditioned on: "
+                    f"`policy_condition`={config.policy_condition!r} must be 'none'."
+                )
+            prices = layer_prices(store.layers, memorized, config.num_hidden_layers, config.reward_hardness)
+            return StoredRewards(store, -losses, entries, prices)
+        return StoredRewards(store, self._rewards(store, losses, memorized, alpha), entries)
+
+    def _rewards(self, store: ExitStore, losses: Tensor, memorized: Tensor, alpha: float | None = None) -> Tensor:
         config = self._exit_model.config
         if self.reward_function is not None:
             rewards = self.reward_function(losses, store.layers, memorized, config.num_hidden_layers)

@@ -14,7 +14,7 @@ from transformers_cee.exits.estimators import make_estimators
 from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
 from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
 from transformers_cee.exits.outputs import ExitClassifierOutput
-from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.exits.policy import make_policies
 from transformers_cee.exits.runner import ExitRun, RowBatch, run_all_exits, run_exits
 from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
 
@@ -53,9 +53,7 @@ class BertForConsistentEE(BertPreTrainedModel):
         self.exit_heads = ExitHeads(internal, config.hidden_size, config.num_labels, dropout)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.exit_policies = ExitPolicies(
-            internal, config.hidden_size, config.policy_hidden_size, config.policy_activation, config.policy_inputs
-        )
+        self.exit_policies = make_policies(config, internal)
         self.exit_estimators = make_estimators(config)
         self.post_init()
 
@@ -118,7 +116,7 @@ class BertForConsistentEE(BertPreTrainedModel):
         if labels is not None:
             check_labels(labels, rows, self.num_labels, problem_type)
         decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
-        criterion = model_criterion(self, decision, problem_type, input_ids)
+        criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask)
         batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
         all_exits = output_all_exits or (self.training and labels is not None)

@@ -28,7 +28,7 @@ from transformers_cee.exits.estimators import make_estimators
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
-from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.exits.policy import make_policies
 from transformers_cee.exits.runner import Layer, RowBatch, collect_states, run_token_exits
 from transformers_cee.exits.token_losses import CrossEntropy, TokenLoss, taken_exit_losses, token_exit_losses
 from transformers_cee.generation.cache import EarlyExitCache
@@ -80,9 +80,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         self.exit_heads = LMExitHeads(
             config.exit_head, internal, config.hidden_size, config.vocab_size, config.exit_head_rank
         )
-        self.exit_policies = ExitPolicies(
-            internal, config.hidden_size, config.policy_hidden_size, config.policy_activation, config.policy_inputs
-        )
+        self.exit_policies = make_policies(config, internal)
         self.exit_estimators = make_estimators(config)
         self.post_init()
 
@@ -245,7 +243,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         if full_depth:
             return self._full_depth(inputs, labels, use_cache, logits_to_keep, num_items_in_batch, kwargs)
         if sample_exits:
-            decision = ExitDecision("policy", 1.0, self.config.policy_alpha)
+            decision = ExitDecision("policy", 1.0)
         else:
             decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
         criterion = model_criterion(self, decision, input_ids=input_ids)

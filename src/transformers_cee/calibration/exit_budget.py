@@ -1,0 +1,57 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""One model, any speed: which price α of a layer gives which mean depth, for policies conditioned on α."""
+
+import math
+
+import torch
+
+from transformers_cee.evaluation.operating_points import exits_taken, score_exits
+from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.exits.criteria import CriterionSettings
+from transformers_cee.exits.policy import ExitPolicies
+
+
+# Two budgets closer than this, as a share of all layers, are one.
+_RESOLUTION = 1e-3
+
+
+def fit_exit_budgets(
+    policies: ExitPolicies, store: ExitStore, exit_threshold: float = 0.5, candidates: int = 64
+) -> list[list[float]]:
+    """Mean depth of conditioned policies over their range of α, on held-out rows.
+
+    Depth falls with α but for chance; of prices with the same depth the highest is kept, so that budgets rise as
+    prices fall.
+
+    Args:
+        policies (`ExitPolicies`): conditioned policies.
+        store (`ExitStore`): exits of held-out rows, or tokens; labels are not looked at. Only entries that may leave
+            early count.
+        exit_threshold (`float`): what the policies' probabilities are compared with.
+        candidates (`int`): prices that are tried, evenly over their orders of magnitude.
+
+    Returns:
+        `list[list[float]]`: budget (mean exit layer over number of layers), α and threshold, by rising budget; what
+        `config.exit_budgets` holds.
+
+    Raises:
+        ValueError: policies that are not conditioned, or a threshold outside of [0, 1).
+    """
+    if not policies.is_conditioned:
+        raise ValueError("`policies` have one speed: `policy_condition` of the config must be 'input' or 'film'.")
+    if not 0.0 <= exit_threshold < 1.0:
+        raise ValueError(f"`exit_threshold`={exit_threshold} must lie in [0, 1).")
+    store = store.select(store.deciding())
+    low, high = (math.log(alpha) for alpha in policies.alphas)
+    points: list[list[float]] = []
+    for alpha in torch.linspace(high, low, candidates).exp().tolist():
+        scores = score_exits("policy", store, policies, CriterionSettings(alpha=alpha))
+        depth = store.layers[exits_taken("policy", exit_threshold, scores)].double().mean()
+        budget = float(depth / store.layers[-1])
+        if not points or budget > points[-1][0] + _RESOLUTION:
+            points.append([budget, alpha, exit_threshold])
+    return points
+
+
+__all__ = ["fit_exit_budgets"]
