@@ -229,7 +229,7 @@ def test_configuration_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"baselines": ["luck"]}, "`baselines` must be among entropy, margin, max_probability, patience; got 'luck'"),
+        ({"baselines": ["luck"]}, "`baselines` must be among calibrated_probability, .*, token_hash; got 'luck'"),
         ({"operating_points": 0}, "`operating_points` must be at least 1"),
         ({"timing_batch_sizes": [0]}, "`timing_batch_sizes` must be numbers of at least 1"),
     ],

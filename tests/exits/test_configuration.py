@@ -77,6 +77,7 @@ def test_exit_layers(config, exit_layers, expected):
         ({"policy_hidden_size": 0}, r"`policy_hidden_size`=0"),
         ({"policy_activation": "cubic"}, r"`policy_activation`='cubic'"),
         ({"reward_alpha": -1.0}, r"`reward_alpha`=-1.0"),
+        ({"exit_estimators": ["consistency", "luck"]}, r"`exit_estimators`=.*'luck'.*state_classifier, token_hash"),
     ],
 )
 def test_refused(config, fields, message):

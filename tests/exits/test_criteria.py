@@ -22,14 +22,29 @@ def step(index: int, logits: list) -> ExitStep:
 
 class TestRegistry:
     def test_names(self):
-        assert set(CRITERIA) == {"policy", "max_probability", "margin", "entropy", "patience"}
+        assert sorted(CRITERIA) == [
+            "calibrated_probability",
+            "consistency",
+            "divergence_patience",
+            "energy",
+            "entropy",
+            "entropy_patience",
+            "exit_cdf",
+            "learning_to_exit",
+            "margin",
+            "max_probability",
+            "oracle",
+            "patience",
+            "policy",
+            "state_classifier",
+            "state_similarity",
+            "token_hash",
+        ]
         assert all(cls.name == name for name, cls in CRITERIA.items())
 
     @pytest.mark.parametrize("call", [check_thresholds, lambda *args: build_criterion(*args, "regression")])
     def test_unknown_name(self, call):
-        with pytest.raises(
-            ValueError, match=r"`exit_criterion`='hope'.*entropy, margin, max_probability, patience, policy"
-        ):
+        with pytest.raises(ValueError, match=r"`exit_criterion`='hope'.*energy, entropy,.*patience, policy"):
             call("hope", 0.5, 3)
 
     @torch.no_grad()
@@ -51,8 +66,9 @@ class TestRegistry:
             assert build_criterion(name, threshold, 6, "single_label_classification").needs_logits
 
     def test_policy_needs_policies(self):
-        with pytest.raises(ValueError, match=r"policies"):
-            build_criterion("policy", 0.5, 3, "single_label_classification")
+        for name in ("policy", "exit_cdf"):
+            with pytest.raises(ValueError, match=f"'{name}' needs `policies`"):
+                build_criterion(name, 0.5, 3, "single_label_classification")
 
 
 class TestThresholds:
@@ -156,8 +172,11 @@ class TestRules:
         for name, leaves in (("policy", above), ("max_probability", above), ("margin", above), ("entropy", below)):
             assert CRITERIA[name].passes(scores, 0.5).tolist() == [bool(value) for value in leaves]
         assert CRITERIA["patience"].passes(torch.tensor([1.0, 2.0, 3.0]), 2).tolist() == [False, True, True]
-        deeper = {name: cls.higher_is_deeper for name, cls in CRITERIA.items()}
-        assert deeper.pop("entropy") is False and all(deeper.values())
+        lower_leaves = {name for name, cls in CRITERIA.items() if not cls.higher_is_deeper}
+        assert lower_leaves == {"entropy", "energy", "entropy_patience", "divergence_patience", "learning_to_exit"}
+        for name, cls in CRITERIA.items():
+            leaves = {"patience": [0, 0, 0]}.get(name, below if name in lower_leaves else above)
+            assert cls.passes(scores, 0.5 if name != "patience" else 1).tolist() == [bool(value) for value in leaves]
 
     @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
     def test_margin_between_the_two_best(self, problem_type):

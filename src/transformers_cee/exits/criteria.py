@@ -1,157 +1,38 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Exit criteria: the rules that decide exit or continue, in one registry. The learned policy is one of them.
-
-Every criterion turns what is known at an exit into one score per row and compares it with that exit's threshold.
-A criterion object belongs to one walk through the layers: what it remembers follows the rows through compaction.
+"""Exit criteria: the rules that decide exit or continue. The learned policy is one of them; those that need a fitted
+estimator or something outside of the exits are in `learned_criteria`.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from numbers import Real
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from transformers_cee.exits.policy import (
-    ExitHistory,
-    ExitPolicies,
-    check_has_classes,
-    confidence_scores,
-    predicted_classes,
+from transformers_cee.exits.criterion import (
+    CRITERIA,
+    CriterionSettings,
+    ExitCriterion,
+    ExitStep,
+    LowerLeaves,
+    Streak,
+    register_criterion,
 )
+from transformers_cee.exits.learned_criteria import (
+    CalibratedProbability,
+    Consistency,
+    LearningToExit,
+    Oracle,
+    StateClassifier,
+    StateSimilarity,
+    TokenHash,
+)
+from transformers_cee.exits.policy import ExitHistory, ExitPolicies, check_has_classes, class_probabilities
 
 
 Thresholds = float | Sequence[float]
-
-
-@dataclass
-class ExitStep:
-    """What is known about the remaining rows at one exit.
-
-    Args:
-        index (`int`): exit, counted from 0.
-        state (`Tensor` of shape `(rows, hidden)`): pooled exit state.
-        head (`Callable`): maps states (rows, hidden) to logits (rows, labels); called only when a criterion asks.
-        rows (`LongTensor` of shape `(rows,)`, *optional*): their numbers in the batch that the walk began with.
-    """
-
-    index: int
-    state: Tensor
-    head: Callable[[Tensor], Tensor]
-    rows: Tensor | None = None
-    _logits: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def logits(self) -> Tensor:
-        """Logits (rows, labels) of the exit head for all remaining rows, computed once."""
-        if self._logits is None:
-            self._logits = self.head(self.state)
-        return self._logits
-
-    def logits_of(self, rows: Tensor) -> Tensor:
-        """Logits of some rows only; cheaper while nobody has asked for all."""
-        return self.head(self.state[rows]) if self._logits is None else self._logits[rows]
-
-
-@dataclass(frozen=True)
-class CriterionSettings:
-    """What some criteria need besides a threshold and logits.
-
-    Args:
-        estimators (`Mapping[str, nn.Module]`): fitted estimators of the model, by the name of their criterion.
-        patience (`int`): exits in a row that must agree, of criteria whose threshold is something else.
-        tolerance (`float`): difference up to which two predictions of a regression count as the same.
-        alpha (`float`, *optional*): price of one layer that conditioned policies are asked for.
-        input_ids (`LongTensor` of shape `(rows, time)`, *optional*): tokens of the batch that the walk begins with.
-        labels (`Tensor` of shape `(rows,)` or `(rows, labels)`, *optional*): true labels, for the oracle.
-    """
-
-    estimators: Mapping[str, nn.Module] = field(default_factory=dict)
-    patience: int = 2
-    tolerance: float = 0.5
-    alpha: float | None = None
-    input_ids: Tensor | None = None
-    labels: Tensor | None = None
-
-
-class ExitCriterion(ABC):
-    """One rule. Subclasses give `name`, `score` and, where it differs, `passes` and `check`.
-
-    Args:
-        thresholds (`list[float]`): one per exit.
-        problem_type (`str`): what the logits mean.
-        policies (`ExitPolicies`, *optional*): the model's policy networks, for criteria that use them.
-        settings (`CriterionSettings`, *optional*): whatever else some criteria need.
-    """
-
-    name: ClassVar[str]
-    accepted: ClassVar[str] = "numbers in [0, 1]"
-    # A threshold that lets nobody out.
-    off: ClassVar[float] = 1.0
-    # Does a larger threshold send rows deeper? Calibration needs the direction.
-    higher_is_deeper: ClassVar[bool] = True
-    # Does the score need class probabilities, which regression has not?
-    needs_classes: ClassVar[bool] = False
-    # Does the score depend on earlier exits? Otherwise exits at which nobody may leave need not be asked.
-    has_memory: bool = False
-
-    def __init__(
-        self,
-        thresholds: list[float],
-        problem_type: str = "single_label_classification",
-        policies: ExitPolicies | None = None,
-        settings: CriterionSettings | None = None,
-    ) -> None:
-        if self.needs_classes:
-            check_has_classes(problem_type)
-        self.thresholds = thresholds
-        self.problem_type = problem_type
-        self.policies = policies
-        self.settings = settings or CriterionSettings()
-
-    @property
-    def needs_logits(self) -> bool:
-        """May the score ask for the logits of every row that comes to an exit? Rules that never do say so."""
-        return True
-
-    @classmethod
-    def check(cls, threshold: float) -> bool:
-        """Is this an acceptable threshold?"""
-        return 0.0 <= threshold <= 1.0
-
-    @abstractmethod
-    def score(self, step: ExitStep) -> Tensor:
-        """Scores (rows,) at an internal exit; called once per exit, in order."""
-
-    @staticmethod
-    def passes(scores: Tensor, threshold: float) -> Tensor:
-        """Which rows (rows,) leave."""
-        return scores > threshold
-
-    def can_exit(self, index: int) -> bool:
-        """False where no row can leave whatever its score: the loop then needs no look at the scores."""
-        return self.thresholds[index] < 1.0
-
-    @property
-    def is_off(self) -> bool:
-        """True when no row can leave at any internal exit."""
-        return not any(self.can_exit(index) for index in range(len(self.thresholds) - 1))
-
-    def select(self, kept: Tensor) -> None:  # noqa: B027
-        """Keeps the memory of rows `kept` (remaining rows,). Nothing to do without memory."""
-
-
-CRITERIA: dict[str, type[ExitCriterion]] = {}
-
-
-def register_criterion(cls: type[ExitCriterion]) -> type[ExitCriterion]:
-    """Adds a criterion class to the registry under its `name`."""
-    CRITERIA[cls.name] = cls
-    return cls
 
 
 @register_criterion
@@ -159,14 +40,16 @@ class Policy(ExitCriterion):
     """Learned exit policy: leave where `p_l > threshold` (ConsistentEE, Zeng et al. 2024)."""
 
     name = "policy"
+    looks_at = frozenset({"policy"})
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if self.policies is None:
-            raise ValueError("`exit_criterion`='policy' needs `policies`.")
+            raise ValueError(f"`exit_criterion`={self.name!r} needs `policies`.")
         if self.policies.needs_logits:
             check_has_classes(self.problem_type)
         self.networks: ExitPolicies = self.policies
+        self.alpha: Tensor | float | None = self.settings.alpha
         self.has_memory = self.policies.needs_logits
         self.history = ExitHistory()
 
@@ -175,11 +58,40 @@ class Policy(ExitCriterion):
         return self.networks.needs_logits
 
     def score(self, step: ExitStep) -> Tensor:
-        features = self.history.features(step.logits, self.problem_type) if self.networks.needs_logits else None
-        return self.networks.exit_logit(step.state, features, step.index).sigmoid()
+        features = step.history_features(self.history, self.problem_type) if self.networks.needs_logits else None
+        if self.alpha is None and self.networks.is_conditioned and self.networks.training:
+            # One draw per row, which holds for all exits.
+            self.alpha = self.networks.draw_alphas(len(step.state), step.state.device)
+        return self.networks.exit_logit(step.state, features, step.index, self.alpha).sigmoid()
 
     def select(self, kept: Tensor) -> None:
         self.history.select(kept)
+        if isinstance(self.alpha, Tensor):
+            self.alpha = self.alpha[kept]
+
+
+@register_criterion
+class ExitCdf(Policy):
+    """Leave where the exit distribution of the policies has given more than the threshold to the exits so far:
+    `Σ_{j≤l} π_j = 1 − Π_{j≤l}(1 − p_j)` (Q-exit of PALBERT, Balagansky and Gavrilov 2022, with threshold 0.5)."""
+
+    name = "exit_cdf"
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.has_memory = True
+        # Π(1 − p_j), the probability of coming past the exits so far.
+        self.stays: Tensor | None = None
+
+    def score(self, step: ExitStep) -> Tensor:
+        stays = 1 - super().score(step)
+        self.stays = stays if self.stays is None else self.stays * stays
+        return 1 - self.stays
+
+    def select(self, kept: Tensor) -> None:
+        super().select(kept)
+        if self.stays is not None:
+            self.stays = self.stays[kept]
 
 
 @register_criterion
@@ -188,9 +100,10 @@ class MaximumProbability(ExitCriterion):
 
     name = "max_probability"
     needs_classes = True
+    looks_at = frozenset({"confidence"})
 
     def score(self, step: ExitStep) -> Tensor:
-        return confidence_scores(step.logits, self.problem_type)[0]
+        return step.confidence(self.problem_type)[0]
 
 
 @register_criterion
@@ -200,39 +113,54 @@ class Margin(ExitCriterion):
 
     name = "margin"
     needs_classes = True
+    looks_at = frozenset({"confidence"})
 
     def score(self, step: ExitStep) -> Tensor:
-        return confidence_scores(step.logits, self.problem_type)[1]
+        return step.confidence(self.problem_type)[1]
 
 
 @register_criterion
-class Entropy(ExitCriterion):
+class Entropy(LowerLeaves):
     """Leave where the head's entropy, divided by its maximum log K, is below the threshold (DeeBERT, Xin et al. 2020,
     who compare the entropy in nats)."""
 
     name = "entropy"
     needs_classes = True
-    off = 0.0
-    higher_is_deeper = False
+    looks_at = frozenset({"confidence"})
 
     def score(self, step: ExitStep) -> Tensor:
-        return confidence_scores(step.logits, self.problem_type)[2]
+        return step.confidence(self.problem_type)[2]
 
-    @staticmethod
-    def passes(scores: Tensor, threshold: float) -> Tensor:
-        return scores < threshold
 
-    def can_exit(self, index: int) -> bool:
-        return self.thresholds[index] > 0.0
+@register_criterion
+class Energy(LowerLeaves):
+    """Leave where `1 / (1 + Σ_k exp z_k)` is below the threshold (COSEE, He et al. 2024, at temperature 1).
+
+    With many labels each is a decision between the two classes of logits z/2 and −z/2, which give the label's
+    probability, and the score is the mean over labels: at most 1/3 then.
+    """
+
+    name = "energy"
+    needs_classes = True
+
+    def score(self, step: ExitStep) -> Tensor:
+        logits = step.logits.float()
+        if self.problem_type == "multi_label_classification":
+            pairs = torch.stack((logits / 2, -logits / 2), dim=-1)
+            return (-pairs.logsumexp(-1)).sigmoid().mean(-1)
+        return (-logits.logsumexp(-1)).sigmoid()
 
 
 @register_criterion
 class Patience(ExitCriterion):
     """Leave once as many exits in a row as the threshold says have repeated the previous exit's prediction (PABEE,
-    Zhou et al. 2020). The threshold is that number; as many as there are exits switches exits off."""
+    Zhou et al. 2020). The threshold is that number; as many as there are exits switches exits off.
+
+    In regression a prediction is repeated when it is less than `settings.tolerance` away, of every output.
+    """
 
     name = "patience"
-    needs_classes = True
+    looks_at = frozenset({"predictions"})
     has_memory = True
     accepted = "numbers of at least 1"
     off = math.inf
@@ -247,16 +175,21 @@ class Patience(ExitCriterion):
         return threshold >= 1.0
 
     def score(self, step: ExitStep) -> Tensor:
-        prediction = predicted_classes(step.logits, self.problem_type)
+        is_regression = self.problem_type == "regression"
+        prediction = step.logits.float() if is_regression else step.predictions(self.problem_type)
         if self.previous is None:
             self.streak = torch.zeros(len(prediction), device=prediction.device)
         else:
-            self.streak = torch.where((prediction == self.previous).all(-1), self.streak + 1, 0.0)
+            if is_regression:
+                same = (prediction - self.previous).abs() < self.settings.tolerance
+            else:
+                same = prediction == self.previous
+            self.streak = torch.where(same.all(-1), self.streak + 1, 0.0)
         self.previous = prediction
         return self.streak
 
-    @staticmethod
-    def passes(scores: Tensor, threshold: float) -> Tensor:
+    @classmethod
+    def passes(cls, scores: Tensor, threshold: float) -> Tensor:
         return scores >= threshold
 
     def can_exit(self, index: int) -> bool:
@@ -265,6 +198,52 @@ class Patience(ExitCriterion):
     def select(self, kept: Tensor) -> None:
         if self.previous is not None:
             self.previous, self.streak = self.previous[kept], self.streak[kept]
+
+
+@register_criterion
+class EntropyPatience(Streak):
+    """Leave once the entropy, divided by its maximum log K, has been below the threshold at `settings.patience` exits
+    in a row (PCEE-BERT, Zhang et al. 2022)."""
+
+    name = "entropy_patience"
+    needs_classes = True
+    looks_at = frozenset({"confidence"})
+
+    def signal(self, step: ExitStep) -> Tensor:
+        return step.confidence(self.problem_type)[2]
+
+
+@register_criterion
+class DivergencePatience(Streak):
+    """Leave once the Jensen–Shannon divergence of an exit's distribution and the previous exit's, divided by its
+    maximum log 2, has been below the threshold at `settings.patience` exits in a row (F-PABEE, Gao et al. 2023). The
+    first exit has no predecessor; with many labels it is the mean of the labels' divergences."""
+
+    name = "divergence_patience"
+    needs_classes = True
+    first_signal = 1
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.previous: Tensor | None = None
+
+    def signal(self, step: ExitStep) -> Tensor | None:
+        now, before = class_probabilities(step.logits, self.problem_type), self.previous
+        self.previous = now
+        return None if before is None else _divergence(now, before)
+
+    def select(self, kept: Tensor) -> None:
+        super().select(kept)
+        if self.previous is not None:
+            self.previous = self.previous[kept]
+
+
+def _divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Jensen–Shannon divergence over log 2, in [0, 1], of distributions (rows, …, classes); means over labels."""
+    middle = (first + second) / 2
+    entropy = torch.special.entr(torch.stack((middle, first, second))).sum(-1)
+    divergence = ((entropy[0] - (entropy[1] + entropy[2]) / 2) / math.log(2)).clamp(0, 1)
+    return divergence.flatten(1).mean(1) if divergence.dim() > 1 else divergence
 
 
 def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> list[float]:
@@ -307,3 +286,31 @@ def build_criterion(
     """A fresh criterion object for one walk through the layers. Errors as `check_thresholds`."""
     thresholds = check_thresholds(criterion, threshold, num_exits)
     return CRITERIA[criterion](thresholds, problem_type, policies, settings)
+
+
+__all__ = [
+    "CRITERIA",
+    "CalibratedProbability",
+    "Consistency",
+    "CriterionSettings",
+    "DivergencePatience",
+    "Energy",
+    "Entropy",
+    "EntropyPatience",
+    "ExitCdf",
+    "ExitCriterion",
+    "ExitStep",
+    "LearningToExit",
+    "Margin",
+    "MaximumProbability",
+    "Oracle",
+    "Patience",
+    "Policy",
+    "StateClassifier",
+    "StateSimilarity",
+    "Thresholds",
+    "TokenHash",
+    "build_criterion",
+    "check_thresholds",
+    "register_criterion",
+]

@@ -133,7 +133,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize(
         "inputs,criterion",
-        [("state", "max_probability"), ("state", "entropy"), ("state", "patience"), ("both", "policy")],
+        [("state", "max_probability"), ("state", "entropy"), ("state", "energy"), ("both", "policy")],
     )
     def test_regression_has_no_confidence(self, inputs, criterion):
         model = tiny_model(num_labels=1, policy_inputs=inputs)
