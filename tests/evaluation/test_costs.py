@@ -1,0 +1,155 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The formulas against torch's own counter of what a forced exit really executes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import pad, random_rows, tiny_llama, tiny_llama_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from transformers_cee import BertCeeConfig
+from transformers_cee.evaluation import costs as module
+from transformers_cee.evaluation.costs import exit_costs, measured_exit_costs
+from transformers_cee.generation.cache import EarlyExitCache
+
+
+LENGTH = 7
+ALMOST = math.nextafter(1.0, 0.0)
+CLOSED = {"policy": ALMOST, "max_probability": ALMOST, "entropy": 1e-30}
+OPEN = {"policy": 0.0, "max_probability": 0.0, "entropy": 1.0}
+
+
+def forced(criterion: str, index: int, count: int) -> list[float]:
+    return [CLOSED[criterion]] * index + [OPEN[criterion]] * (count - index)
+
+
+def executed(model, inputs: dict, criterion: str) -> list[int]:
+    """FLOPs that torch counts when one row is sent to each exit."""
+    counted = []
+    numbers = model.layer_numbers
+    for index, layer in enumerate(numbers):
+        counter = FlopCounterMode(display=False)
+        call = {name: value() if callable(value) else value for name, value in inputs.items()}
+        with torch.no_grad(), counter:
+            threshold = forced(criterion, index, len(numbers))
+            output = model(**call, exit_criterion=criterion, exit_threshold=threshold)
+        assert output.exit_layers.flatten().tolist() == [layer]
+        counted.append(counter.get_total_flops())
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("fields", "criterion"),
+    [
+        ({}, "policy"),
+        ({"exit_layers": [2, 5]}, "policy"),
+        ({"exit_pooling": "mean", "exit_norm": "layer_norm"}, "policy"),
+        ({"policy_inputs": "both", "policy_condition": "input"}, "policy"),
+        ({"policy_inputs": "confidence", "policy_condition": "film"}, "policy"),
+        ({"exit_layers": 2}, "max_probability"),
+        ({"exit_pooling": "mean"}, "entropy"),
+    ],
+)
+def test_bert_flops_are_those_that_torch_counts(fields, criterion):
+    model = tiny_model(attn_implementation="eager", **fields)
+    inputs = {"input_ids": torch.arange(3, 3 + LENGTH).unsqueeze(0)}
+    assert exit_costs(model.config, LENGTH, criterion=criterion) == executed(model, inputs, criterion)
+
+
+@pytest.mark.parametrize("kind", ["shared", "norm", "low_rank", "untied", "layernorm_linear"])
+@pytest.mark.parametrize("skipped_kv", ["copy", "deferred"])
+@pytest.mark.parametrize("criterion", ["policy", "max_probability"])
+def test_llama_flops_are_those_that_torch_counts(kind, skipped_kv, criterion):
+    model = tiny_llama(attn_implementation="eager", exit_head=kind, exit_head_rank=3, skipped_kv=skipped_kv)
+    prompt = torch.arange(3, 3 + LENGTH - 1).unsqueeze(0)
+
+    def cache():
+        return EarlyExitCache.from_cache(model(prompt, use_cache=True).past_key_values, 4)
+
+    with torch.no_grad():
+        caches = [cache() for _ in model.layer_numbers]
+    inputs = {"input_ids": torch.tensor([[9]]), "past_key_values": lambda: caches.pop()}
+    with FlopCounterMode(display=False) as rotary:
+        model.model.rotary_emb(torch.zeros(1, 1, 32), position_ids=torch.tensor([[LENGTH - 1]]))
+    counted = [flops - rotary.get_total_flops() for flops in executed(model, inputs, criterion)]
+    assert exit_costs(model.config, LENGTH, criterion=criterion) == counted
+
+
+def test_exits_before_the_first_open_one_are_not_asked():
+    every, later = tiny_llama_config(), tiny_llama_config(min_exit_layer=3)
+    policy = 2 * 32 * 32 + 2 * 32
+    assert exit_costs(every, 5)[3] - exit_costs(later, 5)[3] == 2 * policy
+    head = 2 * 32 * 60
+    difference = exit_costs(every, 5, criterion="margin")[3] - exit_costs(later, 5, criterion="margin")[3]
+    assert difference == 2 * head
+
+
+def test_layers():
+    assert exit_costs(BertCeeConfig(exit_layers=3), 128, unit="layers") == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_bert_base_by_hand():
+    found = exit_costs(BertCeeConfig(num_labels=2), 128)
+    layer = 2 * 128 * (4 * 768 * 768 + 2 * 768 * 3072) + 4 * 128 * 128 * 768
+    assert found[0] == layer + 2 * 768 * 768 + 2 * 768 * 32 + 2 * 32 + 2 * 768 * 2
+    # BERT-base at 128 tokens is known as 22.4 GFLOPs.
+    assert found[-1] == pytest.approx(22.4e9, rel=0.01)
+
+
+def test_measured_costs_are_medians_of_forced_exits(monkeypatch):
+    """A clock that ticks once per layer that ran: the cost of an exit is its layer, per row."""
+    model, ticks = tiny_model(exit_layers=[2, 3]).train(), [0.0]
+    for layer in model.bert.encoder.layer:
+        layer.register_forward_hook(lambda *_: ticks.__setitem__(0, ticks[0] + 1))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: ticks[0]))
+    batches = [pad(random_rows(2, seed)) for seed in range(3)]
+    assert measured_exit_costs(model, batches, disable_tqdm=True) == [1000.0, 1500.0, 3000.0]
+    assert model.training
+
+
+def test_measured_costs_of_a_decoder_are_those_of_one_token(monkeypatch):
+    model, ticks = tiny_llama(exit_layers=[1, 3]), [0.0]
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: ticks.__setitem__(0, ticks[0] + 1))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: ticks[0]))
+    rows = [{"input_ids": row["input_ids"]} for row in random_rows(2, 0)]
+    batches = [pad(rows, side="left"), {"input_ids": torch.tensor([[3, 4], [5, 6]])}]
+    assert measured_exit_costs(model, batches, repeats=2, disable_tqdm=True) == [500.0, 1500.0, 2000.0]
+
+
+def test_measured_costs_ask_the_policies_on_the_way():
+    model, asked = tiny_model(exit_layers=[2, 3]), [0, 0]
+    for index, network in enumerate(model.exit_policies.networks):
+        network[0].register_forward_hook(lambda *_, index=index: asked.__setitem__(index, asked[index] + 1))
+    measured_exit_costs(model, [pad(random_rows(2, 0))], repeats=2, disable_tqdm=True)
+    # Warm-up and two passes: the first policy in every run, the second unless rows left at the first.
+    assert asked == [3 * 3, 3 * 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: exit_costs(SimpleNamespace(model_type="t5"), 8), "'t5'.*'bert_cee', 'llama_cee'"),
+        (lambda: exit_costs(BertCeeConfig(), 0), "`sequence_length`=0"),
+        (lambda: exit_costs(BertCeeConfig(), 8, unit="joules"), "`unit`='joules'.*'layers', 'flops'"),
+        (lambda: exit_costs(BertCeeConfig(), 8, criterion="luck"), "`criterion`='luck'.*policy"),
+        (lambda: measured_exit_costs(tiny_model(), []), r"`batches` \(0\)"),
+        (lambda: measured_exit_costs(tiny_model(), [{}], repeats=0), r"`repeats` \(0\)"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_rows_that_leave_elsewhere_are_noticed():
+    model = tiny_model()
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "exit_threshold": 1.0})
+    with pytest.raises(RuntimeError, match="sent to layer 1 left at layers"):
+        measured_exit_costs(model, [pad(random_rows(2, 0))], disable_tqdm=True)
