@@ -98,6 +98,10 @@ class GenerationArguments:
     timing_prompts: int = field(
         default=8, metadata={"help": "Test prompts on which time is taken, in turn with full depth."}
     )
+    perplexity_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of each reference that perplexity is taken of; 0 for none. Default: all."},
+    )
     bertscore_model: str | None = field(
         default=None, metadata={"help": "Encoder of BERTScore: a folder, or a name on the Hub. Default: no BERTScore."}
     )
@@ -114,6 +118,8 @@ class GenerationArguments:
         check_positive(self, (*names, "bertscore_num_layers", "early_stopping_patience"))
         if not self.eval_batch_sizes or min(self.eval_batch_sizes) < 1:
             raise ValueError(f"`eval_batch_sizes` must be numbers of at least 1; got {self.eval_batch_sizes}.")
+        if self.perplexity_tokens is not None and self.perplexity_tokens < 0:
+            raise ValueError(f"`perplexity_tokens` must not be negative; got {self.perplexity_tokens}.")
         if self.eval_depths is not None and min(self.eval_depths) < 1:
             raise ValueError(f"`eval_depths` must be layers, 1 or more; got {self.eval_depths}.")
 

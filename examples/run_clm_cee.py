@@ -194,6 +194,7 @@ def make_benchmark(
         batch_size=training_args.per_device_eval_batch_size,
         timing_batch_sizes=args.eval_batch_sizes,
         timing_prompts=args.timing_prompts,
+        perplexity_tokens=args.perplexity_tokens,
         disable_tqdm=bool(training_args.disable_tqdm),
     )
 

@@ -88,6 +88,17 @@ def test_a_point_without_exits_is_the_full_model(model, prompts):
     assert point.metrics["agreement"] == point.metrics["identical"] == 1
 
 
+def test_perplexity_of_as_much_as_was_asked_for(model, prompts):
+    whole, some, none = (
+        make_benchmark(model, prompts, perplexity_tokens=tokens).measure("policy", 0.5) for tokens in (None, 2, 0)
+    )
+    assert "perplexity" not in none.metrics
+    assert whole.metrics["perplexity"] != some.metrics["perplexity"]
+    for point in (some, none):
+        for name in ("agreement", "identical"):
+            assert point.metrics[name] == whole.metrics[name]
+
+
 def test_bad_lists(model, prompts):
     with pytest.raises(ValueError, match=r"`prompts` \(0\) and `answers` \(0\) must be as many"):
         GenerationBenchmark(model, [], [], lambda rows: [], pad=0)

@@ -202,9 +202,9 @@ def test_wall_clock(rows):
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((module.training, kwargs["exit_threshold"])), with_kwargs=True
     )
-    speedups = measure_wall_clock(
-        model, batches, [("policy", 0.0), ("entropy", 0.5), ("policy", [0.5] * 6)], repeats=2
-    )
+    settings = [("policy", 0.0), ("entropy", 0.5), ("policy", [0.5] * 6)]
+    settings = [{"exit_criterion": name, "exit_threshold": threshold} for name, threshold in settings]
+    speedups = measure_wall_clock(model, batches, settings, repeats=2)
     assert len(speedups) == 3 and all(speedup > 0 for speedup in speedups)
     assert model.training and not any(training for training, _ in seen)
     assert len(seen) == 1 + 2 * 2 * 3 * 2

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from transformers_cee.evaluation.operating_points import FULL_DEPTH
 from transformers_cee.exits.criteria import CRITERIA, ExitStep, build_criterion
 from transformers_cee.exits.deciding import criterion_settings
 
 
-FULL_DEPTH: dict[str, Any] = {"exit_criterion": "policy", "exit_threshold": 1.0}
 # Rows of logits that exist at once when exits are scored.
 SCORED_ROWS = 256
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from transformers_cee.calibration.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.operating_points import (
     Metrics,
     OperatingPoint,
@@ -25,6 +26,8 @@ from transformers_cee.evaluation.operating_points import (
     score_exits,
     thresholds_for_depths,
 )
+from transformers_cee.exits.criteria import CriterionSettings
+from transformers_cee.exits.deciding import price_of_budget
 
 
 if TYPE_CHECKING:
@@ -69,6 +72,7 @@ def compare_criteria(
     depths: Sequence[float],
     own: tuple[str, Thresholds] | None = None,
     more_policies: Mapping[str, Mapping[float, ExitPolicies]] | None = None,
+    settings: tuple[CriterionSettings, CriterionSettings] | None = None,
 ) -> Comparison:
     """Compares exit criteria at the same depths.
 
@@ -84,6 +88,7 @@ def compare_criteria(
         more_policies:
             By name, families of policies for the same exits, each trained for another price of a layer. Their curve
             takes, at every depth, the policies and threshold that are best on dev.
+        settings: what some criteria need besides, for the rows of dev and of test.
     """
     layers = test.layers.tolist()
     exits = exit_points(test, metrics)
@@ -94,9 +99,15 @@ def compare_criteria(
         curves[name] = choices.points(depths)
         curve = [exits[0], *choices.points(dense), exits[-1]]
         matched[name] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
+    on_dev, on_test = settings or (None, None)
     for criterion in criteria:
-        dev_scores = score_exits(criterion, dev, policies)
-        test_scores = score_exits(criterion, test, policies)
+        if criterion == "policy" and policies.is_conditioned:
+            curves[criterion] = budget_curve(policies, dev, test, metrics, depths)
+            curve = [exits[0], *budget_curve(policies, dev, test, metrics, dense), exits[-1]]
+            matched[criterion] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
+            continue
+        dev_scores = score_exits(criterion, dev, policies, on_dev)
+        test_scores = score_exits(criterion, test, policies, on_test)
         thresholds = thresholds_for_depths(criterion, dev_scores, layers, depths)
         curves[criterion] = hindsight_curve(criterion, thresholds, test_scores, test, metrics)
         if own is not None and own[0] == criterion:
@@ -149,6 +160,28 @@ class _Choices:
         return hindsight_point("policy", chosen.exit_threshold, scores, self.test, self.metrics)
 
 
+def budget_curve(
+    policies: ExitPolicies, dev: ExitStore, test: ExitStore, metrics: Metrics, depths: Sequence[float]
+) -> list[OperatingPoint]:
+    """Points on test of policies conditioned on α, by rising depth: each wanted depth is asked for as a budget, whose
+    price was fitted on dev.
+
+    Args:
+        policies: conditioned policies.
+        dev, test, metrics, depths: as in `compare_criteria`.
+    """
+    prices, layers = fit_exit_budgets(policies, dev), int(dev.layers[-1])
+    by_depth = {}
+    for depth in depths:
+        budget = min(1.0, depth / layers)
+        alpha, threshold = price_of_budget(prices, budget)
+        scores = score_exits("policy", test, policies, CriterionSettings(alpha=alpha))
+        point = hindsight_point("policy", threshold, scores, test, metrics)
+        point.exit_budget = budget
+        by_depth[point.depth] = point
+    return [by_depth[depth] for depth in sorted(by_depth)]
+
+
 def exit_points(store: ExitStore, metrics: Metrics) -> list[OperatingPoint]:
     """The operating point of each exit when all rows leave there."""
     num_exits = len(store.layers)
@@ -171,14 +204,21 @@ def time_points(
         batches: tokenised inputs without labels, on the model's device.
         points: which criteria and thresholds.
     """
-    settings = [(point.criterion, point.exit_threshold) for point in points]
+    settings = [point.exit_arguments for point in points]
     timed = []
-    for (criterion, threshold), speedup in zip(settings, measure_wall_clock(model, batches, settings), strict=True):
-        outputs = [model(**batch, exit_criterion=criterion, exit_threshold=threshold) for batch in batches]
+    for point, speedup in zip(points, measure_wall_clock(model, batches, settings), strict=True):
+        outputs = [model(**batch, **point.exit_arguments) for batch in batches]
         layers = torch.cat([output.exit_layers for output in outputs])
         figures = depth_figures(layers, model.config.num_hidden_layers)
         histogram = exit_histogram(layers, model.config.exit_layer_numbers)
         timed.append(
-            OperatingPoint(criterion, threshold, **figures, wall_clock_speedup=speedup, exit_histogram=histogram)
+            OperatingPoint(
+                point.criterion,
+                point.exit_threshold,
+                **figures,
+                wall_clock_speedup=speedup,
+                exit_histogram=histogram,
+                exit_budget=point.exit_budget,
+            )
         )
     return timed

@@ -57,7 +57,7 @@ class GenerationPoint(OperatingPoint):
     - `agreement`: share of positions, fed with the full model's own answer, at which the exit taken chooses the full
       model's token; the first token of each answer, where nothing is decided, is left out;
     - `identical`: share of answers that are the full model's, token for token;
-    - `perplexity`: of the references, fed token by token.
+    - `perplexity`: of the references, fed token by token, if it was asked for.
 
     Args:
         speeds (`dict[str, Speed]`): by batch size; the first gives `wall_clock_speedup`.
@@ -82,6 +82,7 @@ class GenerationBenchmark:
         batch_size: rows at a time where no time is taken.
         timing_batch_sizes: batch sizes at which time is taken; the first gives `wall_clock_speedup`.
         timing_prompts: prompts on which time is taken.
+        perplexity_tokens: tokens of each reference whose perplexity is taken; None for all, 0 for no perplexity.
         pad: token id of padding.
         disable_tqdm: no progress bars.
 
@@ -103,6 +104,7 @@ class GenerationBenchmark:
         batch_size: int = 8,
         timing_batch_sizes: Sequence[int] = (1,),
         timing_prompts: int = 8,
+        perplexity_tokens: int | None = None,
         disable_tqdm: bool = False,
     ) -> None:
         if not prompts or len(prompts) != len(answers):
@@ -112,6 +114,7 @@ class GenerationBenchmark:
         self.model, self.prompts, self.answers, self.pad = model.eval(), prompts, answers, pad
         self.decode = decode
         self.references = decode(answers) if references is None else references
+        self.judged_answers = [tokens[:perplexity_tokens] for tokens in answers]
         self.text_metrics = text_metrics or (lambda answers, references: {})
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.timing_batch_sizes, self.disable_tqdm = timing_batch_sizes, disable_tqdm
@@ -163,16 +166,6 @@ class GenerationBenchmark:
                 for row, (new, exits) in zip(batch, made.rows(), strict=True):
                     tokens[row] = new
                     layers += exits
-        reference = teacher_forced(
-            self.model,
-            self.prompts,
-            self.answers,
-            self.batch_size,
-            self.pad,
-            self._bar("Perplexity"),
-            compare=False,
-            **settings,
-        )
         texts = self.decode(tokens)
         self.texts[criterion, str(threshold)] = texts
         numbers = self.model.config.exit_layer_numbers
@@ -183,11 +176,27 @@ class GenerationBenchmark:
             depth=figures["depth"],
             saved_layers=figures["saved_layers"],
             layer_speedup=figures["layer_speedup"],
-            metrics={**self.text_metrics(texts, self.references), "perplexity": reference.perplexity},
+            metrics={**self.text_metrics(texts, self.references), **self._perplexity(settings)},
             exit_histogram=exit_histogram(torch.tensor(layers), numbers),
             peak_memory_mb=memory.peak_mb,
         )
         return point, tokens
+
+    def _perplexity(self, settings: dict[str, Any]) -> dict[str, float]:
+        """Perplexity of the references with exits; nothing if it was not asked for."""
+        if not any(self.judged_answers):
+            return {}
+        reference = teacher_forced(
+            self.model,
+            self.prompts,
+            self.judged_answers,
+            self.batch_size,
+            self.pad,
+            self._bar("Perplexity"),
+            compare=False,
+            **settings,
+        )
+        return {"perplexity": reference.perplexity}
 
     def _speed(self, batch_size: int, settings: dict[str, Any]) -> Speed:
         """Times the batches of `timed` prompts, exits and full depth in turn; who goes first changes."""

@@ -3,6 +3,7 @@
 """From what a caller asks for (a threshold, the name of an operating point, a budget) to the criterion of one walk."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def resolve_decision(
                 f"`exit_budget`={exit_budget} excludes `exit_threshold`={exit_threshold} and "
                 f"`exit_criterion`={exit_criterion!r}: give one of them."
             )
-        alpha, limit = _of_budget(config, exit_budget)
+        alpha, limit = price_of_budget(config.exit_budgets, exit_budget)
         return ExitDecision("policy", limit, alpha)
     threshold = config.exit_threshold if exit_threshold is None else exit_threshold
     if not isinstance(threshold, str):
@@ -73,14 +74,21 @@ def resolve_decision(
     return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"))
 
 
-def _of_budget(config: Any, budget: float) -> tuple[float, float]:
-    """α and threshold of a budget, linear between the points that were fitted on held-out data."""
-    points = config.exit_budgets
+def price_of_budget(points: Sequence[Sequence[float]], budget: float) -> tuple[float, float]:
+    """α and threshold of a budget, between the points that were fitted on held-out data.
+
+    Args:
+        points (sequence of `[budget, α, threshold]`): by rising budget, as `config.exit_budgets`.
+        budget (`float`): wanted mean depth as a share of all layers, in (0, 1]; 1 closes the exits.
+
+    Raises:
+        ValueError: no points, or a budget out of range.
+    """
     if not points:
         raise ValueError(f"`exit_budget`={budget}: this model has no fitted budgets (`config.exit_budgets` is empty).")
-    budgets = [point[0] for point in points]
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0.0 < budget <= 1.0:
         raise ValueError(f"`exit_budget`={budget!r} must be a share of all layers, in (0, 1].")
+    budgets = [point[0] for point in points]
     if budget >= budgets[-1]:
         # As deep as was fitted; the whole depth closes the exits.
         return points[-1][1], 1.0 if budget == 1.0 else points[-1][2]
@@ -90,8 +98,7 @@ def _of_budget(config: Any, budget: float) -> tuple[float, float]:
     (low, alpha, threshold), (high, next_alpha, next_threshold) = points[right - 1], points[right]
     share = (budget - low) / (high - low)
     # Prices are spread over orders of magnitude.
-    between = alpha ** (1 - share) * next_alpha**share if alpha > 0 and next_alpha > 0 else alpha
-    return between, threshold + share * (next_threshold - threshold)
+    return alpha ** (1 - share) * next_alpha**share, threshold + share * (next_threshold - threshold)
 
 
 def criterion_settings(model: nn.Module, alpha: float | None = None, input_ids: Tensor | None = None, **more: Any):

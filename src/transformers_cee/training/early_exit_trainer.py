@@ -3,10 +3,11 @@
 """🤗 Trainer for models with exits: depth in every evaluation, operating points, and a card that shows them."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from transformers_cee.evaluation.operating_points import (
@@ -18,7 +19,7 @@ from transformers_cee.evaluation.operating_points import (
 from transformers_cee.exits.configuration import ExitConfigMixin
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.hub.model_card import EarlyExitCard
-from transformers_cee.training.objectives import HEADS_OBJECTIVES
+from transformers_cee.training.heads_objectives import check_heads_objective
 from transformers_cee.training.parameters import bare_model
 from transformers_cee.training.token_evaluation import (
     KnownText,
@@ -73,6 +74,7 @@ class EarlyExitTrainer(Trainer):
         self._points: list[OperatingPoint] = []
         self._full_point: OperatingPoint | None = None
         self._in_phase = False
+        self._exit_loss: Callable[[Tensor], Tensor] = torch.mean
         self._full_depth: KnownText | None = None
         self._per_token: bool = self._exit_model.exits_per_token
         if self._per_token:
@@ -154,8 +156,7 @@ class EarlyExitTrainer(Trainer):
             self._known_text = KnownText.from_arrays(output.predictions, output.label_ids)
             figures |= self._known_text.figures(self._full_depth)
             if self._in_phase:
-                objective = HEADS_OBJECTIVES[self.args.heads_objective]
-                figures["exit_loss"] = float(objective(self._known_text.losses.double()))
+                figures["exit_loss"] = float(self._exit_loss(self._known_text.losses.double()))
             self._exit_layers, predictions = self._known_text.decided_layers, output.predictions[1]
         else:
             predictions, exit_layers = output.predictions
@@ -210,7 +211,8 @@ class EarlyExitTrainer(Trainer):
         """Metrics and depth at the configured threshold, and the operating points of `args.eval_exit_thresholds`.
 
         Every operating point is executed. Inside a training phase only the metrics and depth are computed, and of a
-        decoder `exit_loss`: in `heads` the phase's objective over all exits (cross-entropy, whatever `token_loss`),
+        decoder `exit_loss`: in `heads` what the phase's objective makes of all exits' cross-entropy, whatever
+        `token_loss` (the mean over exits, where the objective needs more than losses or changes from step to step),
         else the loss at the exits taken. It is what improves with `trainable="exits"`, when full depth stays the same.
 
         Of an encoder, the wall-clock speed-up over full depth is taken in the same run, on up to
@@ -287,7 +289,7 @@ class EarlyExitTrainer(Trainer):
             rows += self.args.per_device_eval_batch_size
             if rows >= self.args.eval_timing_rows:
                 break
-        settings = [(point.criterion, point.exit_threshold) for point in points]
+        settings = [point.exit_arguments for point in points]
         speedups = measure_wall_clock(self.accelerator.unwrap_model(self.model), batches, settings)
         for point, speedup in zip(points, speedups, strict=True):
             point.wall_clock_speedup = speedup
@@ -308,6 +310,7 @@ def _check_arguments(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Non
         raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
     if args.prediction_loss_only or args.batch_eval_metrics:
         raise ValueError("`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed.")
+    check_heads_objective(args.heads_objective, exit_model.config, exit_model.exits_per_token)
     if exit_model.exits_per_token:
         if kwargs.get("preprocess_logits_for_metrics") is not None:
             raise ValueError("`preprocess_logits_for_metrics` is not supported: a decoder's logits are not collected.")
