@@ -11,11 +11,10 @@ model per seed.
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from transformers_cee.evaluation.report import markdown_table, method_name
+from transformers_cee.evaluation.report import markdown_table, method_name, spread
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,15 +22,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of run_glue_cee.py")
     parser.add_argument("--output", type=Path, help="Markdown file; without it the tables are only printed")
     return parser.parse_args()
-
-
-def spread(values: list[float | None], digits: int = 1, scale: float = 100.0) -> str:
-    """`mean ± standard deviation`, the mean alone of one value, `-` of none."""
-    known = [scale * value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.mean(known):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
 def summarize(runs: list[dict]) -> str:

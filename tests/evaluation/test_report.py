@@ -16,6 +16,8 @@ from transformers_cee.evaluation.report import (
     matched_depth_table,
     method_name,
     operating_points_table,
+    spread,
+    spread_table,
     write_results,
 )
 
@@ -85,3 +87,53 @@ def test_threshold_just_below_one_is_not_shown_as_one():
     points = [replace(POINT, exit_threshold=value) for value in (0.9999651908874512, 1.0)]
     rows = operating_points_table(points, ["accuracy"]).splitlines()[2:]
     assert [row.split("|")[2].strip() for row in rows] == ["0.999965191", "1"]
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "text"),
+    [
+        ([0.9, 0.8, 0.85], {}, "85.0 ± 5.0"),
+        ([0.9, None, 0.8, math.nan], {}, "85.0 ± 7.1"),
+        ([0.912], {}, "91.2"),
+        ([None, math.nan], {}, "-"),
+        ([], {}, "-"),
+        ([1.5, 2.0], {"digits": 2, "scale": 1.0}, "1.75 ± 0.35"),
+    ],
+)
+def test_spread(values, options, text):
+    assert spread(values, **options) == text
+
+
+def cells_of(table: str) -> list[list[str]]:
+    header, _, *rows = table.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+
+
+def test_spread_table():
+    values = {
+        "policy": {"SST-2": [0.9, 0.92], "TREC": [0.8]},
+        "entropy": {"SST-2": [0.88, None], "RTE": [0.6, 0.7]},
+        "max_probability": {"TREC": [0.8004], "RTE": [None]},
+    }
+    assert cells_of(spread_table(values, "accuracy in %")) == [
+        ["accuracy in %", "SST-2", "TREC", "RTE"],
+        ["ConsistentEE (policy)", "**91.0 ± 1.4**", "**80.0**", "-"],
+        ["entropy", "88.0", "-", "**65.0 ± 7.1**"],
+        ["maximum probability", "-", "**80.0**", "-"],
+    ]
+
+
+def test_spread_table_where_lower_is_better():
+    values = {"policy": {"perplexity": [9.0, 9.5], "-1": [-0.2]}, "margin": {"perplexity": [8.5], "-1": [-0.1]}}
+    rows = cells_of(spread_table(values, digits=2, scale=1.0, lower_is_better=["perplexity"]))
+    assert rows[1:] == [
+        ["ConsistentEE (policy)", "9.25 ± 0.35", "-0.20"],
+        ["margin", "**8.50**", "**-0.10**"],
+    ]
+
+
+def test_spread_table_refuses():
+    with pytest.raises(ValueError, match="at least one method"):
+        spread_table({})
+    with pytest.raises(ValueError, match=r"\['loss'\] of `lower_is_better`"):
+        spread_table({"policy": {"accuracy": [0.5]}}, lower_is_better=["loss"])

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .operating_points import OperatingPoint
 
-__all__ = ["markdown_table", "matched_depth_table", "method_name", "operating_points_table", "write_results"]
+__all__ = [
+    "markdown_table",
+    "matched_depth_table",
+    "method_name",
+    "operating_points_table",
+    "spread",
+    "spread_table",
+    "write_results",
+]
 
 METHOD_NAMES = {"policy": "ConsistentEE (policy)", "max_probability": "maximum probability", "full": "full depth"}
 METHOD_NAMES |= {"policies_by_alpha": "ConsistentEE, one policy per α"}
@@ -75,6 +84,61 @@ def matched_depth_table(values: Mapping[str, Mapping[float, float | None]], metr
         for method, by_depth in values.items()
     ]
     return markdown_table(header, rows)
+
+
+def spread(values: Sequence[float | None], digits: int = 1, scale: float = 100.0) -> str:
+    """`mean ± standard deviation` of one value per seed (`n − 1` in the denominator), the mean alone of one value, `-`
+    of none.
+
+    Args:
+        values: None and NaN do not count.
+        digits: behind the point.
+        scale: what values are multiplied with; 100 turns shares into percent.
+    """
+    known = [scale * value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def spread_table(
+    values: Mapping[str, Mapping[str, Sequence[float | None]]],
+    heading: str = "method",
+    *,
+    digits: int = 1,
+    scale: float = 100.0,
+    lower_is_better: Collection[str] = (),
+) -> str:
+    """One row per method, one column per figure, `mean ± standard deviation` over seeds, the best mean of each column
+    in bold, with all that look the same.
+
+    Args:
+        values: per method and column, one value per seed; None where there is none. Columns stand in the order in
+            which they first come.
+        heading: of the first column.
+        digits, scale: as in `spread`.
+        lower_is_better: columns whose best mean is the lowest.
+
+    Raises:
+        ValueError: no methods, or `lower_is_better` names a column that is not there.
+    """
+    columns = list(dict.fromkeys(column for row in values.values() for column in row))
+    if not values or not set(lower_is_better) <= set(columns):
+        raise ValueError(
+            f"`values` must hold at least one method, and the columns {list(lower_is_better)} of `lower_is_better`; "
+            f"got the methods {list(values)} and the columns {columns}."
+        )
+    cells = {column: [spread(row.get(column, ()), digits, scale) for row in values.values()] for column in columns}
+    for column, texts in cells.items():
+        # Means as they are printed: who is a hundredth ahead of what stands there is not better.
+        means = [float(text.split()[0]) for text in texts if text != "-"]
+        best = (min if column in lower_is_better else max)(means, default=None)
+        cells[column] = [f"**{text}**" if text != "-" and float(text.split()[0]) == best else text for text in texts]
+    rows = [
+        [method_name(method), *(cells[column][index] for column in columns)] for index, method in enumerate(values)
+    ]
+    return markdown_table([heading, *columns], rows)
 
 
 def write_results(results: Mapping[str, Any], path: str | Path) -> Path:
