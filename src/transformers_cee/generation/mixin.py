@@ -165,7 +165,9 @@ class EarlyExitGenerationMixin(GenerationMixin):
     def _exits_are_on(self, settings: dict[str, Any]) -> bool:
         """Checks the settings, before any layer runs; False if no token could leave."""
         asked = {name: settings.get(name) for name in ("exit_threshold", "exit_criterion", "exit_budget")}
-        criterion = model_criterion(self, resolve_decision(self.config, **asked))
+        # The tokens of the steps are not known yet.
+        no_tokens = torch.empty(0, 1, dtype=torch.long, device=self.device)
+        criterion = model_criterion(self, resolve_decision(self.config, **asked), input_ids=no_tokens)
         check_skipped_kv(settings["skipped_kv"])
         check_min_exit_layer(settings.get("min_exit_layer"), self.config.num_hidden_layers)
         decay = settings.get("exit_threshold_decay")
