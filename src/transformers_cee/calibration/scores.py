@@ -1,0 +1,233 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What calibration works on: scores of one criterion at all internal exits, and what each exit would have answered.
+
+Inside of this package scores are *oriented*: larger is surer and a row leaves at the first exit whose score is
+strictly above the threshold, whatever the criterion's own direction. This file is the border between both.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_cee.evaluation.operating_points import CONFIDENCE_FEATURES, score_exits
+from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
+from transformers_cee.exits.policy import ExitPolicies, confidence_scores, predicted_classes
+
+
+RISKS = ("error", "excess_error")
+
+
+@dataclass
+class ExitScores:
+    """Scores of one criterion on rows (of an encoder) or tokens (of a decoder) that may leave at any exit.
+
+    Args:
+        criterion (`str`): exit criterion that the scores belong to.
+        scores (`Tensor` of shape `(rows, exits − 1)`): its score at every internal exit, as if nothing left before.
+        layers (`LongTensor` of shape `(exits,)`): 1-based layer of each exit.
+        disagrees (`BoolTensor` of shape `(rows, exits)`): does the exit predict something else than the last one?
+        losses (`Tensor` of shape `(rows, exits)`): the task's own risk of each row at each exit, 0/1 error by default.
+        risk (`str`): name of that risk.
+        groups (`LongTensor` of shape `(rows,)`, *optional*):
+            Which rows depend on one another: the text of each token. Means are then taken over texts of means over
+            their tokens, and a certificate counts texts.
+        last_scores (`Tensor` of shape `(rows,)`, *optional*): the score at the last exit, to reject rows there.
+        alpha (`float`, *optional*): price of one layer that the scores' policies were asked for.
+
+    Raises:
+        ValueError: an unknown criterion, shapes that do not fit, no rows, or a score that is not a number.
+    """
+
+    criterion: str
+    scores: Tensor
+    layers: Tensor
+    disagrees: Tensor
+    losses: Tensor
+    risk: str = "error"
+    groups: Tensor | None = None
+    last_scores: Tensor | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"`criterion`={self.criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
+        self.layers = torch.as_tensor(self.layers)
+        if self.scores.dim() != 2 or len(self.scores) == 0:
+            raise ValueError(f"`scores` of shape {tuple(self.scores.shape)} must be (rows, exits − 1), rows above 0.")
+        rows, exits = len(self.scores), self.scores.shape[1] + 1
+        shapes: dict[str, tuple[int, ...]] = {"layers": (exits,), "disagrees": (rows, exits), "losses": (rows, exits)}
+        shapes |= {"groups": (rows,), "last_scores": (rows,)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"`{name}` of shape {tuple(value.shape)} must be {shape} for {rows} rows.")
+        if bool(self.scores.isnan().any()):
+            raise ValueError("`scores` contains NaN; accepted are numbers.")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.layers)
+
+    @property
+    def oriented(self) -> Tensor:
+        """Scores (rows, exits − 1) of which larger is surer."""
+        return orient(self.criterion, self.scores)
+
+    def select(self, rows: Tensor) -> "ExitScores":
+        """Scores of some rows (LongTensor or BoolTensor) only."""
+        names = ("scores", "disagrees", "losses", "groups", "last_scores")
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
+        return replace(self, **{name: value[rows] for name, value in kept.items() if value is not None})
+
+    def mean(self, values: Tensor) -> float:
+        """Mean of values (rows,): over rows, or over groups of means within groups."""
+        weights, units = unit_weights(self.groups, len(values))
+        return float((values.double() * weights).sum() / units)
+
+
+def unit_weights(groups: Tensor | None, rows: int) -> tuple[Tensor, int]:
+    """Weight (rows,) of each row such that each independent unit counts once, and the number of units."""
+    if groups is None:
+        return torch.ones(rows, dtype=torch.double), rows
+    _, unit, counts = groups.unique(return_inverse=True, return_counts=True)
+    return 1.0 / counts[unit].double(), len(counts)
+
+
+def score_store(
+    store: ExitStore,
+    criterion: str,
+    policies: ExitPolicies | None = None,
+    settings: CriterionSettings | None = None,
+    risk: str | Tensor | Callable[[ExitStore], Tensor] = "error",
+) -> ExitScores:
+    """Scores of a criterion for every entry of a store that may leave early.
+
+    Args:
+        store (`ExitStore`): exits of held-out rows, see `evaluation.store.collect_exits`.
+        criterion (`str`): exit criterion.
+        policies (`ExitPolicies`, *optional*): the model's policies, for the criterion `"policy"`.
+        settings (`CriterionSettings`, *optional*): what else the criterion needs; its `alpha` is kept.
+        risk (`str`, `Tensor` or `Callable`, *optional*, defaults to `"error"`):
+            The task's risk: `"error"`; `"excess_error"`, what an exit errs more than the last one; losses (entries,
+            exits); or a function from the store to such losses, as 1 − ROUGE-L of each exit's answer.
+
+    Raises:
+        ValueError: an unknown risk, nothing that may leave, or as `score_exits`.
+    """
+    if isinstance(risk, str) and risk not in RISKS:
+        raise ValueError(f"`risk`={risk!r} is unknown; accepted are {', '.join(RISKS)}, losses, or a function.")
+    deciding = store.deciding()
+    losses = _store_losses(store, risk)
+    last_scores = None
+    if criterion in CONFIDENCE_FEATURES and store.logits is not None:
+        last_scores = confidence_scores(store.logits[:, -1], store.problem_type)[CONFIDENCE_FEATURES[criterion]]
+    return ExitScores(
+        criterion,
+        score_exits(criterion, store, policies, settings)[deciding],
+        store.layers,
+        store_disagreements(store)[deciding],
+        losses[deciding],
+        risk if isinstance(risk, str) else "own",
+        groups=None if store.logits is not None or store.rows is None else store.rows[deciding],
+        last_scores=None if last_scores is None else last_scores[deciding],
+        alpha=None if settings is None else settings.alpha,
+    )
+
+
+def _store_losses(store: ExitStore, risk: str | Tensor | Callable[[ExitStore], Tensor]) -> Tensor:
+    if isinstance(risk, Tensor):
+        return risk
+    if not isinstance(risk, str):
+        return risk(store)
+    # In regression a head is right up to the store's tolerance, so that the error stays in [0, 1].
+    losses = (~store.correct).float() if store.problem_type == "regression" else store.errors
+    return losses if risk == "error" else excess_risk(losses)
+
+
+def excess_risk(losses: Tensor) -> Tensor:
+    """What each exit loses more than the last one, `max(0, loss_l − loss_L)`, from losses (rows, exits) (CALM,
+    Schuster et al. 2022)."""
+    return (losses - losses[:, -1:]).clamp_min(0)
+
+
+def store_disagreements(store: ExitStore) -> Tensor:
+    """Does each exit predict something else than the last one? (entries, exits); in regression, something further away
+    than the store's tolerance."""
+    if store.logits is None:
+        assert store.predictions is not None
+        return store.predictions != store.predictions[:, -1:]
+    if store.problem_type == "regression":
+        return ((store.logits - store.logits[:, -1:]).abs() > store.tolerance).any(-1)
+    predicted = predicted_classes(store.logits, store.problem_type)
+    predicted = predicted.reshape(*store.logits.shape[:2], -1)
+    return (predicted != predicted[:, -1:]).any(-1)
+
+
+def boldest_threshold(criterion: str) -> float:
+    """The criterion's own threshold that lets out whoever can be let out."""
+    cls = CRITERIA[criterion]
+    tries = (-math.inf, 0.0, 1.0) if cls.higher_is_deeper else (math.inf, 1.0, 0.0)
+    return next(value for value in tries if cls.check(value))
+
+
+def orient(criterion: str, scores: Tensor) -> Tensor:
+    """A criterion's scores with larger as surer; −inf where no accepted threshold lets the row out."""
+    cls = CRITERIA[criterion]
+    surer = scores if cls.higher_is_deeper else -scores
+    return surer.masked_fill(~cls.passes(scores, boldest_threshold(criterion)), -math.inf)
+
+
+def own_thresholds(criterion: str, thresholds: Sequence[float] | Tensor, oriented: Tensor) -> list[float]:
+    """Thresholds of the criterion itself from those for oriented scores.
+
+    Args:
+        criterion (`str`): exit criterion.
+        thresholds (`Tensor` of shape `(exits,)`): −inf lets everybody out who can leave, inf nobody.
+        oriented (`Tensor` of shape `(rows, exits)`): oriented scores that the thresholds were fitted on.
+    """
+    cls, boldest = CRITERIA[criterion], boldest_threshold(criterion)
+    # Of a criterion that lets out at its threshold, too, the threshold is the lowest score that shall leave.
+    inclusive = bool(cls.passes(torch.tensor([0.5]), 0.5))
+    own = []
+    for index, threshold in enumerate(map(float, thresholds)):
+        if threshold == -math.inf:
+            own.append(boldest)
+            continue
+        if inclusive:
+            above = oriented[:, index][oriented[:, index] > threshold]
+            threshold = float(above.min()) if len(above) else math.inf
+        sign = 1 if cls.higher_is_deeper else -1
+        if threshold >= sign * cls.off:
+            own.append(cls.off)
+        else:
+            own.append(sign * threshold if cls.check(sign * threshold) else boldest)
+    return own
+
+
+def leave_at(oriented: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
+    """Exit (0-based, (rows,)) at which each row leaves, from oriented scores (rows, exits − 1) and one threshold per
+    internal exit."""
+    limits = torch.as_tensor(thresholds, dtype=oriented.dtype)
+    last = torch.ones(len(oriented), 1, dtype=torch.bool)
+    return torch.cat((oriented > limits, last), dim=1).int().argmax(1)
+
+
+def just_below(value: Tensor) -> Tensor:
+    """The largest number below: `score > just_below(v)` is `score >= v`."""
+    return torch.nextafter(value, torch.full_like(value, -math.inf))
+
+
+def check_share(name: str, value: Any) -> float:
+    """Raises `ValueError` unless `value` is a number strictly between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
+        raise ValueError(f"`{name}`={value!r} must be a number strictly between 0 and 1.")
+    return float(value)

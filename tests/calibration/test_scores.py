@@ -1,0 +1,160 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The border between a criterion's own scores and oriented ones, and what a store turns into."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from populations import population, slow_exit
+from tiny import collate, collate_text, instructions, task, tiny_llama, tiny_model
+
+from transformers_cee.calibration.scores import (
+    boldest_threshold,
+    excess_risk,
+    just_below,
+    leave_at,
+    orient,
+    own_thresholds,
+    score_store,
+    store_disagreements,
+)
+from transformers_cee.evaluation.operating_points import exits_taken, score_exits
+from transformers_cee.evaluation.store import ExitStore, collect_exits
+from transformers_cee.exits.criteria import CRITERIA
+
+
+def store_of(model, rows, collator, **options):
+    return collect_exits(
+        model,
+        rows,
+        collator,
+        Accelerator(cpu=True),
+        problem_type="single_label_classification",
+        disable_tqdm=True,
+        **options,
+    )
+
+
+class TestBorder:
+    @given(st.data())
+    def test_the_criterion_leaves_where_the_oriented_walk_does(self, data):
+        name = data.draw(st.sampled_from(["policy", "max_probability", "entropy", "patience"]))
+        values = st.integers(0, 4).map(float) if name == "patience" else st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
+        rows = data.draw(st.lists(st.tuples(values, values, values), min_size=1, max_size=8))
+        scores = torch.tensor(rows)
+        oriented = orient(name, scores)
+        marks = [-math.inf, math.inf, *oriented.flatten().tolist()]
+        marks += just_below(oriented).flatten().tolist()
+        found = data.draw(st.lists(st.sampled_from(marks), min_size=3, max_size=3))
+        own = [*own_thresholds(name, found, oriented), CRITERIA[name].off]
+        expected = [slow_exit(row, found) for row in oriented.tolist()]
+        assert leave_at(oriented, found).tolist() == expected
+        assert exits_taken(name, own, scores).tolist() == expected
+
+    @pytest.mark.parametrize("name", sorted(CRITERIA))
+    def test_directions(self, name):
+        cls, bold = CRITERIA[name], boldest_threshold(name)
+        scores = torch.tensor([[0.2], [0.7], [3.0]]) if name == "patience" else torch.tensor([[0.2], [0.7], [0.9]])
+        assert cls.check(bold)
+        own = own_thresholds(name, [math.inf], orient(name, scores))
+        assert own == [cls.off]
+        assert own_thresholds(name, [-math.inf], orient(name, scores)) == [bold]
+        surest = int(orient(name, scores).flatten().argmax())
+        assert surest == (2 if cls.higher_is_deeper else 0)
+
+    def test_a_score_beyond_the_range_keeps_rows_in(self):
+        # Rounding may lift a similarity above 1.
+        assert own_thresholds("max_probability", [1.0000001], torch.tensor([[1.0000001]])) == [1.0]
+        assert own_thresholds("entropy", [1e-9], torch.tensor([[1e-9]])) == [0.0]
+
+
+class TestStores:
+    @pytest.mark.parametrize("name", ["policy", "max_probability", "margin", "entropy", "patience"])
+    def test_of_rows(self, name):
+        model = tiny_model(num_hidden_layers=4)
+        store = store_of(model, task(20, seed=1), collate)
+        scores = score_store(store, name, model.exit_policies)
+        assert torch.equal(scores.scores, score_exits(name, store, model.exit_policies))
+        predictions = store.logits.argmax(-1)
+        for row in range(20):
+            for index in range(4):
+                assert bool(scores.disagrees[row, index]) == bool(predictions[row, index] != predictions[row, -1])
+                assert float(scores.losses[row, index]) == float(predictions[row, index] != store.labels[row])
+        assert scores.layers.tolist() == [1, 2, 3, 4]
+        if name in ("max_probability", "margin"):
+            top = store.logits[:, -1].softmax(-1).sort(descending=True).values
+            expected = top[:, 0] if name == "max_probability" else top[:, 0] - top[:, 1]
+            assert torch.allclose(scores.last_scores, expected)
+        else:
+            assert (scores.last_scores is None) == (name != "entropy")
+
+    def test_of_tokens(self):
+        model = tiny_llama()
+        store = store_of(model, instructions(12, seed=1), collate_text)
+        scores = score_store(store, "policy", model.exit_policies)
+        may = store.may_exit.nonzero().squeeze(1).tolist()
+        assert len(scores) == len(may) < len(store)
+        for place, token in enumerate(may):
+            expected = (store.predictions[token] != store.predictions[token, -1]).tolist()
+            assert scores.disagrees[place].tolist() == expected
+            assert int(scores.groups[place]) == int(store.rows[token])
+        values = torch.rand(len(scores), generator=torch.Generator().manual_seed(0))
+        by_text = {}
+        for place, value in enumerate(values.tolist()):
+            by_text.setdefault(int(scores.groups[place]), []).append(value)
+        means = [sum(some) / len(some) for some in by_text.values()]
+        assert scores.mean(values) == pytest.approx(sum(means) / len(means))
+
+    def test_risks(self):
+        store = store_of(tiny_model(num_hidden_layers=4), task(20, seed=1), collate)
+        errors = score_store(store, "margin").losses
+        excess = score_store(store, "margin", risk="excess_error")
+        assert excess.risk == "excess_error"
+        for row, losses in zip(excess.losses.tolist(), errors.tolist(), strict=True):
+            assert row == [max(0.0, loss - losses[-1]) for loss in losses]
+        assert torch.equal(excess_risk(errors), excess.losses)
+        own = score_store(store, "margin", risk=lambda store: store.losses.clamp_max(1.0))
+        assert own.risk == "own" and torch.equal(own.losses, store.losses.clamp_max(1.0))
+        assert torch.equal(score_store(store, "margin", risk=own.losses).losses, own.losses)
+
+    def test_problem_types(self):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(6, 3, 2, generator=generator)
+        states, layers = torch.zeros(6, 3, 4), torch.tensor([1, 2, 3])
+        many = ExitStore(states, logits, torch.zeros(6, 2), layers, "multi_label_classification")
+        number = ExitStore(states, logits[..., :1], torch.zeros(6), layers, "regression", tolerance=0.7)
+        for row in range(6):
+            for index in range(3):
+                signs = [bool((logits[row, index, k] > 0) != (logits[row, -1, k] > 0)) for k in range(2)]
+                assert bool(store_disagreements(many)[row, index]) == any(signs)
+                far = abs(float(logits[row, index, 0] - logits[row, -1, 0])) > 0.7
+                assert bool(store_disagreements(number)[row, index]) == far
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"criterion": "unknown"}, "`criterion`='unknown' is unknown"),
+        ({"scores": torch.zeros(0, 7)}, "`scores` of shape"),
+        ({"scores": torch.full((5, 7), math.nan)}, "NaN"),
+        ({"losses": torch.zeros(5, 7)}, "`losses` of shape"),
+        ({"layers": torch.arange(3)}, "`layers` of shape"),
+        ({"groups": torch.zeros(4)}, "`groups` of shape"),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(population(5), **change)
+
+
+def test_unknown_risk():
+    store = store_of(tiny_model(num_hidden_layers=4), task(4, seed=1), collate)
+    with pytest.raises(ValueError, match="`risk`='rouge' is unknown"):
+        score_store(store, "margin", risk="rouge")
