@@ -2,12 +2,16 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 from __future__ import annotations
 
+import statistics
 import sys
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
-from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
+from transformers_cee.evaluation import plots
+from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram, plot_reliability, plot_seeds
+from transformers_cee.evaluation.reliability import reliability
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -20,6 +24,7 @@ class Point:
     depth: float
     wall_clock_speedup: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    exit_histogram: dict[str, int] = field(default_factory=dict)
 
 
 def make_curve(offset: float, timed: bool = True) -> list[Point]:
@@ -70,3 +75,113 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"transformers-cee\[plots\]"):
         plot_curves({"policy": make_curve(0.0)}, "accuracy", tmp_path / "curve.png")
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Panels of the last picture."""
+    drawn = []
+    finish = plots._finish
+
+    def remember(figure, *arguments):
+        drawn[:] = figure.axes
+        return finish(figure, *arguments)
+
+    monkeypatch.setattr(plots, "_finish", remember)
+    return drawn
+
+
+def seed(points: list[tuple[float, float]], timed: bool = True) -> list[Point]:
+    return [
+        Point(depth, 4 / depth if timed else None, {"accuracy": value}, {"2": 4 - int(depth), "4": int(depth)})
+        for depth, value in points
+    ]
+
+
+def test_seeds_are_averaged_where_all_of_them_reach(tmp_path, panels):
+    # Straight lines, so that their mean is one.
+    policy = [seed([(1.0, 0.5), (3.0, 0.7)]), seed([(2.0, 0.6), (4.0, 1.0)]), seed([(4.0, 0.9), (1.5, 0.4)])]
+    curves = {"policy": policy, "entropy": [seed([(1.0, 0.5), (4.0, 0.6)], timed=False)]}
+    path = plot_seeds(
+        curves,
+        "accuracy",
+        tmp_path / "new" / "seeds.png",
+        axes=["depth", "flops", "wall_clock"],
+        exit_costs=[10.0, 20.0],
+        full=seed([(4.0, 0.8), (4.0, 0.9)]),
+        title="TREC",
+    )
+    assert path.read_bytes().startswith(PNG)
+    by_depth, by_flops, by_time = panels
+    line = by_depth.lines[0]
+    xs, ys = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert (xs[0], xs[-1]) == (2.0, 3.0)
+    for depth, height in ((2.0, [0.6, 0.6, 0.5]), (3.0, [0.7, 0.8, 0.7])):
+        assert ys[xs == depth] == pytest.approx(statistics.mean(height))
+        bounds = by_depth.collections[0].get_paths()[0].vertices
+        at = sorted({round(y, 9) for x, y in bounds if x == depth})
+        mean, deviation = statistics.mean(height), statistics.stdev(height)
+        assert (at[0], at[-1]) == (pytest.approx(mean - deviation), pytest.approx(mean + deviation))
+    assert len(by_depth.collections) == 1  # one seed has no band
+    assert by_flops.lines[0].get_xdata()[0] == 10 * 2 / 4 + 20 * 2 / 4
+    assert by_time.lines[0].get_xdata()[0] == pytest.approx(0.5)
+    assert len(by_time.lines[1].get_xdata()) == 0  # not timed
+    assert [line.get_label() for line in by_depth.lines] == ["policy", "entropy", "full depth"]
+    assert by_depth.lines[2].get_ydata() == [pytest.approx(0.85)] * 2
+
+
+def test_seeds_that_were_not_timed_say_so(tmp_path, panels):
+    plot_seeds({"a": [seed([(1.0, 0.5)], timed=False)]}, "accuracy", tmp_path / "a.png", axes=["wall_clock"])
+    assert [text.get_text() for text in panels[0].texts] == ["no method was timed"]
+
+
+def test_seeds_that_meet_in_one_point(tmp_path, panels):
+    plot_seeds({"a": [seed([(1.0, 0.5), (2.0, 0.6)]), seed([(2.0, 0.7)])]}, "accuracy", tmp_path / "a.png")
+    assert panels[0].lines[0].get_xydata().tolist() == [[2.0, pytest.approx(0.65)]]
+
+
+@pytest.mark.parametrize(
+    ("curves", "options", "message"),
+    [
+        ({}, {}, "must hold a method"),
+        ({"a": []}, {}, r"without seeds: \['a'\]"),
+        ({"a": [seed([(1.0, 0.5)])]}, {"axes": []}, "`axes` one name"),
+        ({"a": [seed([(1.0, 0.5)])]}, {"axes": ["joules"]}, "`x`='joules'"),
+        ({"a": [seed([(1.0, 0.5)]), seed([(2.0, 0.5)])]}, {}, "'a' must share a range of depth"),
+        ({"a": [[]]}, {}, "at least one operating point"),
+        ({"a": [seed([(1.0, 0.5)])]}, {"full": [Point(6.0, 1.0)]}, "`metric` must be in every point"),
+    ],
+)
+def test_seeds_refuse(curves, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_seeds(curves, "accuracy", tmp_path / "a.png", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("equal_mass", [False, True])
+def test_reliability(equal_mass, tmp_path, panels):
+    generator = np.random.default_rng(0)
+    exits = {
+        layer: reliability(generator.random(50), generator.random(50) < 0.5, 4, equal_mass)
+        for layer in (1, 2, 3, 5, 6)
+    }
+    path = plot_reliability(exits, tmp_path / "reliability.png", columns=3, title="TREC")
+    assert path.read_bytes().startswith(PNG)
+    assert [panel.get_visible() for panel in panels] == [True] * 5 + [False]
+    for panel, (layer, bins) in zip(panels, exits.items(), strict=False):
+        assert panel.get_title() == f"layer {layer}: ECE {100 * bins.expected_calibration_error:.1f} %"
+        heights = [bar.get_height() for bar in panel.patches][:4]
+        assert heights == pytest.approx(bins.accuracy.tolist())
+
+
+def test_reliability_leaves_out_empty_bins(tmp_path, panels):
+    plot_reliability({12: reliability([0.95, 0.9], [True, False], 10)}, tmp_path / "reliability.png")
+    # The bar of the legend comes last.
+    assert [(bar.get_x(), bar.get_height()) for bar in panels[0].patches[:-1]] == [(0.8, 0.0), (0.9, 1.0)]
+
+
+def test_reliability_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"`exits` \(0\)"):
+        plot_reliability({}, tmp_path / "reliability.png")
+    with pytest.raises(ValueError, match=r"`columns` \(0\)"):
+        plot_reliability({1: reliability([0.5], [True])}, tmp_path / "reliability.png", columns=0)

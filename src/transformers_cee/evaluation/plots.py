@@ -8,17 +8,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .curves import Axis, curve_values
+
 
 if TYPE_CHECKING:
     from .operating_points import OperatingPoint
+    from .reliability import Reliability
 
-__all__ = ["plot_curves", "plot_exit_histogram"]
+__all__ = ["plot_curves", "plot_exit_histogram", "plot_reliability", "plot_seeds"]
 
 # Okabe and Ito's palette without its yellow (too faint on white); every method also has its own marker and line style.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINE_STYLES = ("-", "--", "-.", ":")
 REFERENCE_COLOR = "#4D4D4D"
+AXIS_LABELS = {
+    "depth": "depth (mean exit layer)",
+    "flops": "FLOPs (mean of one inference)",
+    "wall_clock": "wall-clock time (share of full depth)",
+}
+# Costs at which seeds are averaged.
+_GRID = 101
 
 
 def plot_curves(
@@ -72,6 +84,140 @@ def plot_curves(
     return _finish(figure, by_depth, path, title)
 
 
+def plot_seeds(
+    curves: Mapping[str, Sequence[Sequence[OperatingPoint]]],
+    metric: str,
+    path: str | Path,
+    *,
+    axes: Sequence[Axis] = ("depth",),
+    exit_costs: Sequence[float] | None = None,
+    full: Sequence[OperatingPoint] = (),
+    title: str | None = None,
+) -> Path:
+    """Draws `metric` against cost, one panel per axis: per method the mean over seeds as a line, and a band of one
+    standard deviation on either side. Seeds are interpolated, and averaged over the costs that all of them reach.
+
+    Args:
+        curves: per method, the operating points of each seed.
+        metric: key into each point's `metrics`.
+        path: where to write; the suffix chooses the format.
+        axes: what stands on the horizontal axes: `"depth"`, `"flops"`, `"wall_clock"`. Methods with a point that was
+            not timed are left out of `"wall_clock"`.
+        exit_costs: cost of one inference that stops at each exit, for `"flops"`; see `costs.exit_costs`.
+        full: the model with exits off, of each seed; a horizontal line at their mean.
+        title: above the panels.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra to install.
+        ValueError: no method, no axis, a method without seeds or whose seeds reach no cost in common, or as
+            `curve_values`.
+    """
+    empty = [method for method, seeds in curves.items() if not seeds]
+    if not curves or empty or not axes:
+        raise ValueError(
+            f"`curves` must hold a method and a seed of each, `axes` one name; got {list(curves)} (without seeds: "
+            f"{empty}) and {list(axes)}."
+        )
+    if full:
+        _check_metric(full, metric)
+    bands = [_seed_bands(curves, metric, axis, exit_costs) for axis in axes]
+    figure, panels = _figure(columns=len(axes))
+    for panel, axis, drawn in zip(panels, axes, bands, strict=True):
+        for index, method in enumerate(curves):
+            # Drawn without data where the method has none, so that the legend of the first panel names all.
+            grid, mean, deviation = drawn.get(method, ([], [], []))
+            style = _style(index, method)
+            panel.plot(grid, mean, **{**style, "markevery": 0.1 if len(grid) > 1 else 1})
+            if len(curves[method]) > 1 and len(grid):
+                low, high = np.subtract(mean, deviation), np.add(mean, deviation)
+                panel.fill_between(grid, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        if full:
+            height = float(np.mean([point.metrics[metric] for point in full]))
+            panel.axhline(height, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), label="full depth")
+        panel.set_xlabel(AXIS_LABELS[axis])
+        if axis == "flops":
+            panel.xaxis.set_major_formatter(_thousands())
+        if not drawn:
+            panel.text(0.5, 0.5, "no method was timed", ha="center", va="center", transform=panel.transAxes)
+    panels[0].set_ylabel(metric.replace("_", " "))
+    return _finish(figure, panels[0], path, title)
+
+
+def _thousands() -> Any:
+    """Ticks such as 5 G."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter()
+
+
+def _seed_bands(
+    curves: Mapping[str, Sequence[Sequence[OperatingPoint]]],
+    metric: str,
+    axis: Axis,
+    exit_costs: Sequence[float] | None,
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per method that has them: costs that all seeds reach, mean and standard deviation there."""
+    bands = {}
+    for method, seeds in curves.items():
+        if axis == "wall_clock" and any(point.wall_clock_speedup is None for seed in seeds for point in seed):
+            continue
+        found = [curve_values(seed, metric, axis, exit_costs=exit_costs) for seed in seeds]
+        start, stop = max(costs[0] for costs, _ in found), min(costs[-1] for costs, _ in found)
+        if start > stop:
+            raise ValueError(f"`curves` of {method!r} must share a range of {axis}; no cost is reached by all seeds.")
+        grid = np.linspace(start, stop, _GRID) if start < stop else np.array([start])
+        heights = np.stack([np.interp(grid, costs, values) for costs, values in found])
+        bands[method] = grid, heights.mean(0), heights.std(0, ddof=1) if len(heights) > 1 else np.zeros(len(grid))
+    return bands
+
+
+def plot_reliability(
+    exits: Mapping[int, Reliability], path: str | Path, columns: int = 4, title: str | None = None
+) -> Path:
+    """Draws accuracy against confidence, one panel per exit: bars of the bins, paler where they hold fewer rows, the
+    diagonal of perfect calibration, and the expected calibration error (ECE).
+
+    Args:
+        exits: per 1-based layer, the bins; see `exit_reliability`.
+        path: where to write; the suffix chooses the format.
+        columns: panels side by side.
+        title: above the panels.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra to install.
+        ValueError: no exit, or fewer than one column.
+    """
+    if not exits or columns < 1:
+        raise ValueError(f"`exits` ({len(exits)}) and `columns` ({columns}) must both be at least 1.")
+    columns = min(columns, len(exits))
+    figure, panels = _figure(columns, rows=-(-len(exits) // columns), width=2.6, height=2.6)
+    for panel, (layer, bins) in zip(panels, exits.items(), strict=False):
+        shown = bins.counts > 0
+        widths, left = np.maximum(np.diff(bins.edges), 0.004)[shown], bins.edges[:-1][shown]
+        # A bin of three rows says little, whatever its height.
+        colors = [(COLORS[0], 0.15 + 0.85 * share) for share in bins.counts[shown] / bins.counts.max()]
+        panel.bar(left, bins.accuracy[shown], widths, align="edge", color=colors, edgecolor="white", linewidth=0.5)
+        panel.plot([0, 1], [0, 1], color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)))
+        panel.set_title(f"layer {layer}: ECE {100 * bins.expected_calibration_error:.1f} %", fontsize=9)
+        panel.set_xlim(0, 1)
+        panel.set_ylim(0, 1)
+    for panel in panels[len(exits) :]:
+        panel.set_visible(False)
+    for panel in panels[: len(exits)][-columns:]:
+        panel.set_xlabel("confidence")
+    for panel in panels[::columns]:
+        panel.set_ylabel("accuracy")
+    panels[0].bar(0, 0, color=COLORS[0], label="accuracy of the bin (paler: fewer rows)")
+    panels[0].plot([], [], color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), label="perfect calibration")
+    return _finish(figure, panels[0], path, title)
+
+
 def plot_exit_histogram(
     histograms: Mapping[str, Mapping[str, int]],
     path: str | Path,
@@ -118,8 +264,12 @@ def _check_metric(points: Sequence[OperatingPoint], metric: str) -> None:
             raise ValueError(f"`metric` must be in every point's metrics, {sorted(point.metrics)}; got {metric!r}.")
 
 
-def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
-    """A figure with `columns` panels that share the vertical axis, made without pyplot's global state."""
+def _figure(columns: int, rows: int = 1, width: float = 5.2, height: float = 4.2) -> tuple[Any, Sequence[Any]]:
+    """A figure and its panels, row by row, which share the vertical axis; made without pyplot's global state.
+
+    Args:
+        width, height: of one panel, in inches.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -127,9 +277,9 @@ def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
         raise ImportError(
             "Drawing needs matplotlib, which is not installed: pip install 'transformers-cee[plots]'."
         ) from error
-    figure = Figure(figsize=(5.2 * columns, 4.2), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axis in axes:
         axis.grid(color="#E0E0E0", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -157,8 +307,8 @@ def _draw_curve(axis: Any, points: Sequence[tuple[float, float]], style: dict[st
 def _finish(figure: Any, legend_axis: Any, path: str | Path, title: str | None) -> Path:
     handles, labels = legend_axis.get_legend_handles_labels()
     if handles:
-        # Two columns fit below one panel, whatever the labels.
-        columns = min(2 * len(figure.axes), len(labels))
+        # Two columns fit into the width of a large panel, whatever the labels.
+        columns = min(max(1, round(figure.get_figwidth() / 2.6)), len(labels))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     if title is not None:
         figure.suptitle(title, fontsize=11)
