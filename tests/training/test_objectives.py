@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.training.objectives import (
-    HEADS_OBJECTIVES,
     closed_before,
     consistent_expected,
     consistent_sampled,
@@ -25,22 +24,6 @@ from transformers_cee.training.objectives import (
 
 LOSSES = torch.tensor([[3.0, 2.0, 0.5], [0.1, 0.2, 4.0]])
 DISTRIBUTION = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]])
-
-
-class TestHeads:
-    def test_names(self):
-        assert set(HEADS_OBJECTIVES) == {"layer_weighted", "uniform", "last"}
-
-    @pytest.mark.parametrize(
-        "name,expected",
-        [
-            ("layer_weighted", ((3 + 4 + 1.5) / 6 + (0.1 + 0.4 + 12) / 6) / 2),
-            ("uniform", (3 + 2 + 0.5 + 0.1 + 0.2 + 4) / 6),
-            ("last", (0.5 + 4) / 2),
-        ],
-    )
-    def test_values(self, name, expected):
-        assert float(HEADS_OBJECTIVES[name](LOSSES)) == pytest.approx(expected)
 
 
 class TestConsistent:

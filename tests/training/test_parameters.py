@@ -68,9 +68,49 @@ def test_freeze_adapters():
     assert trainable(model) and all("exit_norms.modules_to_save" in name for name in trainable(model))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_freeze_for_two_stages(adapted):
+    """The two stages share nothing, and only policies are in neither."""
+    model = tiny_llama(exit_head="untied")
+    if adapted:
+        model = with_adapters(model)
+    before, stages = trainable(model), []
+    for what in ("last_exit", "internal_exits"):
+        with keeping_requires_grad(model):
+            freeze_for_model_step(model, what)
+            stages.append(trainable(model))
+    assert not stages[0] & stages[1]
+    assert before - stages[0] - stages[1] == {name for name in before if "exit_policies" in name}
+    assert all("exit_heads" in name or "exit_norms" in name for name in stages[1]) and len(stages[1]) == 6
+
+
+def test_the_last_exits_own_norm():
+    model = tiny_model(num_hidden_layers=4, exit_norm="layer_norm")
+    with keeping_requires_grad(model):
+        freeze_for_model_step(model, "internal_exits")
+        names = trainable(model)
+    assert {name for name in names if "norms" in name} == {
+        f"exit_norms.norms.{index}.{part}" for index in range(3) for part in ("weight", "bias")
+    }
+    freeze_for_model_step(model, "last_exit")
+    assert {name for name in trainable(model) if "exit_" in name} == {
+        "exit_norms.norms.3.weight",
+        "exit_norms.norms.3.bias",
+    }
+
+
+@pytest.mark.parametrize("what", ["all", "exits"])
+def test_policies_on_request(what):
+    model = tiny_llama()
+    freeze_for_model_step(model, what, policies=True)
+    assert {name for name, _ in model.named_parameters() if "exit_policies" in name} <= trainable(model)
+
+
 def test_nothing_left():
     with pytest.raises(ValueError, match=r"trainable.*exits.*shared"):
         freeze_for_model_step(tiny_llama(exit_head="shared"), "exits")
+    with pytest.raises(ValueError, match=r"two_stage.*second stage.*shared"):
+        freeze_for_model_step(tiny_llama(exit_head="shared"), "internal_exits")
     with pytest.raises(ValueError, match=r"no parameter to train"):
         freeze_for_model_step(tiny_llama().requires_grad_(False), "all")
 

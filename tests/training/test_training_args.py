@@ -8,6 +8,7 @@ from transformers import HfArgumentParser
 
 from transformers_cee import ConsistentEETrainingArguments
 from transformers_cee.exits.token_losses import CrossEntropy, FinalArgmax, FinalDistributionKL
+from transformers_cee.training.heads_objectives import CoSEE
 
 
 def test_defaults():
@@ -40,6 +41,11 @@ def test_defaults():
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor.*0\.1"),
         ({"trainable": "heads"}, "trainable.*heads.*exits"),
         ({"trainable": "exits", "heads_objective": "last"}, "heads_objective.*last.*trainable"),
+        ({"trainable": "exits", "heads_objective": "two_stage"}, "heads_objective.*two_stage.*trainable"),
+        ({"trainable": "exits", "heads_objective": "alternate"}, "heads_objective.*alternate.*trainable"),
+        ({"heads_objective": "cosee", "heads_objective_options": {"beta": -1}}, "heads_objective_options.*beta.*-1"),
+        ({"heads_objective_options": {"beta": 1}}, "heads_objective_options.*beta.*layer_weighted"),
+        ({"heads_objective_options": "beta"}, "heads_objective_options.*beta.*dictionary"),
         ({"token_loss": "mse"}, "token_loss.*mse.*kl"),
         ({"token_loss": "kl", "token_loss_temperature": 0.0}, r"token_loss_temperature.*0\.0"),
         ({"token_loss": "kl", "token_loss_top_k": -1}, "token_loss_top_k.*-1"),
@@ -67,10 +73,12 @@ def test_token_loss(tmp_path, fields, expected):
 def test_from_a_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --report_to none --phases heads policy --policy_gradient reinforce "
     line += "--eval_exit_thresholds 0.2 0.8 --heads_num_train_epochs 2.5 --exit_learning_rate 0.01 "
-    line += "--token_loss kl --token_loss_top_k 20 --policy_max_tokens 5000 --trainable exits"
+    line += "--token_loss kl --token_loss_top_k 20 --policy_max_tokens 5000 --trainable exits "
+    line += '--heads_objective cosee --heads_objective_options {"samples":3,"beta":2.5}'
     (args,) = HfArgumentParser(ConsistentEETrainingArguments).parse_args_into_dataclasses(line.split())
     assert args.phases == ["heads", "policy"] and args.policy_gradient == "reinforce"
     assert args.eval_exit_thresholds == [0.2, 0.8] and args.heads_num_train_epochs == 2.5
     assert args.exit_learning_rate == 0.01 and args.heads_learning_rate is None
     assert (args.token_loss, args.token_loss_top_k, args.policy_max_tokens) == ("kl", 20, 5000)
     assert args.trainable == "exits"
+    assert args.make_heads_objective() == CoSEE(samples=3, beta=2.5)

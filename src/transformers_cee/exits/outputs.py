@@ -29,6 +29,8 @@ class ExitClassifierOutput(ModelOutput):
             Pooled states of every exit, with `output_all_exits=True`.
         all_exit_losses (`torch.Tensor` of shape `(batch, exits)`, *optional*):
             Loss of each row at every exit, with `output_all_exits=True` and labels.
+        all_policy_logits (`torch.Tensor` of shape `(batch, exits − 1)`, *optional*):
+            The policies' logits of leaving at the internal exits, with `output_policies=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -38,6 +40,7 @@ class ExitClassifierOutput(ModelOutput):
     all_exit_logits: torch.Tensor | None = None
     all_exit_states: torch.Tensor | None = None
     all_exit_losses: torch.Tensor | None = None
+    all_policy_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -64,6 +67,8 @@ class ExitCausalLMOutput(ModelOutput):
         all_exit_predictions (`torch.LongTensor` of shape `(tokens, exits)`, *optional*): each exit's token.
         all_exit_features (`torch.Tensor` of shape `(tokens, exits − 1, 5)`, *optional*):
             Confidence features, when the policies look at them.
+        all_policy_logits (`torch.Tensor` of shape `(tokens, exits − 1)`, *optional*):
+            The policies' logits of leaving at the internal exits, with `output_policies=True`.
         token_labels (`torch.LongTensor` of shape `(tokens,)`, *optional*): tokens to predict.
         token_rows (`torch.LongTensor` of shape `(tokens,)`, *optional*): row of the batch of each counted position.
         may_exit (`torch.BoolTensor` of shape `(tokens,)`, *optional*):
@@ -83,6 +88,7 @@ class ExitCausalLMOutput(ModelOutput):
     all_exit_losses: torch.Tensor | None = None
     all_exit_predictions: torch.Tensor | None = None
     all_exit_features: torch.Tensor | None = None
+    all_policy_logits: torch.Tensor | None = None
     token_labels: torch.Tensor | None = None
     token_rows: torch.Tensor | None = None
     may_exit: torch.Tensor | None = None

@@ -5,7 +5,7 @@ sequence that is known in advance. There are no other loops over layers in the p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,19 +94,47 @@ Layer = Callable[[RowBatch], Tensor]
 Leaving = Callable[[Tensor, Tensor, int], None]
 
 
-def collect_states(batch: RowBatch, layers: Sequence[Layer], exits: Exits) -> list[Tensor]:
-    """Walks all layers with the criterion off and returns every exit's state."""
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None
+
+
+def collect_states(
+    batch: RowBatch, layers: Sequence[Layer], exits: Exits, gradient_equilibrium: bool = False
+) -> list[Tensor]:
+    """Walks all layers with the criterion off and returns every exit's state.
+
+    Args:
+        gradient_equilibrium (`bool`):
+            What comes back to the hidden states of exit i (0-based, of n) is `g_i / (n − i)` from its own head and
+            `(n − i − 1) / (n − i)` of what the deeper layers send, so that every layer gets the mean of the gradients
+            of the exits behind it, not their sum (Li et al. 2019; ElasticBERT, Liu et al. 2022). States stay the same.
+    """
     states: list[Tensor] = []
     for number, layer in enumerate(layers, start=1):
-        batch = replace(batch, hidden_states=layer(batch))
+        seen = onward = layer(batch)
         if number in exits.layer_numbers:
-            states.append(exits.state(batch.hidden_states, batch.padding_mask, len(states)))
+            if gradient_equilibrium:
+                left = len(exits.layer_numbers) - len(states)
+                seen, onward = (_ScaleGradient.apply(seen, share / left) for share in (1, left - 1))
+            states.append(exits.state(seen, batch.padding_mask, len(states)))
+        batch = replace(batch, hidden_states=onward)
     return states
 
 
-def run_all_exits(batch: RowBatch, layers: Sequence[Layer], exits: Exits) -> ExitRun:
+def run_all_exits(
+    batch: RowBatch, layers: Sequence[Layer], exits: Exits, gradient_equilibrium: bool = False
+) -> ExitRun:
     """`collect_states`, and every exit head asked: one pass gives all exits' logits."""
-    states = collect_states(batch, layers, exits)
+    states = collect_states(batch, layers, exits, gradient_equilibrium)
     logits = [exits.logits(state, index) for index, state in enumerate(states)]
     run = _full_depth(logits[-1], len(batch.hidden_states), exits)
     run.all_logits, run.all_states = torch.stack(logits, dim=1), torch.stack(states, dim=1)

@@ -3,16 +3,17 @@
 """Losses of the phases that train the model itself, of encoders and decoders: from model and batch to one mean."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_cee.evaluation.store import count_labels, exit_features
+from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
 from transformers_cee.training.objectives import (
-    HEADS_OBJECTIVES,
     closed_before,
     consistent_expected,
     consistent_sampled,
@@ -33,23 +34,69 @@ class ModelPhase:
     Args:
         loss (`StepLoss`): its loss.
         evaluation (`dict`): arguments of the model's forward while it evaluates.
+        trainable (`str`): what learns, as in `freeze_for_model_step`.
+        trains_policies (`bool`): do the policies learn, too?
+        exit_loss (`Callable`): what evaluation reports of losses (tokens, exits) of a decoder.
     """
 
     loss: StepLoss
     evaluation: dict[str, Any]
+    trainable: str
+    trains_policies: bool = False
+    exit_loss: Callable[[Tensor], Tensor] = field(default=torch.mean)
 
 
-def heads_phase(args: ConsistentEETrainingArguments, per_token: bool) -> ModelPhase:
-    """Phase `heads`: all exits learn. Evaluation is at full depth, and of a decoder at all exits."""
-    objective = HEADS_OBJECTIVES[args.heads_objective]
-    options = {"token_loss": args.make_token_loss()} if per_token else {}
+def heads_phase(
+    args: ConsistentEETrainingArguments, exit_model: nn.Module, state: Callable[[], Any], stage: str
+) -> ModelPhase:
+    """Phase `heads`: the exits learn. Evaluation is at full depth, and of a decoder at all exits.
+
+    Args:
+        exit_model (`nn.Module`): the early-exit model itself, without wrappers.
+        state (`Callable`): gives the `TrainerState` of the run.
+        stage (`str`): step of the objective, one of its `stages`.
+    """
+    per_token = exit_model.exits_per_token
+    objective = args.make_heads_objective(stage)
+    options: dict[str, Any] = {"token_loss": args.make_token_loss()} if per_token else {}
+    if objective.scales_gradients:
+        options["gradient_equilibrium"] = True
+    if objective.trains_policies:
+        options["output_policies"] = True
 
     def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         outputs = model(**inputs, output_all_exits=True, **options)
-        return objective(outputs.all_exit_losses), outputs
+        return objective(_heads_step(objective, exit_model, outputs, inputs["labels"], state())), outputs
 
     full_depth = {"exit_criterion": "policy", "exit_threshold": 1.0}
-    return ModelPhase(loss, {"output_all_exits": True} if per_token else full_depth)
+    return ModelPhase(
+        loss,
+        {"output_all_exits": True} if per_token else full_depth,
+        objective.stages[stage] or args.trainable,
+        objective.trains_policies,
+        objective.summary,
+    )
+
+
+def _heads_step(
+    objective: HeadsObjective, exit_model: nn.Module, outputs: Any, labels: Tensor, state: Any
+) -> HeadsStep:
+    """What the objective looks at."""
+    step = HeadsStep(
+        outputs.all_exit_losses,
+        first_exit=first_exit(exit_model.config),
+        number=state.global_step,
+        progress=state.global_step / max(1, state.max_steps),
+        epoch=state.epoch or 0.0,
+    )
+    if objective.needs_logits:
+        config = exit_model.config
+        step.problem_type = resolve_problem_type(config.problem_type, config.num_labels, labels)
+        step.logits, step.labels = outputs.all_exit_logits, labels
+    if objective.trains_policies:
+        step.log_distribution = _log_distribution(exit_model, outputs.all_policy_logits, outputs)
+        step.may_exit = outputs.may_exit if exit_model.exits_per_token else None
+    return step
 
 
 def consistent_phase(
@@ -77,7 +124,7 @@ def consistent_phase(
         return consistent_expected(outputs.all_exit_losses, distribution), outputs
 
     criterion, threshold = operating_point(exit_model)
-    return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold})
+    return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold}, args.trainable)
 
 
 def operating_point(exit_model: nn.Module) -> tuple[str, float | list[float]]:
@@ -95,7 +142,12 @@ def log_distribution(exit_model: nn.Module, outputs: Any, problem_type: str) -> 
     with torch.autocast(outputs.all_exit_states.device.type, enabled=False):
         states = outputs.all_exit_states.to(next(policies.parameters()).dtype)
         exit_logits = policies(states, exit_features(exit_model, outputs, problem_type))
-        distribution = exit_log_distribution(closed_before(exit_logits, first_exit(exit_model.config)))
+        return _log_distribution(exit_model, exit_logits, outputs)
+
+
+def _log_distribution(exit_model: nn.Module, exit_logits: Tensor, outputs: Any) -> Tensor:
+    """Log of the exit distribution (rows or tokens, exits) where some exits are closed and some tokens must stay."""
+    distribution = exit_log_distribution(closed_before(exit_logits, first_exit(exit_model.config)))
     return staying_where_forced(distribution, outputs.may_exit) if exit_model.exits_per_token else distribution
 
 

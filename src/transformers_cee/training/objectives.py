@@ -1,34 +1,14 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What the phases minimise: losses of heads, of the consistent model step, and policy gradients.
+"""What the phases `consistent` and `policy` minimise; `heads_objectives` has those of `heads`.
 
 Everywhere: losses, rewards and the exit distribution are (rows, exits); a decoder's rows are its counted tokens.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.policy import exit_log_distribution
-
-
-def uniform(losses: Tensor) -> Tensor:
-    """Mean over rows and exits."""
-    return losses.mean()
-
-
-def last(losses: Tensor) -> Tensor:
-    """Mean over rows of the last exit's loss: ordinary fine-tuning."""
-    return losses[:, -1].mean()
-
-
-HEADS_OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "layer_weighted": layer_weighted,
-    "uniform": uniform,
-    "last": last,
-}
 
 
 def consistent_expected(losses: Tensor, log_distribution: Tensor) -> Tensor:

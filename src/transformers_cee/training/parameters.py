@@ -40,18 +40,35 @@ def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def freeze_for_model_step(model: nn.Module, trainable: str) -> None:
-    """Freezes the policies and, with `trainable="exits"`, whatever else is not the exits' own. Parameters that are
+def freeze_for_model_step(model: nn.Module, trainable: str, policies: bool = False) -> None:
+    """Freezes the policies, unless they learn in this step, and what `trainable` leaves alone. Parameters that are
     frozen already stay so.
+
+    Args:
+        trainable (`str`): `"all"`; `"last_exit"` freezes what the internal exits have of their own; `"exits"` whatever
+            is not the exits' own; `"internal_exits"` also what the last exit has of its own.
+        policies (`bool`): do the policies learn in this step?
 
     Raises:
         ValueError: nothing is left to train.
     """
     for name, parameter in model.named_parameters():
-        if POLICIES in name or (trainable == "exits" and not any(part in name for part in EXIT_MODULES)):
+        others = trainable in ("exits", "internal_exits") and not any(part in name for part in EXIT_MODULES)
+        if others or (POLICIES in name and not policies):
             parameter.requires_grad_(False)
+    if trainable in ("last_exit", "internal_exits"):
+        bare = bare_model(model)
+        internal, norms = len(bare.layer_numbers) - 1, active_module(bare.exit_norms).norms
+        idle = norms[internal:] if trainable == "internal_exits" else (*norms[:internal], bare.exit_heads)
+        for module in idle:
+            module.requires_grad_(False)
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
+    if trainable == "internal_exits":
+        raise ValueError(
+            "`heads_objective`='two_stage' has nothing to train in its second stage: internal exits have no weights "
+            "of their own (`exit_head`='shared', or `exit_layers` with the last layer only), or these are frozen."
+        )
     if trainable == "exits":
         raise ValueError(
             "`trainable`='exits' leaves nothing to train beside the policies: the exits have no weights of their own "

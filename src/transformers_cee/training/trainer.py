@@ -5,6 +5,7 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,9 +110,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
         """
         if kwargs:
             raise ValueError(f"`train` got {sorted(kwargs)}; only `resume_from_checkpoint` is accepted.")
-        if {"heads", "consistent"} & set(self.args.phases):
-            with keeping_requires_grad(self.model):
-                freeze_for_model_step(self.model, self.args.trainable)
+        self._check_trainable()
         log = PhaseLog(self._phases_directory(resume_from_checkpoint), self.args.should_save)
         if resume_from_checkpoint:
             log.resume()
@@ -134,8 +133,23 @@ class ConsistentEETrainer(EarlyExitTrainer):
         return results
 
     def train_heads(self, resume_from_checkpoint: str | None = None) -> Any:
-        """Phase `heads`: the whole model learns with `args.heads_objective` over all exits."""
-        return self._heads(self._folder("heads"), resume_from_checkpoint)
+        """Phase `heads`: the whole model learns with `args.heads_objective` over all exits.
+
+        Args:
+            resume_from_checkpoint (`str`, *optional*): a checkpoint of the phase, or of one of its stages; stages
+                before that are not repeated.
+
+        Returns:
+            `TrainOutput` of the phase, or of its last stage.
+        """
+        steps = self._heads_steps()
+        names = list(steps)
+        folder = None if resume_from_checkpoint is None else os.path.dirname(os.path.abspath(resume_from_checkpoint))
+        stage = os.path.basename(folder or "")
+        first = names.index(stage) if stage in names else 0
+        for name in names[first:]:
+            result = steps[name](self._folder(name), resume_from_checkpoint if name == names[first] else None)
+        return result
 
     def compute_hardness(self) -> Tensor:
         """Phase `hardness`: memorized layer (rows,) of every training row, in evaluation mode; of a decoder (tokens,),
@@ -221,13 +235,17 @@ class ConsistentEETrainer(EarlyExitTrainer):
         for phase in self.args.phases:
             if phase == "consistent":
                 steps |= self._rounds()
+            elif phase == "heads":
+                steps |= self._heads_steps()
             else:
                 steps[phase] = {
-                    "heads": self._heads,
                     "hardness": lambda folder, checkpoint: self.compute_hardness(),
                     "policy": self._policy,
                 }[phase]
         return steps
+
+    def _heads_steps(self) -> dict[str, Callable[[str, str | None], Any]]:
+        return {stage: partial(self._heads, stage) for stage in self.args.make_heads_objective().stages}
 
     def _rounds(self) -> dict[str, Callable[[str, str | None], Any]]:
         steps: dict[str, Callable[[str, str | None], Any]] = {}
@@ -238,11 +256,22 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     # Phases
 
-    def _heads(self, folder: str, checkpoint: str | None) -> Any:
-        phase = heads_phase(self.args, self._per_token)
+    def _heads_phase(self, stage: str) -> ModelPhase:
+        return heads_phase(self.args, self._exit_model, lambda: self.state, stage)
+
+    def _check_trainable(self) -> None:
+        """Raises `ValueError` where a step of the run would have nothing to train."""
+        checked = list(map(self._heads_phase, self._heads_steps())) if "heads" in self.args.phases else []
+        if "consistent" in self.args.phases:
+            checked.append(consistent_phase(self.args, self._exit_model, self._problem_type))
+        for phase in checked:
+            with keeping_requires_grad(self.model):
+                freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
+
+    def _heads(self, stage: str, folder: str, checkpoint: str | None) -> Any:
         epochs = self.args.heads_num_train_epochs
         return self._train_model(
-            phase,
+            self._heads_phase(stage),
             folder,
             checkpoint,
             self.args.learning_rate if self.args.heads_learning_rate is None else self.args.heads_learning_rate,
@@ -262,16 +291,19 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def _train_model(
         self, phase: ModelPhase, folder: str, checkpoint: str | None, learning_rate: float, epochs: float
     ) -> Any:
-        """Trainer's own loop with the phase's loss, on the rows of the heads, policies frozen."""
+        """Trainer's own loop with the phase's loss, on the rows of the heads, where only what the phase trains is not
+        frozen."""
         own = copy.copy(self.args)
         own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
         own.push_to_hub = False
         kept = (self.args, self.train_dataset, self._exit_arguments)
         with keeping_requires_grad(self.model):
-            freeze_for_model_step(self.model, self.args.trainable)
+            freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
+            # A wrapper that an earlier phase left would wait for the gradients of that phase.
+            self.model_wrapped = self.model
             self.args, self._phase, self._in_phase = own, phase, True
             self.train_dataset = _subset(self.train_dataset, self._split()[0])
-            self._exit_arguments = phase.evaluation
+            self._exit_arguments, self._exit_loss = phase.evaluation, phase.exit_loss
             self.optimizer = self.lr_scheduler = None
             for callback in self.callback_handler.callbacks:
                 if hasattr(callback, "early_stopping_patience_counter"):

@@ -28,7 +28,12 @@ class ConsistentEETrainingArguments(TrainingArguments):
         trainable (`str`): `"all"` (default), or `"exits"`: only exit heads, exit norms and policies learn; embeddings,
             layers and the model's own norm and head stay as they are. What is frozen already stays frozen. A
             decoder's `metric_for_best_model` is then better `"exit_loss"` than `"loss"` (`EarlyExitTrainer.evaluate`).
-        heads_objective (`str`): `"layer_weighted"` (default, `Σ i·CE_i / Σ i`), `"uniform"` or `"last"`.
+        heads_objective (`str`): a key of `HEADS_OBJECTIVES`: `"layer_weighted"` (default, `Σ i·CE_i / Σ i`),
+            `"uniform"`, `"last"`, `"two_stage"`, `"alternate"`, `"gradient_equilibrium"`, `"cosee"`, `"variational"`
+            or `"self_distillation"`. Of a decoder, all but `"cosee"` and `"self_distillation"`. `"variational"` trains
+            the policies beside the model; `"two_stage"` is two steps, `heads-backbone` and `heads`.
+        heads_objective_options (`dict[str, float]`, *optional*): options of the objective by name, see its class; on a
+            command line as JSON.
         token_loss (`str`): loss of a decoder's tokens in the phase `heads`, a key of `TOKEN_LOSSES`: `"ce"` (default,
             the label), `"kl"` or `"argmax"` (the last exit's distribution or most probable token, which need nothing
             but text).
@@ -57,12 +62,21 @@ class ConsistentEETrainingArguments(TrainingArguments):
         eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times of an encoder; 0 takes none.
     """
 
+    _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "heads_objective_options")
+
     phases: list[str] = field(
         default_factory=lambda: list(PHASES), metadata={"help": f"Phases to run, of {', '.join(PHASES)}."}
     )
     trainable: str = field(default="all", metadata={"help": "What learns: all or exits."})
     heads_objective: str = field(
-        default="layer_weighted", metadata={"help": "Loss of the heads: layer_weighted, uniform or last."}
+        default="layer_weighted",
+        metadata={
+            "help": "Loss of the heads: layer_weighted, uniform, last, two_stage, alternate, gradient_equilibrium, "
+            "cosee, variational or self_distillation."
+        },
+    )
+    heads_objective_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of heads_objective by name, as JSON."}
     )
     token_loss: str = field(default="ce", metadata={"help": "Loss of a decoder's tokens in heads: ce, kl or argmax."})
     token_loss_temperature: float = field(default=1.0, metadata={"help": "Temperature of token_loss=kl."})
@@ -112,7 +126,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         from transformers_cee.exits.token_losses import TOKEN_LOSSES
-        from transformers_cee.training.objectives import HEADS_OBJECTIVES
+        from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 
         unknown = [phase for phase in self.phases if phase not in PHASES]
         if unknown or not self.phases:
@@ -135,8 +149,12 @@ class ConsistentEETrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
         if self.policy_max_tokens is not None and self.policy_max_tokens < 1:
             raise ValueError(f"`policy_max_tokens`={self.policy_max_tokens} must be at least 1, or None for all.")
-        if self.trainable == "exits" and self.heads_objective == "last":
-            raise ValueError("`heads_objective`='last' trains the last exit, which `trainable`='exits' leaves alone.")
+        if self.trainable == "exits" and HEADS_OBJECTIVES[self.heads_objective].last_exit_alone:
+            raise ValueError(
+                f"`heads_objective`={self.heads_objective!r} trains the last exit alone, wholly or in turn, which "
+                "`trainable`='exits' leaves as it is; 'uniform' trains the others."
+            )
+        self.make_heads_objective()
         self.make_token_loss()
         if not all(0.0 <= threshold <= 1.0 for threshold in self.eval_exit_thresholds):
             raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds} must lie in [0, 1].")
@@ -144,6 +162,19 @@ class ConsistentEETrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`label_smoothing_factor`={self.label_smoothing_factor} is not supported: losses are those of exits."
             )
+
+    def make_heads_objective(self, stage: str | None = None) -> Any:
+        """A fresh object of the objective that `heads_objective` and its options name, for one of its stages.
+
+        Raises:
+            ValueError: an option is unknown or out of its range.
+        """
+        from transformers_cee.training.heads_objectives import make_heads_objective
+
+        options = self.heads_objective_options
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"`heads_objective_options`={options!r} must be a dictionary, or JSON of one.")
+        return make_heads_objective(self.heads_objective, options, stage)
 
     def make_token_loss(self) -> Any:
         """The object that `token_loss` and its options name.

@@ -14,7 +14,7 @@ from transformers_cee.exits.estimators import make_estimators
 from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
 from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
 from transformers_cee.exits.outputs import ExitClassifierOutput
-from transformers_cee.exits.policy import make_policies
+from transformers_cee.exits.policy import all_features, make_policies
 from transformers_cee.exits.runner import ExitRun, RowBatch, run_all_exits, run_exits
 from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
 
@@ -85,6 +85,8 @@ class BertForConsistentEE(BertPreTrainedModel):
         exit_criterion: str | None = None,
         exit_budget: float | None = None,
         output_all_exits: bool = False,
+        gradient_equilibrium: bool = False,
+        output_policies: bool = False,
         **kwargs,
     ) -> ExitClassifierOutput:
         """Classifies each row at the first exit where the criterion lets it go.
@@ -106,6 +108,11 @@ class BertForConsistentEE(BertPreTrainedModel):
                 Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
             output_all_exits (`bool`, *optional*, defaults to `False`):
                 Run to full depth and return every exit's logits and state.
+            gradient_equilibrium (`bool`, *optional*, defaults to `False`):
+                With all exits, every layer gets the mean of the gradients of the exits behind it; see
+                `exits.runner.collect_states`.
+            output_policies (`bool`, *optional*, defaults to `False`):
+                With `output_all_exits`, also return what the policies make of every internal exit, with gradient.
 
         Raises:
             ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, a mask or labels that do not
@@ -120,7 +127,10 @@ class BertForConsistentEE(BertPreTrainedModel):
         batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
         all_exits = output_all_exits or (self.training and labels is not None)
-        run = run_all_exits(batch, layers, self) if all_exits else run_exits(batch, layers, self, criterion)
+        if all_exits:
+            run = run_all_exits(batch, layers, self, gradient_equilibrium)
+        else:
+            run = run_exits(batch, layers, self, criterion)
         losses = None
         if all_exits and labels is not None:
             losses = exit_losses(run.all_logits, labels, problem_type)
@@ -132,7 +142,14 @@ class BertForConsistentEE(BertPreTrainedModel):
             all_exit_logits=run.all_logits if output_all_exits else None,
             all_exit_states=run.all_states if output_all_exits else None,
             all_exit_losses=losses if output_all_exits else None,
+            all_policy_logits=self._policy_logits(run, problem_type) if output_all_exits and output_policies else None,
         )
+
+    def _policy_logits(self, run: ExitRun, problem_type: str) -> Tensor:
+        features = None
+        if self.exit_policies.needs_logits:
+            features = all_features(run.all_logits.detach(), problem_type)
+        return self.exit_policies(run.all_states, features)
 
     def _embed(
         self,

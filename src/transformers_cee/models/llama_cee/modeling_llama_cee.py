@@ -193,6 +193,8 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         skipped_kv: str | None = None,
         output_all_exits: bool = False,
         sample_exits: bool = False,
+        gradient_equilibrium: bool = False,
+        output_policies: bool = False,
         token_loss: TokenLoss | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -226,6 +228,10 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
             skipped_kv (`str`, *optional*, defaults to `config.skipped_kv`): `"copy"` or `"deferred"`.
             output_all_exits (`bool`): with `labels`, states, losses and predictions of all exits at counted positions.
             sample_exits (`bool`): with `labels`, leave with the policy's probability; the loss is that of the exits.
+            gradient_equilibrium (`bool`): with all exits, every layer gets the mean of the gradients of the exits
+                behind it; see `exits.runner.collect_states`.
+            output_policies (`bool`): with `output_all_exits`, also what the policies make of every internal exit, with
+                gradient.
             token_loss (`TokenLoss`, *optional*): per-token loss with `output_all_exits`; cross-entropy by default.
             num_items_in_batch (`int`, *optional*): divides summed losses instead of the number of counted positions.
 
@@ -239,7 +245,12 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
         full_depth = exit_threshold is None and exit_budget is None and not sample_exits
         if output_all_exits or (self.training and labels is not None and full_depth):
-            return self._all_exits(inputs, labels, token_loss or CrossEntropy(), num_items_in_batch, kwargs)
+            outputs = self._all_exits(
+                inputs, labels, token_loss or CrossEntropy(), num_items_in_batch, gradient_equilibrium, kwargs
+            )
+            if output_policies:
+                outputs.all_policy_logits = self.exit_policies(outputs.all_exit_states, outputs.all_exit_features)
+            return outputs
         if full_depth:
             return self._full_depth(inputs, labels, use_cache, logits_to_keep, num_items_in_batch, kwargs)
         if sample_exits:
@@ -288,13 +299,13 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         )
 
     def _all_exits(
-        self, inputs: tuple, labels: Tensor, token_loss: TokenLoss, items: Any, kwargs: dict
+        self, inputs: tuple, labels: Tensor, token_loss: TokenLoss, items: Any, equilibrium: bool, kwargs: dict
     ) -> ExitCausalLMOutput:
         counted = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
         tokens = counted.flatten().nonzero().squeeze(1)
         token_labels = labels.roll(-1, 1).flatten()[tokens]
         exits = _Exits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, tokens))
-        states = torch.stack(collect_states(*self._prepare(inputs, kwargs), exits), dim=1)
+        states = torch.stack(collect_states(*self._prepare(inputs, kwargs), exits, equilibrium), dim=1)
         found = token_exit_losses(
             states, token_labels, self.exit_logits, token_loss, features=self.exit_policies.needs_logits
         )
