@@ -1,0 +1,149 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Training of policies conditioned on the price of a layer, and the budgets that come out of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import collate, pad, random_rows, task, tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer
+
+from transformers_cee import BertForConsistentEE
+from transformers_cee.calibration.exit_budget import fit_exit_budgets
+from transformers_cee.evaluation.comparison import budget_curve
+from transformers_cee.evaluation.operating_points import measure_wall_clock
+from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.training.policy_phase import JUDGED_ALPHAS, PolicyObjective
+
+
+def slow_loss(policies, states, rewards, prices, alphas, num_layers):
+    """Row by row: the negative expected reward under the exit distribution, weighted by the row's price."""
+    total = 0.0
+    for row, alpha in enumerate(alphas):
+        stay = 1.0
+        for index in range(states.shape[1]):
+            reward = (float(rewards[row, index]) - alpha * float(prices[row, index])) / (1 + alpha * num_layers)
+            leave = 1.0
+            if index < states.shape[1] - 1:
+                leave = float(policies.exit_logit(states[row : row + 1, index], None, index, alpha).sigmoid())
+            total -= stay * leave * reward
+            stay *= 1 - leave
+    return total / len(states)
+
+
+@pytest.mark.parametrize("condition", ["input", "film"])
+class TestObjective:
+    def parts(self, condition):
+        torch.manual_seed(0)
+        policies = ExitPolicies(3, 8, 4, "gelu", condition=condition, alphas=(0.01, 1.0))
+        layers = torch.tensor([2.0, 4.0, 6.0, 8.0])
+        prices = layers * torch.rand(5, 1)
+        return PolicyObjective(policies, num_layers=8), torch.randn(5, 4, 8), -torch.rand(5, 4), prices
+
+    def test_every_row_pays_its_own_price(self, condition):
+        objective, states, rewards, prices = self.parts(condition)
+        torch.manual_seed(3)
+        loss = objective.train()(states, rewards, prices=prices)["loss"].detach()
+        torch.manual_seed(3)
+        alphas = objective.policies.draw_alphas(5).tolist()
+        assert float(loss) == pytest.approx(
+            slow_loss(objective.policies, states, rewards, prices, alphas, 8), rel=1e-4
+        )
+
+    def test_judged_over_the_whole_range(self, condition):
+        objective, states, rewards, prices = self.parts(condition)
+        loss = objective.eval()(states, rewards, prices=prices)["loss"].detach()
+        step = math.log(100.0) / (JUDGED_ALPHAS - 1)
+        alphas = [0.01 * math.exp(step * number) for number in range(JUDGED_ALPHAS)]
+        slow = [slow_loss(objective.policies, states, rewards, prices, [alpha] * 5, 8) for alpha in alphas]
+        assert float(loss) == pytest.approx(sum(slow) / len(slow), rel=1e-4)
+
+
+def conditioned(**fields):
+    fields = {"policy_condition": "film", "policy_alphas": [0.01, 3.0], "reward_hardness": False, **fields}
+    return tiny_model(num_hidden_layers=4, **fields)
+
+
+class TestTrainer:
+    def test_one_model_many_depths(self, tmp_path):
+        """Trained once, a higher price is a shallower depth, and budgets are kept on the rows they were fitted on."""
+        trainer = tiny_trainer(
+            tmp_path, conditioned(), phases=["policy"], policy_num_train_epochs=60, policy_learning_rate=2e-2
+        )
+        trainer.train()
+        points = trainer.model.config.exit_budgets
+        assert [point[0] for point in points] == sorted(point[0] for point in points) and len(points) > 2
+        assert [point[1] for point in points] == sorted((point[1] for point in points), reverse=True)
+        assert points[-1][0] - points[0][0] > 0.1
+        model, batch = trainer.model.eval(), collate([trainer.eval_dataset[row] for row in range(24)])
+        batch = {name: value for name, value in batch.items() if name != "labels"}
+        for budget, _, threshold in points:
+            assert threshold == 0.5
+            layers = model(**batch, exit_budget=budget).exit_layers
+            assert float(layers.float().mean()) / 4 == pytest.approx(budget)
+        trainer.save_model()
+        again = BertForConsistentEE.from_pretrained(tmp_path).eval()
+        assert again.config.exit_budgets == points
+        budget = points[1][0]
+        wanted, found = (one(**batch, exit_budget=budget) for one in (model, again))
+        assert found.exit_layers.tolist() == wanted.exit_layers.tolist()
+        assert measure_wall_clock(again, [batch], [{"exit_budget": budget}], repeats=1)[0] > 0
+
+    def test_curve_by_budget(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, conditioned(), phases=["policy"], policy_num_train_epochs=40)
+        trainer.train()
+        dev = trainer.collect_exits(trainer.eval_dataset)
+        curve = budget_curve(trainer.model.exit_policies, dev, dev, trainer.compute_metrics, [1.5, 2.0, 2.5, 4.0])
+        depths = [point.depth for point in curve]
+        assert depths == sorted(depths) and depths[-1] == 4.0 and len(depths) > 1
+        batch = {name: value for name, value in collate(list(task(24, seed=2))).items() if name != "labels"}
+        for point in curve:
+            layers = trainer.model.eval()(**batch, **point.exit_arguments).exit_layers
+            assert float(layers.float().mean()) == pytest.approx(point.depth)
+
+    def test_all_phases(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, conditioned(policy_inputs="both"), eval_strategy="epoch")
+        results = trainer.train()
+        assert list(results) == ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy"]
+        assert trainer.evaluate()["eval_operating_points"]
+
+    @pytest.mark.parametrize("objective", ["expected", "sampled"])
+    def test_decoder(self, tmp_path, objective):
+        model = tiny_llama(policy_condition="input", policy_alphas=[0.01, 3.0], reward_hardness=False)
+        trainer = tiny_text_trainer(
+            tmp_path, model, consistent_objective=objective, consistent_samples=2, policy_num_train_epochs=20
+        )
+        trainer.train()
+        points = trainer.model.config.exit_budgets
+        assert points
+        ids = torch.tensor([[5, 9, 11, 7]])
+        output = trainer.model.eval().generate(
+            ids, max_new_tokens=4, exit_budget=points[0][0], return_dict_in_generate=True, eos_token_id=None
+        )
+        assert output.exit_layers.shape == (1, 4) and int(output.exit_layers[:, 0]) == 4
+
+    def test_an_own_reward_has_no_price(self, tmp_path):
+        reward = {"reward_function": lambda losses, layers, memorized, number: -losses}
+        trainer = tiny_trainer(tmp_path, conditioned(), trainer=reward, phases=["policy"])
+        with pytest.raises(ValueError, match=r"`reward_function` knows no α.*`policy_condition`='film'"):
+            trainer.train()
+
+
+def test_budgets_of_one_speed_are_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match="`policies` have one speed"):
+        trainer.fit_exit_budgets()
+
+
+def test_budgets_need_an_open_threshold():
+    with pytest.raises(ValueError, match=r"`exit_threshold`=1\.0 must lie in \[0, 1\)"):
+        fit_exit_budgets(ExitPolicies(3, 8, 4, "gelu", condition="film"), None, exit_threshold=1.0)
+
+
+def test_a_budget_reaches_every_way_to_ask(tmp_path):
+    model = conditioned(exit_budgets=[[0.25, 3.0, 0.5], [1.0, 0.01, 0.5]])
+    batch = pad(random_rows(8, seed=3))
+    shallow, deep = (model(**batch, exit_budget=budget).exit_probabilities for budget in (0.25, 0.99))
+    assert not torch.allclose(shallow[:, 0], deep[:, 0])
