@@ -22,10 +22,15 @@ _PUBLIC = {
     "EarlyExitCache": "generation.cache",
     "ExitCausalLMOutput": "exits.outputs",
     "ExitClassifierOutput": "exits.outputs",
+    "ExitThresholds": "calibration.thresholds",
     "LlamaCeeConfig": "models.llama_cee",
     "LlamaForConsistentEECausalLM": "models.llama_cee",
     "OperatingPoint": "evaluation.operating_points",
+    "calibrate_agreement": "calibration.agreement",
+    "calibrate_budget": "calibration.budget",
+    "calibrate_risk": "calibration.risk",
     "exit_lora_config": "lora",
+    "score_store": "calibration.scores",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
