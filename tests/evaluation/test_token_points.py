@@ -107,10 +107,10 @@ def test_thresholds(known):
 @torch.no_grad()
 def test_criteria_that_tokens_do_not_tell(known):
     _, _, store = known
-    with pytest.raises(ValueError, match=r"criterion.*patience.*policy, max_probability, margin, entropy"):
-        score_exits("patience", store)
+    with pytest.raises(ValueError, match=r"criterion.*'energy'.*entropy,.* margin, max_probability,.* policy"):
+        score_exits("energy", store)
     states_only = stored(tiny_llama(), instructions(3, seed=1))
-    with pytest.raises(ValueError, match=r"criterion.*entropy.*accepted are policy"):
+    with pytest.raises(ValueError, match=r"criterion.*'entropy'.*accepted are exit_cdf,.* policy, state_classifier"):
         score_exits("entropy", states_only)
     assert score_exits("policy", states_only, tiny_llama().exit_policies).shape == (len(states_only), 3)
 

@@ -8,6 +8,7 @@ import criteria_reference as slow
 import pytest
 import reference
 import torch
+from fitted import MULTI, REGRESSION, SINGLE, fitted_model, journeys, labels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, pad, random_rows, tiny_llama, tiny_model
@@ -18,7 +19,6 @@ from transformers_cee.exits.estimators import ESTIMATORS
 from transformers_cee.exits.runner import run_exits
 
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 WITHOUT_CLASSES = [
     "policy",
     "exit_cdf",
@@ -31,48 +31,6 @@ WITHOUT_CLASSES = [
 ]
 CASES = [(name, kind) for name in sorted(CRITERIA) for kind in (SINGLE, MULTI)]
 CASES += [(name, REGRESSION) for name in WITHOUT_CLASSES]
-
-
-def fitted_model(problem_type: str = SINGLE, **fields):
-    """A tiny model with all estimators, drawn at random and opinionated."""
-    labels = 1 if problem_type == REGRESSION else 3
-    model = tiny_model(problem_type=problem_type, num_labels=labels, exit_estimators=sorted(ESTIMATORS), **fields)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.exit_estimators.parameters():
-            parameter.normal_(0.0, 0.5)
-        exits = model.exit_estimators["token_hash"].exits
-        exits.copy_(torch.randint(0, len(model.layer_numbers), exits.shape))
-    return model
-
-
-def labels_of(rows: int, problem_type: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    if problem_type == SINGLE:
-        return torch.randint(0, 3, (rows,), generator=generator)
-    if problem_type == MULTI:
-        return torch.randint(0, 2, (rows, 3), generator=generator).float()
-    return torch.randn(rows, generator=generator)
-
-
-def journeys(model, rows: list[dict], labels: torch.Tensor, problem_type: str) -> list[slow.Journey]:
-    layers, made = reference.exit_layers(model.config), []
-    for row, label in zip(rows, labels, strict=True):
-        hidden = reference.layer_states(model, row["input_ids"], row["token_type_ids"])
-        states = [reference.exit_state(model, hidden[layer - 1], index) for index, layer in enumerate(layers[:-1])]
-        logits = [reference.head_logits(model, state, index) for index, state in enumerate(states)]
-        policy = [
-            reference.policy_score(model, state, logits[: index + 1], problem_type, index)
-            for index, state in enumerate(states)
-        ]
-        made.append(
-            slow.Journey(
-                states, logits, problem_type, policy, dict(model.exit_estimators.items()), layers,
-                row["input_ids"].tolist(), label,
-                patience=model.config.exit_patience, tolerance=model.config.exit_tolerance,
-            )
-        )  # fmt: skip
-    return made
 
 
 def walk(model, batch: dict, criterion: str, threshold: float, labels: torch.Tensor, problem_type: str):

@@ -8,8 +8,8 @@ Hindsight asks where each row would have left; it takes no time measurements. `m
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ from transformers_cee.exits.criteria import (
 from transformers_cee.exits.policy import ExitPolicies
 
 
+FULL_DEPTH: dict[str, Any] = {"exit_criterion": "policy", "exit_threshold": 1.0}
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 # Criteria whose score is one of the confidence features.
 CONFIDENCE_FEATURES = {"max_probability": 0, "margin": 1, "entropy": 2}
+# Entries of a store that are scored at once.
+SCORED_ENTRIES = 4096
 
 
 @dataclass
@@ -46,6 +49,7 @@ class OperatingPoint:
         wall_clock_speedup (`float`, *optional*): time at full depth over time with exits, same run; None if not timed.
         metrics (`dict[str, float]`): the task's metrics.
         exit_histogram (`dict[str, int]`): rows, or tokens that may leave, per exit layer.
+        exit_budget (`float`, *optional*): budget that conditioned policies were asked for, instead of the threshold.
     """
 
     criterion: str
@@ -56,6 +60,14 @@ class OperatingPoint:
     wall_clock_speedup: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     exit_histogram: dict[str, int] = field(default_factory=dict)
+    exit_budget: float | None = None
+
+    @property
+    def exit_arguments(self) -> dict[str, Any]:
+        """What `forward` takes to be at this point."""
+        if self.exit_budget is not None:
+            return {"exit_budget": self.exit_budget}
+        return {"exit_criterion": self.criterion, "exit_threshold": self.exit_threshold}
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""
@@ -111,40 +123,84 @@ def score_exits(
 ) -> Tensor:
     """Scores (entries, exits − 1) of a criterion at every internal exit, as if nothing had left before.
 
+    Args:
+        criterion (`str`): name of an exit criterion.
+        store (`ExitStore`): stored exits of rows or tokens.
+        policies (`ExitPolicies`, *optional*): the model's policy networks.
+        settings (`CriterionSettings`, *optional*):
+            As `criterion_settings` takes them from a model. What they hold of the input, such as `input_ids`, belongs
+            to the store's entries in their order. Labels are the store's own by default.
+
     Raises:
-        ValueError: of a store of tokens, a criterion that its states and confidence features do not tell.
+        ValueError: what the criterion needs is missing; or of a store of tokens, a criterion that its states,
+            predictions and confidence features do not tell.
     """
+    settings = settings or CriterionSettings(tolerance=store.tolerance)
+    if settings.labels is None:
+        settings = replace(settings, labels=store.labels)
     if store.logits is None:
-        return _score_tokens(criterion, store, policies)
-    num_exits = store.logits.shape[1]
-    columns = []
-    device = next(policies.parameters()).device if policies is not None and len(policies.networks) else "cpu"
-    for states, logits in zip(store.states.split(4096), store.logits.split(4096), strict=True):
-        off = CRITERIA[criterion].off
-        walk = build_criterion(criterion, off, num_exits, store.problem_type, policies, settings)
-        states, logits = states.to(device), logits.to(device)
-        scores = [
-            walk.score(ExitStep(index, states[:, index], lambda _, index=index, logits=logits: logits[:, index]))
-            for index in range(num_exits - 1)
-        ]
-        columns.append(torch.stack(scores, dim=1).cpu() if scores else torch.empty(len(logits), 0))
-    return torch.cat(columns)
-
-
-def _score_tokens(criterion: str, store: ExitStore, policies: ExitPolicies | None) -> Tensor:
-    if criterion == "policy" and policies is not None:
-        some = next(policies.parameters())
-        parts = []
-        for entries in torch.arange(len(store)).split(4096):
-            features = None if store.features is None else store.features[entries].to(some.device)
-            parts.append(policies(store.states[entries].to(some), features).sigmoid().cpu())
-        return torch.cat(parts)
-    if criterion not in CONFIDENCE_FEATURES or store.features is None:
-        known = ["policy", *(CONFIDENCE_FEATURES if store.features is not None else ())]
-        raise ValueError(
-            f"`criterion`={criterion!r} cannot be asked of stored tokens; accepted are {', '.join(known)}."
+        _check_stored_tokens(criterion, store, policies)
+    like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
+    num_exits = store.states.shape[1]
+    parts = []
+    for entries in torch.arange(len(store)).split(SCORED_ENTRIES):
+        walk = build_criterion(
+            criterion,
+            CRITERIA[criterion].off,
+            num_exits,
+            store.problem_type,
+            policies,
+            _settings_of(settings, entries, like.device),
         )
-    return store.features[..., CONFIDENCE_FEATURES[criterion]].clone()
+        scores = [walk.score(step) for step in _stored_steps(store, entries, like)]
+        parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
+    return torch.cat(parts)
+
+
+def _like(*modules: nn.Module | None) -> Tensor:
+    """An empty tensor where, and as precise as, the first of some modules is that has weights."""
+    for module in modules:
+        for value in () if module is None else module.state_dict().values():
+            return torch.empty(0, device=value.device, dtype=value.dtype if value.is_floating_point() else None)
+    return torch.empty(0)
+
+
+def _settings_of(settings: CriterionSettings, entries: Tensor, device: torch.device) -> CriterionSettings:
+    """The settings with what belongs to some entries only."""
+    of_entries = {name: getattr(settings, name) for name in ("input_ids", "attention_mask", "labels")}
+    return replace(
+        settings, **{name: value[entries].to(device) for name, value in of_entries.items() if value is not None}
+    )
+
+
+def _stored_steps(store: ExitStore, entries: Tensor, like: Tensor) -> Iterator[ExitStep]:
+    """What a criterion sees of some entries at each internal exit, where and as precise as `like` is."""
+    states, rows = store.states[entries].to(like), torch.arange(len(entries), device=like.device)
+    logits, features, predicted = (
+        None if value is None else value[entries].to(like.device)
+        for value in (store.logits, store.features if store.logits is None else None, store.predictions)
+    )
+    for index in range(store.states.shape[1] - 1):
+        yield ExitStep(
+            index,
+            states[:, index],
+            lambda _, index=index: logits[:, index],
+            rows,
+            None if features is None else features[:, index],
+            None if predicted is None else predicted[:, index],
+        )
+
+
+def _check_stored_tokens(criterion: str, store: ExitStore, policies: ExitPolicies | None) -> None:
+    """Raises `ValueError` when a store of tokens, which has no logits, does not tell a criterion's scores."""
+    kept = {"state", "predictions", *(() if store.features is None else ("confidence",))}
+    if policies is None or not policies.needs_logits or store.features is not None:
+        kept.add("policy")
+    accepted = sorted(name for name, cls in CRITERIA.items() if cls.looks_at <= kept)
+    if criterion not in accepted:
+        raise ValueError(
+            f"`criterion`={criterion!r} cannot be asked of stored tokens; accepted are {', '.join(accepted)}."
+        )
 
 
 def exits_taken(criterion: str, threshold: Thresholds, scores: Tensor) -> Tensor:
@@ -218,13 +274,23 @@ def thresholds_for_depths(
         candidates (`int`): quantiles of the scores that are tried.
     """
     layers = torch.tensor(layer_numbers)
-    cls = CRITERIA[criterion]
-    values = torch.quantile(scores.flatten()[:10_000_000].double(), torch.linspace(0, 1, candidates).double())
-    tries = sorted({float(value) for value in values.float() if cls.check(float(value))})
+    tries = _tried_thresholds(criterion, scores, candidates)
     found = [
         (float(layers[exits_taken(criterion, threshold, scores)].float().mean()), threshold) for threshold in tries
     ]
     return [min(found, key=lambda pair: abs(pair[0] - depth))[1] for depth in depths]
+
+
+def _tried_thresholds(criterion: str, scores: Tensor, candidates: int) -> list[float]:
+    """Thresholds between "all leave" and "nobody leaves", ascending: the scores if few are distinct, or quantiles."""
+    cls = CRITERIA[criterion]
+    flat = scores.flatten()[:10_000_000]
+    values = flat.unique()
+    if len(values) > candidates:
+        values = torch.quantile(flat.double(), torch.linspace(0, 1, candidates).double()).float()
+    # Counts have no largest number: as many as there are exits lets nobody out.
+    off = float(scores.shape[1] + 1) if math.isinf(cls.off) else cls.off
+    return sorted(value for value in {*values.tolist(), 0.0, 1.0, off} if cls.check(value))
 
 
 def hindsight_curve(
@@ -255,10 +321,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _seconds(model: nn.Module, batch: dict[str, Tensor], criterion: str, threshold: Thresholds) -> float:
+def _seconds(model: nn.Module, batch: dict[str, Tensor], exit_arguments: Mapping[str, Any]) -> float:
     _synchronize(model.device)
     start = time.perf_counter()
-    model(**batch, exit_criterion=criterion, exit_threshold=threshold)
+    model(**batch, **exit_arguments)
     _synchronize(model.device)
     return time.perf_counter() - start
 
@@ -266,7 +332,7 @@ def _seconds(model: nn.Module, batch: dict[str, Tensor], criterion: str, thresho
 def measure_wall_clock(
     model: nn.Module,
     batches: Sequence[dict[str, Tensor]],
-    settings: Sequence[tuple[str, Thresholds]],
+    settings: Sequence[Mapping[str, Any]],
     repeats: int = 3,
 ) -> list[float]:
     """Wall-clock speed-up of each setting over full depth: really executed, exits against no exits, in turn on the
@@ -275,7 +341,7 @@ def measure_wall_clock(
     Args:
         model (`nn.Module`): an early-exit model; its device is synchronised around every forward pass.
         batches (sequence of `dict`): tokenised inputs without labels, on the model's device.
-        settings (sequence of pairs): criterion and threshold.
+        settings (sequence of mappings): exit arguments of `forward`, see `OperatingPoint.exit_arguments`.
         repeats (`int`): passes over all batches.
 
     Returns:
@@ -283,14 +349,14 @@ def measure_wall_clock(
     """
     training = model.training
     model.eval()
-    _seconds(model, batches[0], "policy", 1.0)  # warm-up
+    _seconds(model, batches[0], FULL_DEPTH)  # warm-up
     ratios: list[list[float]] = [[] for _ in settings]
     for _ in range(repeats):
         full, early = [0.0] * len(settings), [0.0] * len(settings)
         for batch in batches:
-            for index, (criterion, threshold) in enumerate(settings):
-                full[index] += _seconds(model, batch, "policy", 1.0)
-                early[index] += _seconds(model, batch, criterion, threshold)
+            for index, exit_arguments in enumerate(settings):
+                full[index] += _seconds(model, batch, FULL_DEPTH)
+                early[index] += _seconds(model, batch, exit_arguments)
         for index in range(len(settings)):
             ratios[index].append(full[index] / early[index])
     model.train(training)
