@@ -111,13 +111,13 @@ class TestOverSplits:
         assert sum(means) / SPLITS >= 1 - epsilon - 0.005
 
     def test_running_agreement_promises_less(self):
-        everything = population(4000, correlation=0.0, seed=3)
+        everything = population(4000, correlation=0.5, seed=3)
         kept = 0
         for split in range(SPLITS // 4):
             rows, others = halves(4000, split)
             found = calibrate_agreement(everything.select(rows[:400]), 0.1, "running")
             kept += found.check(everything.select(others)).held_out["kept"]
-        assert kept < SPLITS // 4
+        assert kept < 0.9 * (SPLITS // 4)
 
 
 class TestSpecialCases:
