@@ -79,7 +79,8 @@ def main(folder: str) -> None:
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": 8 // processes,
     }
-    for name, objective in (("heads", "layer_weighted"), ("last", "last"), ("consistent", "layer_weighted")):
+    for name in ("layer_weighted", "last", "two_stage", "variational", "consistent"):
+        objective = "layer_weighted" if name == "consistent" else name
         trainer = tiny_trainer(f"{folder}/{name}", rows=8, heads_objective=objective, **sgd)
         if name == "consistent":
             trainer._consistent_model(f"{folder}/{name}/one", None)

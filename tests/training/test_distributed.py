@@ -72,7 +72,9 @@ def test_stores_of_tokens(results, name):
     assert len(one) > 13 or name == "sample"
 
 
-@pytest.mark.parametrize("name", ["heads", "last", "consistent", "policy", *TEXT_PHASES])
+@pytest.mark.parametrize(
+    "name", ["layer_weighted", "last", "two_stage", "variational", "consistent", "policy", *TEXT_PHASES]
+)
 def test_gradients(results, name):
     """Weights after one step on the same 8 rows: no factor by the number of processes, and of a decoder none by how
     many tokens each of them has."""
