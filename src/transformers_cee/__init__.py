@@ -30,6 +30,8 @@ _PUBLIC = {
     "calibrate_budget": "calibration.budget",
     "calibrate_risk": "calibration.risk",
     "exit_lora_config": "lora",
+    "fit_estimators": "training.estimators",
+    "fit_token_hash": "training.estimators",
     "score_store": "calibration.scores",
 }
 

@@ -22,6 +22,7 @@ from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
 from transformers_cee.training.estimators import fit_estimators, fit_token_hash
+from transformers_cee.training.parameters import freeze_for_model_step
 
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -203,6 +204,15 @@ class TestFits:
         assert all(math.isfinite(loss) for loss in losses.values())
         assert not any(parameter.requires_grad for parameter in model.exit_estimators.parameters())
 
+    def test_the_model_trains_without_them(self):
+        """Distributed training waits for every parameter that has a gradient to come."""
+        model = small_model()
+        fit_estimators(model, random_store(), ["consistency"], **FAST)
+        model.requires_grad_(True)
+        freeze_for_model_step(model, "all")
+        assert not any(parameter.requires_grad for parameter in model.exit_estimators.parameters())
+        assert model.classifier.weight.requires_grad
+
     def test_by_seed(self):
         fitted = []
         for seed in (0, 0, 1):
@@ -328,6 +338,16 @@ class TestSaved:
                 second = again(**rows, exit_criterion=name, exit_threshold=0.5)
                 assert first.exit_layers.tolist() == second.exit_layers.tolist()
                 torch.testing.assert_close(first.logits, second.logits)
+
+    @pytest.mark.parametrize("make", [tiny_model, tiny_llama])
+    def test_checkpoints_without_them(self, make, tmp_path):
+        """Estimators that a checkpoint lacks are as if never fitted, not what was in the memory."""
+        make().save_pretrained(tmp_path)
+        model = type(make()).from_pretrained(tmp_path, exit_estimators=sorted(ESTIMATORS))
+        temperatures, table = (model.exit_estimators[name] for name in ("calibrated_probability", "token_hash"))
+        assert temperatures.temperatures.tolist() == [1.0] * (len(model.layer_numbers) - 1)
+        assert table.exits.tolist() == [len(model.layer_numbers) - 1] * VOCABULARY
+        assert all(bool(torch.isfinite(value).all()) for value in model.exit_estimators.state_dict().values())
 
     def test_decoder(self, tokens, tmp_path):
         model = tiny_llama(policy_inputs="both")

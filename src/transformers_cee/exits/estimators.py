@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
@@ -45,6 +46,10 @@ class Temperatures(nn.Module):
     def __init__(self, num_internal_exits: int) -> None:
         super().__init__()
         self.log_temperatures = nn.Parameter(torch.zeros(num_internal_exits))
+
+    def unfit(self) -> None:
+        """Sets all temperatures to 1."""
+        init.zeros_(self.log_temperatures)
 
     @property
     def temperatures(self) -> Tensor:
@@ -116,6 +121,10 @@ class TokenExits(nn.Module):
         self.last = num_exits - 1
         self.register_buffer("exits", torch.full((vocab_size,), self.last, dtype=torch.long))
 
+    def unfit(self) -> None:
+        """Gives all tokens the last exit."""
+        init.constant_(self.exits, self.last)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Exits (0-based) of tokens, in their shape."""
         return self.exits[input_ids]
@@ -136,6 +145,13 @@ ESTIMATORS: dict[str, Callable[[Any], nn.Module]] = {
     "state_classifier": lambda config: StateEstimator(config.hidden_size, len(config.exit_layer_numbers) - 1),
     "token_hash": lambda config: TokenExits(config.vocab_size, len(config.exit_layer_numbers)),
 }
+
+
+def init_estimator(module: nn.Module) -> None:
+    """What `_init_weights` of a model does for an estimator that a checkpoint lacks: estimators of linear layers are
+    drawn as these are, others start as if never fitted."""
+    if isinstance(module, Temperatures | TokenExits):
+        module.unfit()
 
 
 def check_estimators(names: Sequence[str], argument: str = "exit_estimators") -> None:

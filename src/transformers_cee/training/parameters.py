@@ -10,6 +10,8 @@ from torch import nn
 
 
 POLICIES = "exit_policies"
+# Fitted afterwards, on stored exits: no step of the model trains them.
+ESTIMATORS = "exit_estimators"
 # Modules that exist for the exits' sake only.
 EXIT_MODULES = ("exit_heads", "exit_norms", POLICIES)
 # Those, and what an encoder's task starts from scratch.
@@ -54,7 +56,7 @@ def freeze_for_model_step(model: nn.Module, trainable: str, policies: bool = Fal
     """
     for name, parameter in model.named_parameters():
         others = trainable in ("exits", "internal_exits") and not any(part in name for part in EXIT_MODULES)
-        if others or (POLICIES in name and not policies):
+        if others or (POLICIES in name and not policies) or ESTIMATORS in name:
             parameter.requires_grad_(False)
     if trainable in ("last_exit", "internal_exits"):
         bare = bare_model(model)

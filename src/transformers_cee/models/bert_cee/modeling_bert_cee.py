@@ -10,7 +10,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
-from transformers_cee.exits.estimators import make_estimators
+from transformers_cee.exits.estimators import init_estimator, make_estimators
 from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
 from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
 from transformers_cee.exits.outputs import ExitClassifierOutput
@@ -56,6 +56,11 @@ class BertForConsistentEE(BertPreTrainedModel):
         self.exit_policies = make_policies(config, internal)
         self.exit_estimators = make_estimators(config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_estimator(module)
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""

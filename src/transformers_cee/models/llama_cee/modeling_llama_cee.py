@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
-from transformers_cee.exits.estimators import make_estimators
+from transformers_cee.exits.estimators import init_estimator, make_estimators
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
@@ -87,6 +87,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        init_estimator(module)
         # Asked for single layers only: containers of classes outside of transformers are passed over when it loads.
         if any(module is norm for norm in self.exit_norms.norms) and isinstance(module, LlamaRMSNorm):
             init.copy_(module.weight, self.model.norm.weight)
