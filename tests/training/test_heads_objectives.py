@@ -197,7 +197,7 @@ class TestCoSEE:
         drawn, signals = [], []
         for number in range(6):
             step = random_step(number, number=number, epoch=number / 2)
-            signals.append(normalised_entropy(step.logits[:, :-1], KINDS[0]))
+            signals.append(normalised_entropy(step.logits[:, :-1].detach(), KINDS[0]))
             objective(step)
             drawn.append(objective._drawn[1])
         for number in (0, 1):
