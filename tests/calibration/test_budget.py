@@ -179,7 +179,7 @@ class TestThresholds:
 
 
 class TestOverSplits:
-    @pytest.mark.parametrize("correlation,refine", [(0.0, False), (0.5, False), (0.0, True), (0.5, True), (1.0, True)])
+    @pytest.mark.parametrize("correlation,refine", [(0.0, False), (0.5, False), (0.3, True), (1.0, True)])
     def test_budget_holds(self, correlation, refine):
         everything = population(1200, correlation=correlation, seed=3)
         used = {budget: [] for budget in BUDGETS}
@@ -244,9 +244,9 @@ class TestSpecialCases:
             calibrate_budget(patience, least - 0.01)
         with pytest.raises(ValueError, match="for these rows and this `delta`"):
             calibrate_budget(patience, least + 0.01)
-        for budget in (3.0, 4.0, 6.0):
+        for budget in (2.45, 2.5, 2.6, 3.0, 4.0, 6.0):
             figures = calibrate_budget(patience, budget).check(patience).held_out
-            assert figures["kept"] and figures["used_budget"] > 0.5
+            assert figures["kept"] and figures["used_budget"] > 0.85
 
     def test_costs(self):
         everything = population(500)

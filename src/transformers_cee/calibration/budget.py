@@ -8,7 +8,7 @@ chosen by exponential weights, and its threshold is the quantile of unlabelled s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -70,20 +70,20 @@ def eero_rates(
         mean = rates @ scaled
         return mean + margin * math.sqrt(rates @ (scaled - mean) ** 2) <= limit
 
-    low, high = 0.0, 1.0
-    if fits(0.0):
-        if not fill:
-            return torch.from_numpy(rates_at(0.0))
-        low, high = -1.0, 0.0
-        while fits(low) and low > -1e9:
-            low *= 2
-    else:
-        while not fits(high):
-            high *= 2
+    return torch.from_numpy(rates_at(0.0 if not fill and fits(0.0) else _smallest(fits)))
+
+
+def _smallest(fits: Callable[[float], bool]) -> float:
+    """By bisection, the smallest number that fits, when all larger ones do."""
+    low, high = -1.0, 1.0
+    while fits(low) and low > -1e9:
+        low *= 2
+    while not fits(high):
+        high *= 2
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return torch.from_numpy(rates_at(high))
+    return high
 
 
 def eero_thresholds(oriented: Tensor, rates: Tensor, noise: float = 1e-5, seed: int = 0) -> Tensor:
