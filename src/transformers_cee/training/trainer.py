@@ -351,7 +351,8 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def collect_exits(
         self, dataset: Any, name: str = "other", max_tokens: int | None = None, rows: Tensor | None = None
     ) -> ExitStore:
-        """Every exit's states and results for each row, or counted token, of `dataset`, in evaluation mode.
+        """Every exit's states and results for each row, or counted token, of `dataset`, in evaluation mode. What a
+        phase has stored of the same rows and weights is not computed again.
 
         Args:
             dataset (sized, indexable): rows as the model takes them, with labels.
@@ -359,6 +360,11 @@ class ConsistentEETrainer(EarlyExitTrainer):
             max_tokens (`int`, *optional*): of a decoder, the most tokens to keep, those of rows drawn at random.
             rows (`LongTensor`, *optional*): rows to draw from with `max_tokens`.
         """
+        if max_tokens is None and self.args.policy_max_tokens is None and self._stores:
+            mark = fingerprint(self._exit_model, dataset)
+            for stored_mark, store in self._stores.values():
+                if stored_mark == mark:
+                    return store
         description = "exit states"
         collator = self.data_collator
         if hasattr(dataset, "column_names"):
