@@ -24,7 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+from transformers_cee.evaluation.report import write_results
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "run_glue_cee.py"
@@ -108,9 +111,29 @@ def _train(run: Run, args: argparse.Namespace) -> None:
     print(f"{run.name}: {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluates what has exits and no result yet."""
+    from compare_evaluate import evaluate_run
+
+    if args.data is None:
+        raise ValueError("`evaluate` needs `--data`.")
+    alphas = yaml.safe_load(args.config.read_text(encoding="utf-8"))["policy_alphas"]
+    args.results.mkdir(parents=True, exist_ok=True)
+    for run in read_runs(args):
+        folder, path = args.runs / run.name, args.results / f"{run.name}.json"
+        if path.is_file() or not (folder / "exits-test.safetensors").is_file():
+            continue
+        start = time.perf_counter()
+        torch.set_num_threads(args.threads)
+        words = run.command("-", args.data, args.runs)[2:]
+        figures = {"task": run.task, "objective": run.objective, "seed": run.seed}
+        write_results(figures | evaluate_run(folder, words, alphas), path)
+        print(f"{run.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train"])
+    parser.add_argument("stage", choices=["train", "evaluate"])
     parser.add_argument("config", type=Path, help="tasks, objectives and options")
     parser.add_argument("--model", help="folder or Hub name of a BERT checkpoint")
     parser.add_argument("--data", type=Path, help="folder that the paths of the configuration start from")
@@ -126,7 +149,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    {"train": train}[args.stage](args)
+    {"train": train, "evaluate": evaluate}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -7,34 +7,42 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
-from transformers_cee import BertForConsistentEE
-from transformers_cee.evaluation.comparison import Comparison, compare_criteria
+from transformers_cee import BertForConsistentEE, ConsistentEETrainingArguments
+from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
 from transformers_cee.evaluation.operating_points import OperatingPoint
+from transformers_cee.evaluation.overthinking import overthinking
+from transformers_cee.evaluation.reliability import exit_reliability
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
+from transformers_cee.exits.policy import ExitPolicies, make_policies
 from transformers_cee.training.estimators import fit_estimators, fit_token_hash
+from transformers_cee.training.hardness import memorized_layers
+from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
+from transformers_cee.training.rewards import layer_prices, layer_reward
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from arguments import parse_arguments  # noqa: E402
-from glue_data import Corpus, load_corpus, make_compute_metrics  # noqa: E402
-from run_glue_cee import tokenize  # noqa: E402
+from arguments import parse_arguments
+from glue_data import Corpus, load_corpus, make_compute_metrics
+from run_glue_cee import tokenize
 
 
 SPLITS = ("train", "validation", "test")
-# The oracle is a line of its own, and policies come by names of their own.
+# The oracle is a line of its own; policies come under `policy` and `policies_by_alpha`.
 NOT_COMPARED = ("policy", "oracle")
 # Metrics are reported at these layer speed-ups, and curves have so many points.
 SPEEDUPS = (1.2, 1.5, 2.0, 3.0, 4.0)
@@ -55,48 +63,128 @@ class Evaluation:
     Args:
         model: the early-exit model.
         corpus: its data, for the metric and the notes.
-        tokens: token ids of the rows of each split.
+        splits: token ids of the rows of each split.
         stores: every exit's states and logits of each split.
+        arguments: those that the run was trained with.
+        collator: makes padded batches.
     """
 
     model: BertForConsistentEE
     corpus: Corpus
-    tokens: dict[str, list[list[int]]]
+    splits: Any
     stores: dict[str, ExitStore]
+    arguments: ConsistentEETrainingArguments
+    collator: DataCollatorWithPadding
 
     @classmethod
     def load(cls, folder: Path, words: Sequence[str]) -> Evaluation:
         """From a model folder and the options that it was trained with."""
-        _, data_args, _, _ = parse_arguments(list(words))
+        _, data_args, _, training_args = parse_arguments(list(words))
         corpus = load_corpus(data_args)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
         model = BertForConsistentEE.from_pretrained(folder).eval()
         stores = {name: ExitStore.load(folder / f"exits-{name}.safetensors") for name in SPLITS}
         fit_token_hash(model, splits["train"]["input_ids"], tokenizer.all_special_ids)
-        return cls(model, corpus, {name: splits[name]["input_ids"] for name in SPLITS}, stores)
+        return cls(model, corpus, splits, stores, training_args, DataCollatorWithPadding(tokenizer))
 
     def settings(self, split: str) -> CriterionSettings:
         """What criteria need besides, for the rows of a split."""
-        ids, mask = pad_tokens(self.tokens[split])
+        ids, mask = pad_tokens(self.splits[split]["input_ids"])
         return criterion_settings(self.model, input_ids=ids, attention_mask=mask)
 
-    def compare(self, families: Mapping[str, Mapping[float, ExitPolicies]]) -> tuple[Comparison, dict[str, float]]:
+    def policies_at(self, alphas: Sequence[float]) -> dict[float, ExitPolicies]:
+        """Policies trained apart, one set per price of a layer, on the stored training rows."""
+        store, config, args = self.stores["train"], copy.copy(self.model.config), self.arguments
+        config.policy_condition = "none"
+        losses = store.losses if args.reward_loss == "ce" else store.errors
+        about = (store.layers, memorized_layers(store.correct, store.layers), config.num_hidden_layers)
+        family = {}
+        for alpha in alphas:
+            set_seed(args.seed)
+            policies = make_policies(config, len(store.layers) - 1)
+            rewards = layer_reward(losses, *about, alpha, config.reward_hardness)
+            self.train_policies(policies, StoredRewards(store, rewards))
+            family[alpha] = policies.eval()
+        return family
+
+    def conditioned_policies(self, split: str) -> ExitPolicies:
+        """Policies for all prices, trained on the stored rows of a split."""
+        store, config, args = self.stores[split], self.model.config, self.arguments
+        set_seed(args.seed)
+        policies = make_policies(config, len(store.layers) - 1)
+        losses = store.losses if args.reward_loss == "ce" else store.errors
+        memorized = memorized_layers(store.correct, store.layers)
+        prices = layer_prices(store.layers, memorized, config.num_hidden_layers, config.reward_hardness)
+        self.train_policies(policies, StoredRewards(store, -losses, prices=prices))
+        return policies.eval()
+
+    def train_policies(self, policies: ExitPolicies, rewards: StoredRewards) -> None:
+        args = copy.copy(self.arguments)
+        args.disable_tqdm, args.logging_steps, args.report_to = True, 10**9, []
+        with tempfile.TemporaryDirectory() as folder:
+            run_policy_phase(policies.train(), args, folder, rewards, None, exit_threshold=0.5)
+
+    def compare(self, alphas: Sequence[float]) -> tuple[Comparison, dict[str, float]]:
         """All criteria on test, thresholds and estimators from dev; and the estimators' losses."""
         dev, test = self.stores["validation"], self.stores["test"]
         fitted = fit_estimators(self.model, dev, [name for name in ESTIMATORS if name != "token_hash"])
         layers = self.model.config.num_hidden_layers
         depths = torch.linspace(1, layers, CURVE_POINTS).tolist() + [layers / speedup for speedup in SPEEDUPS]
-        metrics = make_compute_metrics(self.corpus.metrics)
         comparison = compare_criteria(
             ["policy", *(name for name in CRITERIA if name not in NOT_COMPARED)],
             dev,
             test,
             self.model.exit_policies,
-            metrics,
+            make_compute_metrics(self.corpus.metrics),
             self.corpus.metrics[0],
             sorted(set(depths)),
-            more_policies=families,
+            more_policies={"policies_by_alpha": self.policies_at(alphas)} if alphas else None,
             settings=(self.settings("validation"), self.settings("test")),
         )
         return comparison, fitted
+
+    def time(self, points: Sequence[OperatingPoint], batch_size: int, rows: int) -> list[OperatingPoint]:
+        """The same points as executed on some test rows."""
+        chosen = self.splits["test"].shuffle(seed=0)
+        chosen = chosen.select(range(min(rows, len(chosen)))).remove_columns("labels")
+        loader = DataLoader(chosen, batch_size, collate_fn=self.collator)
+        return time_points(self.model, list(loader), points)
+
+
+def evaluate_run(folder: Path, words: Sequence[str], alphas: Sequence[float]) -> dict[str, Any]:
+    """Everything that is reported of one run, ready for JSON.
+
+    Args:
+        folder: model folder with the exits of all splits.
+        words: options of `run_glue_cee.py` that it was trained with.
+        alphas: prices of a layer for which policies are trained apart; none for none.
+    """
+    run = Evaluation.load(folder, words)
+    metric, layers = run.corpus.metrics[0], run.model.config.num_hidden_layers
+    comparison, fitted = run.compare(alphas)
+    test = run.stores["test"]
+    return {
+        "metric": metric,
+        "num_layers": layers,
+        "rows": {name: len(store) for name, store in run.stores.items()},
+        "notes": run.corpus.notes,
+        "full": comparison.full.metrics[metric],
+        "oracle": {"metric": comparison.oracle.metrics[metric], "depth": comparison.oracle.depth},
+        "exits": [point.metrics[metric] for point in comparison.exits],
+        "at_speedup": {
+            name: {str(speedup): found[layers / speedup] for speedup in SPEEDUPS}
+            for name, found in comparison.matched.items()
+        },
+        "curves": {
+            name: [[point.depth, point.metrics[metric]] for point in curve]
+            for name, curve in comparison.curves.items()
+        },
+        "estimators": fitted,
+        "overthinking": {
+            name: value for name, value in asdict(overthinking(test.correct, test.layers)).items() if value is not None
+        },
+        "calibration_error": {
+            str(layer): found.expected_calibration_error for layer, found in exit_reliability(test).items()
+        },
+    }

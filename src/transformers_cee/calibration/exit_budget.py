@@ -5,6 +5,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from transformers_cee.evaluation.operating_points import exits_taken, score_exits
 from transformers_cee.evaluation.store import ExitStore
@@ -22,14 +23,14 @@ def fit_exit_budgets(
     """Mean depth of conditioned policies over their range of α, on held-out rows.
 
     Depth falls with α but for chance; of prices with the same depth the highest is kept, so that budgets rise as
-    prices fall.
+    prices fall. Budgets deeper than what the lowest price gives come from higher thresholds at that price.
 
     Args:
         policies (`ExitPolicies`): conditioned policies.
         store (`ExitStore`): exits of held-out rows, or tokens; labels are not looked at. Only entries that may leave
             early count.
         exit_threshold (`float`): what the policies' probabilities are compared with.
-        candidates (`int`): prices that are tried, evenly over their orders of magnitude.
+        candidates (`int`): prices that are tried, evenly over their orders of magnitude, and thresholds.
 
     Returns:
         `list[list[float]]`: budget (mean exit layer over number of layers), α and threshold, by rising budget; what
@@ -43,15 +44,28 @@ def fit_exit_budgets(
     if not 0.0 <= exit_threshold < 1.0:
         raise ValueError(f"`exit_threshold`={exit_threshold} must lie in [0, 1).")
     store = store.select(store.deciding())
-    low, high = (math.log(alpha) for alpha in policies.alphas)
+    low, high = policies.alphas
+    settings = [
+        (alpha, exit_threshold)
+        for alpha in torch.linspace(math.log(high), math.log(low), candidates).exp().clamp(low, high).tolist()
+    ]
+    deepest = _scores(policies, store, low)
+    above = deepest[deepest > exit_threshold]
+    if len(above):
+        shares = torch.linspace(0, 1, candidates, dtype=torch.float64)
+        settings += [(low, float(limit)) for limit in torch.quantile(above[:10_000_000].double(), shares)]
     points: list[list[float]] = []
-    for alpha in torch.linspace(high, low, candidates).exp().tolist():
-        scores = score_exits("policy", store, policies, CriterionSettings(alpha=alpha))
-        depth = store.layers[exits_taken("policy", exit_threshold, scores)].double().mean()
+    for alpha, limit in settings:
+        found = deepest if alpha == low else _scores(policies, store, alpha)
+        depth = store.layers[exits_taken("policy", limit, found)].double().mean()
         budget = float(depth / store.layers[-1])
         if not points or budget > points[-1][0] + _RESOLUTION:
-            points.append([budget, alpha, exit_threshold])
+            points.append([budget, alpha, limit])
     return points
+
+
+def _scores(policies: ExitPolicies, store: ExitStore, alpha: float) -> Tensor:
+    return score_exits("policy", store, policies, CriterionSettings(alpha=alpha))
 
 
 __all__ = ["fit_exit_budgets"]
