@@ -167,3 +167,37 @@ class TestPolicy:
         first = policy_loss(self.logits, self.rewards, gradient="reinforce", samples=3)
         torch.manual_seed(0)
         assert torch.equal(first, policy_reinforce(exit_log_distribution(self.logits), self.rewards, 3))
+
+
+class TestOptimalStopping:
+    def slow(self, logits, rewards):
+        total, count = 0.0, 0
+        for row in range(len(logits)):
+            for index in range(logits.shape[1]):
+                if logits[row, index] <= -1e4:
+                    continue
+                later = [exit for exit in range(index + 1, logits.shape[1]) if logits[row, exit] > 0]
+                worth = rewards[row, later[0] if later else -1]
+                total += float(logits[row, index] / 10 - (rewards[row, index] - worth)) ** 2
+                count += 1
+        return total / count
+
+    @pytest.mark.parametrize("first_exit", [0, 2])
+    def test_slow_reference(self, first_exit):
+        torch.manual_seed(0)
+        logits, rewards = closed_before(torch.randn(9, 4), first_exit), torch.randn(9, 5)
+        loss = policy_loss(logits, rewards, gradient="optimal_stopping")
+        assert float(loss) == pytest.approx(self.slow(logits, rewards), rel=1e-5)
+
+    def test_learns_the_best_exit(self):
+        """With free logits per row, every row ends up leaving where its reward is highest."""
+        torch.manual_seed(0)
+        rewards = torch.randn(16, 5)
+        logits = torch.zeros(16, 4, requires_grad=True)
+        optimizer = torch.optim.SGD([logits], lr=500.0)
+        for _ in range(300):
+            optimizer.zero_grad()
+            policy_loss(logits, rewards, gradient="optimal_stopping").backward()
+            optimizer.step()
+        leaves = torch.cat((logits > 0, torch.ones(16, 1, dtype=torch.bool)), dim=1)
+        assert leaves.int().argmax(1).tolist() == rewards.argmax(1).tolist()

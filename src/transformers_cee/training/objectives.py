@@ -11,6 +11,12 @@ from torch import Tensor
 from transformers_cee.exits.policy import exit_log_distribution
 
 
+# A policy's logit at which leaving gains a reward of 1 over going on, with `policy_gradient="optimal_stopping"`.
+ADVANTAGE_SCALE = 10.0
+# Logit of leaving at an exit that is closed.
+CLOSED = -1e4
+
+
 def consistent_expected(losses: Tensor, log_distribution: Tensor) -> Tensor:
     """Loss at the exit only, in expectation: mean over rows of `Σ_l π_l · CE_l`, π held fixed."""
     return (log_distribution.detach().exp() * losses).sum(-1).mean()
@@ -28,7 +34,7 @@ def closed_before(exit_logits: Tensor, first_exit: int) -> Tensor:
         return exit_logits
     closed = torch.arange(exit_logits.shape[1], device=exit_logits.device) < first_exit
     # Finite, so that a probability of 0 times its logarithm is 0 in the entropy.
-    return exit_logits.masked_fill(closed, -1e4)
+    return exit_logits.masked_fill(closed, CLOSED)
 
 
 def staying_where_forced(log_distribution: Tensor, may_exit: Tensor) -> Tensor:
@@ -67,6 +73,25 @@ def policy_reinforce(log_distribution: Tensor, rewards: Tensor, samples: int) ->
     return -(advantage * log_distribution.gather(1, exits)).mean()
 
 
+def policy_optimal_stopping(exit_logits: Tensor, rewards: Tensor) -> Tensor:
+    """Squared error of the logits, in units of `ADVANTAGE_SCALE`, against what leaving gains over going on: a
+    regression instead of a policy gradient.
+
+    All rewards of a row are known, so going on from exit l is worth the reward of the first later exit at which the
+    policies, as they are, would leave: fitted value iteration for optimal stopping (Tsitsiklis and Van Roy 2001), all
+    exits at once. A probability of 0.5 then means that both are worth the same.
+    """
+    with torch.no_grad():
+        following, worth = rewards[:, -1], []
+        for index in range(exit_logits.shape[1] - 1, -1, -1):
+            worth.append(following)
+            following = torch.where(exit_logits[:, index] > 0, rewards[:, index], following)
+        advantage = rewards[:, :-1] - torch.stack(worth[::-1], dim=1)
+    # Exits that `closed_before` closed have nothing to learn.
+    is_open = exit_logits > CLOSED
+    return (exit_logits / ADVANTAGE_SCALE - advantage).square()[is_open].mean()
+
+
 def policy_loss(
     exit_logits: Tensor,
     rewards: Tensor,
@@ -80,11 +105,13 @@ def policy_loss(
     Args:
         exit_logits (`Tensor` of shape `(rows, exits − 1)`): logits of leaving at the internal exits.
         rewards (`Tensor` of shape `(rows, exits)`): reward of leaving at each exit, without gradient.
-        gradient (`str`): `"exact"` or `"reinforce"`.
+        gradient (`str`): `"exact"`, `"reinforce"` or `"optimal_stopping"`.
         samples (`int`): draws per row of `"reinforce"`.
         exploration (`float`): share ε of decisions taken by a fair coin.
         entropy_bonus (`float`): weight of the exit distribution's entropy in the objective.
     """
+    if gradient == "optimal_stopping":
+        return policy_optimal_stopping(exit_logits, rewards)
     log_distribution = exit_log_distribution(exploring_logits(exit_logits, exploration))
     if gradient == "exact":
         loss = policy_exact(log_distribution, rewards)

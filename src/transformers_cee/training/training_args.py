@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 
 PHASES = ("heads", "hardness", "policy", "consistent")
-POLICY_GRADIENTS = ("exact", "reinforce")
+POLICY_GRADIENTS = ("exact", "reinforce", "optimal_stopping")
 REWARD_LOSSES = ("ce", "error")
 CONSISTENT_OBJECTIVES = ("expected", "sampled")
 TRAINABLE = ("all", "exits")
@@ -43,7 +43,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
         exit_learning_rate (`float`, *optional*): of exit heads, norms, pooler and classifier in the phases `heads` and
             `consistent`; defaults to the phase's own.
         policy_learning_rate, policy_num_train_epochs, policy_batch_size: of the phase `policy` on stored states.
-        policy_gradient (`str`): `"exact"` (default) or `"reinforce"` with `policy_samples` draws (the paper's).
+        policy_gradient (`str`): `"exact"` (default), `"reinforce"` with `policy_samples` draws (the paper's), or
+            `"optimal_stopping"`, a regression of what leaving gains (no exploration, no entropy bonus).
         policy_holdout (`float`): share of the training rows that the heads never see and the policies learn from.
             Heads have memorised their own training rows, which makes early exits look better than they are.
         policy_max_tokens (`int`, *optional*): of a decoder, the tokens that the policies learn from and are judged on,
@@ -90,7 +91,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
     policy_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the policies."})
     policy_num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs of policies on stored states."})
     policy_batch_size: int = field(default=256, metadata={"help": "Rows per step of the policies, per device."})
-    policy_gradient: str = field(default="exact", metadata={"help": "Policy gradient: exact or reinforce."})
+    policy_gradient: str = field(default="exact", metadata={"help": "exact, reinforce or optimal_stopping."})
     policy_samples: int = field(default=8, metadata={"help": "Draws per row of reinforce."})
     policy_holdout: float = field(
         default=0.0, metadata={"help": "Share of training rows kept from the heads and used for the policies."}
@@ -141,6 +142,11 @@ class ConsistentEETrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}`={getattr(self, name)!r} is unknown; accepted are {', '.join(accepted)}.")
+        if self.policy_gradient == "optimal_stopping" and (self.policy_exploration or self.policy_entropy_bonus):
+            raise ValueError(
+                f"`policy_exploration`={self.policy_exploration} and `policy_entropy_bonus`="
+                f"{self.policy_entropy_bonus} must be 0 with `policy_gradient`='optimal_stopping', which draws nothing."
+            )
         for name in ("policy_holdout", "policy_exploration"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}`={getattr(self, name)} must lie in [0, 1).")
