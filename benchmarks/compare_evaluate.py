@@ -108,9 +108,9 @@ class Evaluation:
             family[alpha] = policies.eval()
         return family
 
-    def conditioned_policies(self, split: str) -> ExitPolicies:
-        """Policies for all prices, trained on the stored rows of a split."""
-        store, config, args = self.stores[split], self.model.config, self.arguments
+    def conditioned_policies(self, store: ExitStore) -> ExitPolicies:
+        """Policies for all prices, trained on stored rows."""
+        config, args = self.model.config, self.arguments
         set_seed(args.seed)
         policies = make_policies(config, len(store.layers) - 1)
         losses = store.losses if args.reward_loss == "ce" else store.errors

@@ -145,7 +145,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
         if self.policy_gradient == "optimal_stopping" and (self.policy_exploration or self.policy_entropy_bonus):
             raise ValueError(
                 f"`policy_exploration`={self.policy_exploration} and `policy_entropy_bonus`="
-                f"{self.policy_entropy_bonus} must be 0 with `policy_gradient`='optimal_stopping', which draws nothing."
+                f"{self.policy_entropy_bonus} must be 0 with `policy_gradient`='optimal_stopping': it draws nothing."
             )
         for name in ("policy_holdout", "policy_exploration"):
             if not 0.0 <= getattr(self, name) < 1.0:
