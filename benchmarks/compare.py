@@ -3,14 +3,14 @@
 """Every method on every task: trains, evaluates on the same stored exits, and reports. Resumable; one JSON per run.
 
     python benchmarks/compare.py train benchmarks/configs/compare.yaml --model MODEL --data DATA --runs runs/compare
-    python benchmarks/compare.py evaluate benchmarks/configs/compare.yaml --runs runs/compare
+    python benchmarks/compare.py evaluate benchmarks/configs/compare.yaml --data DATA --runs runs/compare
     python benchmarks/compare.py report benchmarks/configs/compare.yaml
 
 `train` makes a model folder per task, objective and seed with `examples/run_glue_cee.py`, and every exit's state and
 logits of all splits beside it. `evaluate` fits what criteria need (temperatures, classifiers, policies), picks
 thresholds on dev, takes figures from test, and writes `docs/results/compare/TASK-OBJECTIVE-SEED.json`. `report` makes
-tables and pictures of all such files. A run whose result is there is not repeated; `--tasks`, `--objectives` and
-`--seeds` choose some.
+`docs/results/compare.md` and its pictures of all such files. A run whose result is there is not repeated; `--tasks`,
+`--objectives` and `--seeds` choose some.
 """
 
 import argparse
@@ -83,10 +83,15 @@ def read_runs(args: argparse.Namespace) -> list[Run]:
     return [run for run in runs if all(not some or getattr(run, name) in some for name, some in chosen.items())]
 
 
+def _check_given(args: argparse.Namespace, *names: str) -> None:
+    missing = [f"`--{name}`" for name in names if getattr(args, name) is None]
+    if missing:
+        raise ValueError(f"`{args.stage}` needs {' and '.join(missing)}; got None.")
+
+
 def train(args: argparse.Namespace) -> None:
     """Trains what has no model yet, `--jobs` runs at a time, one thread each."""
-    if args.model is None or args.data is None:
-        raise ValueError("`train` needs `--model` and `--data`.")
+    _check_given(args, "model", "data")
     todo = [run for run in read_runs(args) if not (args.runs / run.name / "exits-test.safetensors").is_file()]
     for wave in _waves(todo):
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -113,10 +118,9 @@ def _train(run: Run, args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates what has exits and no result yet."""
+    _check_given(args, "data")
     from compare_evaluate import evaluate_run
 
-    if args.data is None:
-        raise ValueError("`evaluate` needs `--data`.")
     alphas = yaml.safe_load(args.config.read_text(encoding="utf-8"))["policy_alphas"]
     args.results.mkdir(parents=True, exist_ok=True)
     for run in read_runs(args):
@@ -131,14 +135,28 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"{run.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def report(args: argparse.Namespace) -> None:
+    """Writes the page and the pictures."""
+    from compare_report import write_report
+
+    config, root = args.config.resolve(), SCRIPT.parents[1]
+    name = config.relative_to(root).as_posix() if config.is_relative_to(root) else config.name
+    wanted = [(run.task, run.objective, run.seed) for run in read_runs(args)]
+    print(write_report(wanted, args.results, args.output, name))
+
+
+STAGES = {"train": train, "evaluate": evaluate, "report": report}
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train", "evaluate"])
+    parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("config", type=Path, help="tasks, objectives and options")
     parser.add_argument("--model", help="folder or Hub name of a BERT checkpoint")
     parser.add_argument("--data", type=Path, help="folder that the paths of the configuration start from")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="model folders")
     parser.add_argument("--results", type=Path, default=Path("docs/results/compare"), help="one JSON per run")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/compare.md"), help="page of the report")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--objectives", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
@@ -149,7 +167,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    {"train": train, "evaluate": evaluate}[args.stage](args)
+    STAGES[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINE_STYLES = ("-", "--", "-.", ":")
 REFERENCE_COLOR = "#4D4D4D"
+ORACLE_LABEL = "oracle (first correct exit)"
 AXIS_LABELS = {
     "depth": "depth (mean exit layer)",
     "flops": "FLOPs (mean of one inference)",
@@ -74,8 +75,8 @@ def plot_curves(
         by_depth.plot(full.depth, full.metrics[metric], "x", color=REFERENCE_COLOR, label="full depth")
         by_time.plot(1.0, full.metrics[metric], "x", color=REFERENCE_COLOR)
     if oracle is not None:
-        label = "oracle (first correct exit)"
-        by_depth.plot(oracle.depth, oracle.metrics[metric], "*", color="black", markersize=11, label=label)
+        at = oracle.depth, oracle.metrics[metric]
+        by_depth.plot(*at, "*", color="black", markersize=11, label=ORACLE_LABEL)
     if not any(point.wall_clock_speedup is not None for curve in curves.values() for point in curve):
         by_time.text(0.5, 0.5, "no point was timed", ha="center", va="center", transform=by_time.transAxes)
     by_depth.set_xlabel("depth (mean exit layer)")
@@ -92,6 +93,7 @@ def plot_seeds(
     axes: Sequence[Axis] = ("depth",),
     exit_costs: Sequence[float] | None = None,
     full: Sequence[OperatingPoint] = (),
+    oracle: Sequence[OperatingPoint] = (),
     title: str | None = None,
 ) -> Path:
     """Draws `metric` against cost, one panel per axis: per method the mean over seeds as a line, and a band of one
@@ -105,6 +107,7 @@ def plot_seeds(
             not timed are left out of `"wall_clock"`.
         exit_costs: cost of one inference that stops at each exit, for `"flops"`; see `costs.exit_costs`.
         full: the model with exits off, of each seed; a horizontal line at their mean.
+        oracle: the first correct exit of each seed; a star at their mean, where the axis is depth.
         title: above the panels.
 
     Returns:
@@ -121,8 +124,9 @@ def plot_seeds(
             f"`curves` must hold a method and a seed of each, `axes` one name; got {list(curves)} (without seeds: "
             f"{empty}) and {list(axes)}."
         )
-    if full:
-        _check_metric(full, metric)
+    for points in (full, oracle):
+        if points:
+            _check_metric(points, metric)
     bands = [_seed_bands(curves, metric, axis, exit_costs) for axis in axes]
     figure, panels = _figure(columns=len(axes))
     for panel, axis, drawn in zip(panels, axes, bands, strict=True):
@@ -137,6 +141,11 @@ def plot_seeds(
         if full:
             height = float(np.mean([point.metrics[metric] for point in full]))
             panel.axhline(height, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), label="full depth")
+        if oracle and axis == "depth":
+            at = [
+                float(np.mean(values)) for values in zip(*((p.depth, p.metrics[metric]) for p in oracle), strict=True)
+            ]
+            panel.plot(*at, "*", color="black", markersize=11, label=ORACLE_LABEL)
         panel.set_xlabel(AXIS_LABELS[axis])
         if axis == "flops":
             panel.xaxis.set_major_formatter(_thousands())
