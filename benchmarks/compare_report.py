@@ -21,6 +21,7 @@ from transformers_cee.evaluation.statistics import PairedDifference, paired_diff
 
 # A method is an objective and a criterion. `FULL` is no criterion: all rows at the last exit of a shallower model.
 Method = tuple[str, str]
+Run = tuple[str, str, int]  # task, objective, seed
 # What `evaluate_run` returned, by seed.
 BySeed = dict[int, dict[str, Any]]
 
@@ -45,10 +46,10 @@ CRITERION_NAMES = {"policy": "policy by budget", "policies_by_alpha": "one polic
 
 INTRODUCTION = """\
 Every method on every task, all on the same data, code and seeds. A method is a training objective of the exit heads
-and an exit criterion. *ConsistentEE* trains heads and policy in turn; with other objectives the policy is trained on
-the finished heads. *Policy by budget* is one policy conditioned on the price of a layer, *one policy per α* a family
-of policies trained apart, from which dev picks at every depth. Thresholds, prices and estimators come from dev,
-figures from test.
+and an exit criterion. *ConsistentEE* continues the layer-weighted model and trains heads and policy in turn; with
+other objectives the policy is trained on the finished heads. *Policy by budget* is one policy conditioned on the price of a
+layer, *one policy per α* a family of policies trained apart, from which dev picks at every depth. Thresholds, prices
+and estimators come from dev, figures from test.
 
 Tables show the metric in %, mean ± standard deviation over seeds, at layer speed-ups (all layers over the mean exit
 layer); the best mean of a column is bold. These count layers and not time; wall-clock figures are in
@@ -192,8 +193,8 @@ def _times(speedup: float) -> str:
     return f"{speedup:g}x"
 
 
-def read_results(wanted: Sequence[tuple[str, str, int]], folder: Path) -> tuple[list[TaskResults], list[str]]:
-    """Results per task, and the names of runs without any.
+def read_results(wanted: Sequence[Run], folder: Path) -> tuple[list[TaskResults], list[Run]]:
+    """Results per task, and the runs without any.
 
     Args:
         wanted: task, objective and seed of every run.
@@ -210,7 +211,7 @@ def read_results(wanted: Sequence[tuple[str, str, int]], folder: Path) -> tuple[
             runs = tasks.setdefault(task, {}).setdefault(objective, {})
             runs[seed] = json.loads(path.read_text(encoding="utf-8"))
         else:
-            missing.append(path.stem)
+            missing.append((task, objective, seed))
     if not tasks:
         raise ValueError(
             f"`--results`={str(folder)!r} must hold TASK-OBJECTIVE-SEED.json files of the configuration's runs, which "
@@ -329,10 +330,11 @@ def task_section(results: TaskResults, picture: str) -> str:
             "### Full depth, oracle, overthinking, calibration",
             depth_table(results),
             plain_facts(results),
-            f"### All {len(methods)} methods",
+            f"<details><summary>All {len(methods)} methods</summary>",
             speedup_table(results, methods),
             f"The same against ConsistentEE, policy by budget, at {_times(HEADLINE)}:",
             difference_table(results, methods),
+            "</details>",
         ]
     )
 
@@ -381,11 +383,18 @@ def _leads(results: TaskResults, method: Method, rivals: Sequence[Method]) -> bo
     return own is not None and own >= max(means) - 1e-12
 
 
-def missing_section(missing: Sequence[str], total: int) -> str:
-    """Which runs are not in the tables."""
+def missing_section(missing: Sequence[Run], total: int) -> str:
+    """Which runs are not in the tables, with their seeds."""
     if not missing:
-        return f"All {total} runs of the configuration are in."
-    return f"{len(missing)} of {total} runs are missing: {', '.join(missing)}."
+        return "All runs of the configuration are in."
+    seeds: dict[str, dict[str, list[str]]] = {}
+    for task, objective, seed in missing:
+        seeds.setdefault(task, {}).setdefault(objective, []).append(str(seed))
+    lines = [f"{len(missing)} of {total} runs have no result yet; their seeds:", ""]
+    for task, objectives in seeds.items():
+        found = "; ".join(f"{objective} {', '.join(numbers)}" for objective, numbers in objectives.items())
+        lines.append(f"- {task}: {found}")
+    return "\n".join(lines)
 
 
 def commands(config: str) -> str:
@@ -401,7 +410,7 @@ def commands(config: str) -> str:
     )
 
 
-def write_report(wanted: Sequence[tuple[str, str, int]], results: Path, output: Path, config: str) -> Path:
+def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str) -> Path:
     """Writes the page, and a picture per task into the folder of the same name beside it.
 
     Args:

@@ -130,6 +130,16 @@ def test_seeds_are_averaged_where_all_of_them_reach(tmp_path, panels):
     assert by_depth.lines[2].get_ydata() == [pytest.approx(0.85)] * 2
 
 
+def test_oracle_of_seeds_is_a_star_where_depth_is_the_axis(tmp_path, panels):
+    oracle = [Point(1.5, 4.0, {"accuracy": 0.9}), Point(2.5, 4.0, {"accuracy": 1.0})]
+    curves = {"a": [seed([(1.0, 0.5), (4.0, 0.8)])]}
+    plot_seeds(curves, "accuracy", tmp_path / "a.png", axes=["depth", "wall_clock"], oracle=oracle)
+    star = panels[0].lines[-1]
+    assert star.get_label() == "oracle (first correct exit)"
+    assert star.get_xydata().tolist() == [[2.0, pytest.approx(0.95)]]
+    assert len(panels[1].lines) == 1
+
+
 def test_seeds_that_were_not_timed_say_so(tmp_path, panels):
     plot_seeds({"a": [seed([(1.0, 0.5)], timed=False)]}, "accuracy", tmp_path / "a.png", axes=["wall_clock"])
     assert [text.get_text() for text in panels[0].texts] == ["no method was timed"]
@@ -150,6 +160,7 @@ def test_seeds_that_meet_in_one_point(tmp_path, panels):
         ({"a": [seed([(1.0, 0.5)]), seed([(2.0, 0.5)])]}, {}, "'a' must share a range of depth"),
         ({"a": [[]]}, {}, "at least one operating point"),
         ({"a": [seed([(1.0, 0.5)])]}, {"full": [Point(6.0, 1.0)]}, "`metric` must be in every point"),
+        ({"a": [seed([(1.0, 0.5)])]}, {"oracle": [Point(6.0, 1.0)]}, "`metric` must be in every point"),
     ],
 )
 def test_seeds_refuse(curves, options, message, tmp_path):

@@ -30,6 +30,8 @@ AXIS_LABELS = {
     "flops": "FLOPs (mean of one inference)",
     "wall_clock": "wall-clock time (share of full depth)",
 }
+# Characters of the longest label in a legend of usual size.
+LONG_LABEL = 30
 # Costs at which seeds are averaged.
 _GRID = 101
 
@@ -316,9 +318,10 @@ def _draw_curve(axis: Any, points: Sequence[tuple[float, float]], style: dict[st
 def _finish(figure: Any, legend_axis: Any, path: str | Path, title: str | None) -> Path:
     handles, labels = legend_axis.get_legend_handles_labels()
     if handles:
-        # Two columns fit into the width of a large panel, whatever the labels.
+        # Two columns fit into the width of a large panel: long labels in small print.
         columns = min(max(1, round(figure.get_figwidth() / 2.6)), len(labels))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        size = 7.5 if columns > 1 and max(map(len, labels)) > LONG_LABEL else None
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size)
     if title is not None:
         figure.suptitle(title, fontsize=11)
     path = Path(path)
