@@ -299,6 +299,58 @@ class TestOutput:
         assert output is made and "exit_layers" not in output
 
 
+class TestBudgetsAndNames:
+    """Where several places say something, the first counts: argument, generation config, saved defaults, config."""
+
+    def model(self, **fields):
+        budgets = [[0.25, 0.4, 0.3], [0.5, 0.1, 0.5], [1.0, 0.001, 0.7]]
+        point = {"criterion": "max_probability", "thresholds": [0.03, 0.04, 0.05, 1.0]}
+        points = {"exit_budgets": budgets, "exit_operating_points": {"point": point}}
+        model = tiny_llama(policy_condition="film", **points, **fields)
+        model.generation_config.eos_token_id = None
+        return model
+
+    def layers(self, model, **options):
+        return run(model, prompts([4, 2, 5]), **options).exit_layers.tolist()
+
+    @pytest.mark.parametrize("criterion", [None, "policy"])
+    def test_the_configs_budget(self, criterion):
+        model = self.model(exit_budget=0.4)
+        assert self.layers(model, exit_criterion=criterion) == self.layers(self.model(), exit_budget=0.4)
+
+    def test_another_criterion_than_the_configs_budget(self):
+        model = self.model(exit_budget=0.4, exit_threshold=0.04)
+        options = {"exit_criterion": "max_probability"}
+        assert self.layers(model, **options) == self.layers(self.model(), exit_threshold=0.04, **options)
+
+    @pytest.mark.parametrize("asked", [{"exit_budget": 0.4}, {"exit_threshold": "point"}])
+    @pytest.mark.parametrize("in_config", [False, True])
+    def test_before_saved_defaults(self, asked, in_config):
+        model, expected = self.model(), self.layers(self.model(), **asked)
+        model.generation_config.exit_threshold, model.generation_config.exit_criterion = 0.0, "patience"
+        if in_config:
+            asked = {"generation_config": GenerationConfig(**asked)}
+        assert self.layers(model, **asked) == expected
+
+    def test_a_number_before_a_saved_budget(self):
+        model = self.model()
+        model.generation_config.exit_budget = 0.25
+        assert self.layers(model, exit_threshold=1.0) == [[4] * NEW] * 3
+
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ({"exit_budget": 0.5, "exit_threshold": 0.3}, r"`exit_budget`=0\.5 excludes `exit_threshold`=0\.3"),
+            ({"exit_budget": 0.5, "exit_criterion": "margin"}, r"`exit_budget`=0\.5 excludes.*'margin'"),
+            ({"exit_threshold": "point", "exit_criterion": "margin"}, r"'point' is an operating point of.*'margin'"),
+        ],
+    )
+    def test_contradictions(self, asked, message):
+        for options in (asked, {"generation_config": GenerationConfig(**asked)}):
+            with pytest.raises(ValueError, match=message):
+                self.layers(self.model(), **options)
+
+
 class _NoEvent:
     def record(self):
         pass

@@ -5,6 +5,7 @@
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
     `generate` takes, as arguments, in a `GenerationConfig`, or from the model's saved defaults (generation config
     first, then config):
 
-    - `exit_threshold`, `exit_criterion`, `min_exit_layer`, `skipped_kv`: see `DecoderExitConfigMixin`.
+    - `exit_threshold`, `exit_criterion`, `exit_budget`, `min_exit_layer`, `skipped_kv`: see `DecoderExitConfigMixin`;
+      `exit_threshold` may also be the name of one of `config.exit_operating_points`.
     - `exit_threshold_decay` (`float`): τ of CALM's decaying threshold `0.9·λ + 0.1·exp(−τ·t/N)`, clipped to [0, 1], at
       the t-th of at most N new tokens: the first tokens leave later, since errors there spoil all that follows.
 
@@ -103,10 +105,12 @@ class EarlyExitGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
+        # Asked one by one: transformers makes one config of the arguments, the caller's config and the saved one.
+        sources = ({name: kwargs.get(name) for name in EXIT_ARGUMENTS}, generation_config)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        # `generate` hands an argument to the generation config if that has an entry of its name; else it is here.
-        given = {name: model_kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
-        settings = self._exit_settings(given, generation_config)
+        for name in EXIT_ARGUMENTS:
+            model_kwargs.pop(name, None)
+        settings = self._exit_settings(*sources, generation_config)
         trace, is_on = _TRACE.get(), self._exits_are_on(settings)
         decay = settings.pop("exit_threshold_decay", None)
         if is_on:
@@ -139,28 +143,33 @@ class EarlyExitGenerationMixin(GenerationMixin):
     def _exit_settings(self, *sources: Any) -> dict[str, Any]:
         """Exit arguments from mappings and configs, first come first; the model's config comes last.
 
-        A threshold and a budget exclude each other, so the first source that has either settles both.
+        The first source that has a threshold or a budget settles both, and, unless it is a number, the criterion.
         """
         settings: dict[str, Any] = {}
         for source in (*sources, self.config):
-            found = (
-                source if isinstance(source, dict) else {name: getattr(source, name, None) for name in EXIT_ARGUMENTS}
-            )
-            decided = "exit_threshold" in settings or "exit_budget" in settings
-            if source is self.config and found["exit_budget"] is not None and "exit_criterion" not in settings:
-                found["exit_threshold"] = None
+            get = source.get if isinstance(source, dict) else partial(getattr, source)
+            found = {name: value for name in EXIT_ARGUMENTS if (value := get(name, None)) is not None}
+            for name in self._settled(settings, found, source is self.config):
+                found.pop(name, None)
             for name, value in found.items():
-                if value is None or name in settings or (decided and name in ("exit_threshold", "exit_budget")):
-                    continue
                 # A tensor would be repeated for every beam.
-                settings[name] = value.tolist() if isinstance(value, Tensor) else value
-        if "exit_budget" in settings and settings.get("exit_criterion") == self.config.exit_criterion:
-            # The default criterion does not contradict a budget, which is the policy's.
-            settings.pop("exit_criterion")
-        elif isinstance(settings.get("exit_threshold"), str):
-            # A named operating point brings its criterion.
-            settings.pop("exit_criterion", None)
+                settings.setdefault(name, value.tolist() if isinstance(value, Tensor) else value)
         return settings
+
+    def _settled(self, settings: dict[str, Any], found: dict[str, Any], is_default: bool) -> list[str]:
+        """Names that a source has no say in, after what earlier sources said."""
+        names = []
+        if "exit_threshold" in settings or "exit_budget" in settings:
+            names += ["exit_threshold", "exit_budget"]
+        elif settings.get("exit_criterion", "policy") != "policy":
+            # A budget is the policy's.
+            names.append("exit_budget")
+        elif is_default and "exit_budget" in found:
+            names.append("exit_threshold")
+        if is_default or "exit_budget" in settings or isinstance(settings.get("exit_threshold"), str):
+            # The config's own criterion is what `forward` takes where none is given.
+            names.append("exit_criterion")
+        return names
 
     def _exits_are_on(self, settings: dict[str, Any]) -> bool:
         """Checks the settings, before any layer runs; False if no token could leave."""
@@ -248,9 +257,10 @@ class EarlyExitGenerationMixin(GenerationMixin):
             {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}, given, self.generation_config
         )
         if self._exits_are_on(settings):
+            name = "exit_budget" if "exit_budget" in settings else "exit_threshold"
             raise ValueError(
-                f"`exit_threshold`={settings.get('exit_threshold')} has no effect in continuous batching; set it to "
-                "1.0, or use `generate` on a padded batch."
+                f"`{name}`={settings[name]!r} has no effect in continuous batching; set `exit_threshold`=1.0, or use "
+                "`generate` on a padded batch."
             )
 
 
