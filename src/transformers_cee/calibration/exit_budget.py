@@ -18,7 +18,11 @@ _RESOLUTION = 1e-3
 
 
 def fit_exit_budgets(
-    policies: ExitPolicies, store: ExitStore, exit_threshold: float = 0.5, candidates: int = 64
+    policies: ExitPolicies,
+    store: ExitStore,
+    exit_threshold: float = 0.5,
+    candidates: int = 64,
+    min_exit_layer: int | None = None,
 ) -> list[list[float]]:
     """Mean depth of conditioned policies over their range of α, on held-out rows.
 
@@ -31,10 +35,11 @@ def fit_exit_budgets(
             early count.
         exit_threshold (`float`): what the policies' probabilities are compared with.
         candidates (`int`): prices that are tried, evenly over their orders of magnitude, and thresholds.
+        min_exit_layer (`int`, *optional*): first layer (1-based) to leave at, as in a decoder's config.
 
     Returns:
         `list[list[float]]`: budget (mean exit layer over number of layers), α and threshold, by rising budget; what
-        `config.exit_budgets` holds.
+        `config.exit_budgets` holds. Empty where no entry may leave early.
 
     Raises:
         ValueError: policies that are not conditioned, or a threshold outside of [0, 1).
@@ -43,29 +48,32 @@ def fit_exit_budgets(
         raise ValueError("`policies` have one speed: `policy_condition` of the config must be 'input' or 'film'.")
     if not 0.0 <= exit_threshold < 1.0:
         raise ValueError(f"`exit_threshold`={exit_threshold} must lie in [0, 1).")
-    store = store.select(store.deciding())
+    entries = store.deciding()
+    if len(entries) == 0:
+        return []
+    store = store.select(entries)
     low, high = policies.alphas
     settings = [
         (alpha, exit_threshold)
         for alpha in torch.linspace(math.log(high), math.log(low), candidates).exp().clamp(low, high).tolist()
     ]
-    deepest = _scores(policies, store, low)
+
+    def scores_at(alpha: float) -> Tensor:
+        return score_exits("policy", store, policies, CriterionSettings(alpha=alpha), min_exit_layer)
+
+    deepest = scores_at(low)
     above = deepest[deepest > exit_threshold]
     if len(above):
         shares = torch.linspace(0, 1, candidates, dtype=torch.float64)
         settings += [(low, float(limit)) for limit in torch.quantile(above[:10_000_000].double(), shares)]
     points: list[list[float]] = []
     for alpha, limit in settings:
-        found = deepest if alpha == low else _scores(policies, store, alpha)
+        found = deepest if alpha == low else scores_at(alpha)
         depth = store.layers[exits_taken("policy", limit, found)].double().mean()
         budget = float(depth / store.layers[-1])
         if not points or budget > points[-1][0] + _RESOLUTION:
             points.append([budget, alpha, limit])
     return points
-
-
-def _scores(policies: ExitPolicies, store: ExitStore, alpha: float) -> Tensor:
-    return score_exits("policy", store, policies, CriterionSettings(alpha=alpha))
 
 
 __all__ = ["fit_exit_budgets"]

@@ -108,6 +108,7 @@ def score_store(
     policies: ExitPolicies | None = None,
     settings: CriterionSettings | None = None,
     risk: str | Tensor | Callable[[ExitStore], Tensor] = "error",
+    min_exit_layer: int | None = None,
 ) -> ExitScores:
     """Scores of a criterion for every entry of a store that may leave early.
 
@@ -119,6 +120,9 @@ def score_store(
         risk (`str`, `Tensor` or `Callable`, *optional*, defaults to `"error"`):
             The task's risk: `"error"`; `"excess_error"`, what an exit errs more than the last one; losses (entries,
             exits); or a function from the store to such losses, as 1 − ROUGE-L of each exit's answer.
+        min_exit_layer (`int`, *optional*):
+            First layer (1-based) to leave at, `config.min_exit_layer` of a decoder: a promise made for walks that may
+            leave before it does not hold for those that may not.
 
     Raises:
         ValueError: an unknown risk, nothing that may leave, or as `score_exits`.
@@ -132,7 +136,7 @@ def score_store(
         last_scores = confidence_scores(store.logits[:, -1], store.problem_type)[CONFIDENCE_FEATURES[criterion]]
     return ExitScores(
         criterion,
-        score_exits(criterion, store, policies, settings)[deciding],
+        score_exits(criterion, store, policies, settings, min_exit_layer)[deciding],
         store.layers,
         store_disagreements(store)[deciding],
         losses[deciding],

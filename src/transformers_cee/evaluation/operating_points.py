@@ -42,7 +42,7 @@ class OperatingPoint:
 
     Args:
         criterion (`str`): exit criterion.
-        exit_threshold (`float` or `list[float]`): its threshold.
+        exit_threshold (`float`, `list[float]` or `str`): its threshold, or the name of an operating point of the model.
         depth (`float`): mean exit layer.
         saved_layers (`float`): `1 − depth/L`.
         layer_speedup (`float`): `L/depth`.
@@ -53,7 +53,7 @@ class OperatingPoint:
     """
 
     criterion: str
-    exit_threshold: float | list[float]
+    exit_threshold: float | list[float] | str
     depth: float
     saved_layers: float
     layer_speedup: float
@@ -120,16 +120,19 @@ def score_exits(
     store: ExitStore,
     policies: ExitPolicies | None = None,
     settings: CriterionSettings | None = None,
+    min_exit_layer: int | None = None,
 ) -> Tensor:
     """Scores (entries, exits − 1) of a criterion at every internal exit, as if nothing had left before.
 
     Args:
         criterion (`str`): name of an exit criterion.
         store (`ExitStore`): stored exits of rows or tokens.
-        policies (`ExitPolicies`, *optional*): the model's policy networks.
+        policies (`ExitPolicies`, *optional*): the model's policy networks; conditioned ones without an α in `settings`
+            are asked for their default, in training mode, too.
         settings (`CriterionSettings`, *optional*):
             As `criterion_settings` takes them from a model. What they hold of the input, such as `input_ids`, belongs
             to the store's entries in their order. Labels are the store's own by default.
+        min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; scores before it pass no threshold.
 
     Raises:
         ValueError: what the criterion needs is missing; or of a store of tokens, a criterion that its states,
@@ -138,8 +141,10 @@ def score_exits(
     settings = settings or CriterionSettings(tolerance=store.tolerance)
     if settings.labels is None:
         settings = replace(settings, labels=store.labels)
+    if settings.alpha is None and policies is not None and policies.is_conditioned:
+        settings = replace(settings, alpha=policies.default_alpha)
     if store.logits is None:
-        _check_stored_tokens(criterion, store, policies)
+        _check_stored_tokens(criterion, store, policies, settings)
     like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
     num_exits = store.states.shape[1]
     parts = []
@@ -154,7 +159,10 @@ def score_exits(
         )
         scores = [walk.score(step) for step in _stored_steps(store, entries, like)]
         parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
-    return torch.cat(parts)
+    found = torch.cat(parts)
+    if min_exit_layer is not None:
+        found[:, store.layers[:-1] < min_exit_layer] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
+    return found
 
 
 def _like(*modules: nn.Module | None) -> Tensor:
@@ -191,9 +199,13 @@ def _stored_steps(store: ExitStore, entries: Tensor, like: Tensor) -> Iterator[E
         )
 
 
-def _check_stored_tokens(criterion: str, store: ExitStore, policies: ExitPolicies | None) -> None:
+def _check_stored_tokens(
+    criterion: str, store: ExitStore, policies: ExitPolicies | None, settings: CriterionSettings
+) -> None:
     """Raises `ValueError` when a store of tokens, which has no logits, does not tell a criterion's scores."""
     kept = {"state", "predictions", *(() if store.features is None else ("confidence",))}
+    if settings.input_ids is not None:
+        kept.add("tokens")
     if policies is None or not policies.needs_logits or store.features is not None:
         kept.add("policy")
     accepted = sorted(name for name, cls in CRITERIA.items() if cls.looks_at <= kept)

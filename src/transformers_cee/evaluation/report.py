@@ -47,7 +47,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[str]) -> str:
-    """One row per operating point: criterion, threshold, depth, saved layers, both speed-ups, metrics.
+    """One row per operating point: criterion, threshold or budget, depth, saved layers, both speed-ups, metrics.
 
     Args:
         points: in the order of the rows. `-` stands where a point was not timed.
@@ -57,7 +57,7 @@ def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[s
     rows = [
         [
             method_name(point.criterion),
-            _threshold(point.exit_threshold),
+            _threshold(point.exit_threshold) if point.exit_budget is None else f"budget {point.exit_budget:.4g}",
             f"{point.depth:.2f}",
             f"{point.saved_layers:.1%}",
             f"{point.layer_speedup:.2f}x",
@@ -177,9 +177,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
-def _threshold(value: float | Sequence[float] | None) -> str:
+def _threshold(value: float | Sequence[float] | str | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     if isinstance(value, int | float):
         # A threshold just below 1 must not look like exits switched off.
         return f"{value:.4g}" if value == 1 or f"{value:.4g}" != "1" else f"{value:.9g}"

@@ -26,9 +26,10 @@ class ExitConfigMixin:
             layer, `None` stands for every layer. The last layer is always an exit.
         exit_criterion (`str`, *optional*, defaults to `"policy"`):
             Default rule that decides exit or continue; a name of `transformers_cee.exits.criteria.CRITERIA`.
-        exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5):
+        exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to 0.5):
             Number(s) that the criterion's score is compared with: one for all exits, or one per exit (the last one has
-            no effect, since the last exit takes everything that reaches it).
+            no effect, since the last exit takes everything that reaches it); or the name of one of
+            `exit_operating_points`, which brings its criterion.
         exit_patience (`int`, *optional*, defaults to 2):
             Exits in a row that must agree, of criteria whose threshold is something else.
         exit_tolerance (`float`, *optional*, defaults to 0.5):
@@ -63,7 +64,7 @@ class ExitConfigMixin:
 
     exit_layers: int | list[int] | None = None
     exit_criterion: str = "policy"
-    exit_threshold: float | list[float] = 0.5
+    exit_threshold: float | list[float] | str = 0.5
     exit_patience: int = 2
     exit_tolerance: float = 0.5
     exit_estimators: list[str] = field(default_factory=list)
@@ -165,7 +166,7 @@ class DecoderExitConfigMixin(ExitConfigMixin):
     """Exit fields of a causal language model, in which every generated token leaves at its own layer.
 
     Args:
-        exit_threshold (`float` or `list[float]`, *optional*, defaults to 1.0):
+        exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to 1.0):
             As in `ExitConfigMixin`. Exits are off by default: a checkpoint without trained exits generates as before.
         exit_head (`str`, *optional*, defaults to `"norm"`):
             LM head of the internal exits: `"shared"` (the model's own final norm and head, no new weights), `"norm"`
@@ -183,7 +184,7 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         kwargs: fields of `ExitConfigMixin`.
     """
 
-    exit_threshold: float | list[float] = 1.0
+    exit_threshold: float | list[float] | str = 1.0
     exit_head: str = "norm"
     exit_head_rank: int = 64
     min_exit_layer: int | None = None

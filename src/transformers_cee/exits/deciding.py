@@ -74,6 +74,15 @@ def resolve_decision(
     return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"))
 
 
+def default_arguments(config: Any) -> dict[str, Any]:
+    """Exit arguments of `forward` that ask in words for what the config says."""
+    if config.exit_budget is not None:
+        return {"exit_budget": config.exit_budget}
+    if isinstance(config.exit_threshold, str):
+        return {"exit_threshold": config.exit_threshold}
+    return {"exit_criterion": config.exit_criterion, "exit_threshold": config.exit_threshold}
+
+
 def price_of_budget(points: Sequence[Sequence[float]], budget: float) -> tuple[float, float]:
     """α and threshold of a budget, between the points that were fitted on held-out data.
 
@@ -101,7 +110,9 @@ def price_of_budget(points: Sequence[Sequence[float]], budget: float) -> tuple[f
     return alpha ** (1 - share) * next_alpha**share, threshold + share * (next_threshold - threshold)
 
 
-def criterion_settings(model: nn.Module, alpha: float | None = None, input_ids: Tensor | None = None, **more: Any):
+def criterion_settings(
+    model: nn.Module, alpha: float | None = None, input_ids: Tensor | None = None, **more: Any
+) -> CriterionSettings:
     """What criteria need of a model besides thresholds and logits."""
     config = model.config
     return CriterionSettings(

@@ -17,6 +17,7 @@ from transformers_cee.evaluation.operating_points import (
     measure_wall_clock,
 )
 from transformers_cee.exits.configuration import ExitConfigMixin
+from transformers_cee.exits.deciding import default_arguments, resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.hub.model_card import EarlyExitCard
 from transformers_cee.training.heads_objectives import check_heads_objective
@@ -120,9 +121,8 @@ class EarlyExitTrainer(Trainer):
         `token_prediction_step`."""
         config = self._exit_model.config
         if self._per_token:
-            own = {"exit_criterion": config.exit_criterion, "exit_threshold": config.exit_threshold}
             with self.compute_loss_context_manager():
-                inputs = {**self._prepare_inputs(inputs), **(self._exit_arguments or own)}
+                inputs = {**self._prepare_inputs(inputs), **(self._exit_arguments or default_arguments(config))}
                 return token_prediction_step(model, inputs)
         ignore_keys = list(config.keys_to_ignore_at_inference if ignore_keys is None else ignore_keys)
         ignore_keys = [key for key in ignore_keys if key != "exit_layers"]
@@ -235,7 +235,7 @@ class EarlyExitTrainer(Trainer):
         try:
             full = self._full_depth_point(*run) if self._per_token else None
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            points = [self._point(config.exit_criterion, config.exit_threshold, metrics, metric_key_prefix)]
+            points = [self._own_point(metrics, metric_key_prefix)]
             points += [self._run_point("policy", threshold, *run) for threshold in self.args.eval_exit_thresholds]
         finally:
             self._full_depth = None
@@ -265,6 +265,15 @@ class EarlyExitTrainer(Trainer):
         self._full_depth = self._known_text
         point.criterion = "full depth"
         point.metrics["agreement"] = 1.0
+        return point
+
+    def _own_point(self, metrics: dict[str, float], prefix: str) -> OperatingPoint:
+        """The point that the config asks for."""
+        config = self._exit_model.config
+        decision, name = resolve_decision(config), config.exit_threshold
+        is_named = config.exit_budget is None and isinstance(name, str)
+        point = self._point(decision.criterion, name if is_named else decision.threshold, metrics, prefix)
+        point.exit_budget = config.exit_budget
         return point
 
     def _point(self, criterion: str, threshold: Any, metrics: dict[str, float], prefix: str) -> OperatingPoint:

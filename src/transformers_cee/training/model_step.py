@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from transformers_cee.evaluation.store import count_labels, exit_features
+from transformers_cee.exits.criteria import Thresholds
+from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
@@ -127,12 +129,13 @@ def consistent_phase(
     return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold}, args.trainable)
 
 
-def operating_point(exit_model: nn.Module) -> tuple[str, float | list[float]]:
+def operating_point(exit_model: nn.Module) -> tuple[str, Thresholds]:
     """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. Exits
-    that are off, as they are in a fresh decoder, would show nothing of them; then it is the policy at 0.5."""
-    config = exit_model.config
-    off = exit_model.exits_per_token and (config.exit_criterion, config.exit_threshold) == ("policy", 1.0)
-    return config.exit_criterion, 0.5 if off else config.exit_threshold
+    that are off, as they are in a fresh decoder, would show nothing of them; then it is the policy at 0.5. A budget
+    does not count, whose price was fitted before."""
+    own = resolve_decision(exit_model.config, exit_model.config.exit_threshold)
+    off = exit_model.exits_per_token and (own.criterion, own.threshold) == ("policy", 1.0)
+    return own.criterion, 0.5 if off else own.threshold
 
 
 @torch.no_grad()

@@ -140,8 +140,8 @@ class PolicyPhaseTrainer(Trainer):
                 batch = self.eval_dataset.__getitems__(indices)
                 batch = {name: value.to(device) for name, value in batch.items()}
                 total += float(objective(**batch)["loss"]) * len(indices)
-        scores = score_exits("policy", self.eval_store, objective.policies)
-        scores[:, : objective.first_exit] = 0.0
+        first_layer = int(self.eval_store.layers[objective.first_exit])
+        scores = score_exits("policy", self.eval_store, objective.policies, min_exit_layer=first_layer)
         point = hindsight_point("policy", self.exit_threshold, scores, self.eval_store, self.metrics)
         values = {"loss": total / len(self.eval_dataset), "reward": -total / len(self.eval_dataset)}
         values |= {"depth": point.depth, **{name: value for name, value in point.metrics.items() if name != "loss"}}

@@ -218,11 +218,15 @@ class ConsistentEETrainer(EarlyExitTrainer):
         `train()` ends with it; labels are not looked at. See `calibration.exit_budget`.
 
         Raises:
-            ValueError: policies that are not conditioned.
+            ValueError: policies that are not conditioned, or not one evaluation set.
         """
+        if self.eval_dataset is None or isinstance(self.eval_dataset, dict):
+            raise ValueError(f"`eval_dataset` of type {type(self.eval_dataset).__name__} must be one data set.")
         model = self._exit_model
         store = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
-        model.config.exit_budgets = fit_exit_budgets(active_module(model.exit_policies), store)
+        first_layer = getattr(model.config, "min_exit_layer", None)
+        policies = active_module(model.exit_policies)
+        model.config.exit_budgets = fit_exit_budgets(policies, store, min_exit_layer=first_layer)
         return model.config.exit_budgets
 
     def train_consistent(self) -> dict[str, Any]:
