@@ -58,6 +58,17 @@ def test_criterion(model, tokenizer):
     assert [result["exit_layer"] for result in classifier(SENTENCES, exit_threshold=0.0)] == [1, 1, 1]
 
 
+def test_budgets_and_named_operating_points(tokenizer):
+    point = {"criterion": "max_probability", "thresholds": [1.0, 0.0, 0.0, 0.0]}
+    budgets = [[0.25, 0.5, 0.0], [0.9, 0.01, 1.0]]
+    fields = {"policy_condition": "film", "exit_budgets": budgets, "exit_operating_points": {"second": point}}
+    classifier = make(tiny_model(**fields), tokenizer)
+    assert [result["exit_layer"] for result in classifier(SENTENCES, exit_threshold="second")] == [2, 2, 2]
+    assert [result["exit_layer"] for result in classifier(SENTENCES, exit_budget=0.25)] == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"`exit_budget`=1\.5"):
+        classifier(SENTENCES, exit_budget=1.5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_same_as_the_model_at_any_batch_size(model, tokenizer, batch_size):
     scores = [

@@ -14,21 +14,24 @@ from transformers.utils import ModelOutput
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     """Text classification with a model that has exits.
 
-    It is [`~transformers.TextClassificationPipeline`] with two more arguments, given when the pipeline is made or per
-    call, and one more key in each result: `exit_layer`, the layer (1-based) at which the text left. (The stock
+    It is [`~transformers.TextClassificationPipeline`] with three more arguments, given when the pipeline is made or
+    per call, and one more key in each result: `exit_layer`, the layer (1-based) at which the text left. (The stock
     `"text-classification"` pipeline also runs these models, at the threshold of their config; it hands arguments it
     does not know to the tokenizer, which drops them silently.)
 
     Args:
-        exit_threshold (`float` or `list[float]`, *optional*, defaults to the config's):
+        exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to the config's):
             What the exit criterion's score is compared with: for the policy, 1.0 switches exits off and 0.0 lets
-            every text out at the first exit. A list holds one number per exit.
+            every text out at the first exit. A list holds one number per exit; a name stands for one of
+            `config.exit_operating_points`.
         exit_criterion (`str`, *optional*, defaults to the config's):
-            `"policy"`, `"max_probability"`, `"margin"`, `"entropy"` or `"patience"`.
+            `"policy"`, or another name of `transformers_cee.exits.criteria.CRITERIA`.
+        exit_budget (`float`, *optional*, defaults to the config's):
+            Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
 
     Raises:
-        ValueError: the model has no exits or is a language model, or the threshold or criterion is not accepted by the
-            model.
+        ValueError: the model has no exits or is a language model, or the threshold, criterion or budget is not
+            accepted by the model.
 
     Example:
 
@@ -56,10 +59,14 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
             )
 
     def _sanitize_parameters(  # type: ignore[override]
-        self, exit_threshold: float | list[float] | None = None, exit_criterion: str | None = None, **kwargs: Any
+        self,
+        exit_threshold: float | list[float] | str | None = None,
+        exit_criterion: str | None = None,
+        exit_budget: float | None = None,
+        **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        given = {"exit_threshold": exit_threshold, "exit_criterion": exit_criterion}
+        given = {"exit_threshold": exit_threshold, "exit_criterion": exit_criterion, "exit_budget": exit_budget}
         forward = {**forward, **{name: value for name, value in given.items() if value is not None}}
         return preprocess, forward, postprocess
 

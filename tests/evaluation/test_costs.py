@@ -87,6 +87,8 @@ def test_exits_before_the_first_open_one_are_not_asked():
     head = 2 * 32 * 60
     difference = exit_costs(every, 5, criterion="margin")[3] - exit_costs(later, 5, criterion="margin")[3]
     assert difference == 2 * head
+    # What remembers all exits asks them all.
+    assert exit_costs(every, 5, criterion="exit_cdf") == exit_costs(later, 5, criterion="exit_cdf")
 
 
 def test_layers():

@@ -74,6 +74,32 @@ def test_hindsight_is_what_happens(criterion):
     assert store.layers[exits].tolist() == output.exit_layers.tolist()
 
 
+def test_conditioned_policies_in_training_mode():
+    """Nothing is drawn: scores are those of the default price, with which the model walks."""
+    model, rows = fitted_model(policy_condition="film"), random_rows(12, seed=2)
+    store = stored(model, rows, labels_of(12, SINGLE), SINGLE)
+    expected = score_exits("policy", store, model.exit_policies)
+    assert torch.equal(score_exits("policy", store, model.train().exit_policies), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("criterion", ["policy", "entropy", "patience", "entropy_patience"])
+def test_closed_exits(criterion):
+    model, rows = tiny_llama(policy_inputs="both", min_exit_layer=3), instructions(12, seed=1)
+    store = collect(model, rows)
+    open_scores = score_exits(criterion, store, model.exit_policies)
+    scores = score_exits(criterion, store, model.exit_policies, min_exit_layer=3)
+    assert torch.equal(scores[:, 2], open_scores[:, 2])
+    boldest = 1.0 if criterion in ("entropy", "entropy_patience", "patience") else 0.0
+    exits = exits_taken(criterion, boldest, scores)
+    assert set(exits.tolist()) <= {2, 3} and bool((exits == 2).any())
+    batch = collate_text(list(rows))
+    output = model(**batch, exit_criterion=criterion, exit_threshold=boldest)
+    counted = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    taken = torch.where(store.may_exit, exits, 3)
+    assert store.layers[taken].tolist() == output.exit_layers[counted].tolist()
+
+
 class TestOracle:
     def test_labels_are_the_stores_own(self):
         model, rows, labels = fitted_model(), random_rows(12, seed=2), labels_of(12, SINGLE)
@@ -165,6 +191,15 @@ class TestTokens:
             ValueError, match=rf"'{criterion}' cannot be asked of stored tokens; accepted are .*policy"
         ):
             score_exits(criterion, store, model.exit_policies, criterion_settings(model))
+
+    def test_tokens_that_are_given(self):
+        model = tiny_llama(exit_estimators=["token_hash"])
+        table = model.exit_estimators["token_hash"].exits
+        table.copy_(torch.arange(len(table)) % 4)
+        store = collect(model, instructions(3, seed=1))
+        ids = torch.arange(len(store)) + 3
+        scores = score_exits("token_hash", store, model.exit_policies, criterion_settings(model, input_ids=ids))
+        assert exits_taken("token_hash", 0.99, scores).tolist() == (ids % 4).tolist()
 
     def test_without_features(self):
         model = tiny_llama()

@@ -89,6 +89,12 @@ def test_threshold_just_below_one_is_not_shown_as_one():
     assert [row.split("|")[2].strip() for row in rows] == ["0.999965191", "1"]
 
 
+def test_budgets_and_names_stand_where_thresholds_do():
+    points = [replace(POINT, exit_budget=0.5), replace(POINT, exit_threshold="certified")]
+    rows = operating_points_table(points, ["accuracy"]).splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in rows] == ["budget 0.5", "certified"]
+
+
 @pytest.mark.parametrize(
     ("values", "options", "text"),
     [

@@ -132,6 +132,18 @@ def test_comparison_at_a_depth():
     assert found.difference.low <= found.difference.estimate <= found.difference.high
 
 
+def test_entries_without_a_choice_do_not_count():
+    store = make_store()
+    scores, other = torch.rand(2, 60, 3, generator=torch.Generator().manual_seed(1))
+    store.may_exit[::3] = False
+    some = store.select(store.deciding())
+    found, expected = (
+        compare_at_depth(one, ("margin", scores[kept]), ("entropy", other[kept]), 4.5, resamples=50)
+        for one, kept in ((store, slice(None)), (some, store.deciding()))
+    )
+    assert found == expected
+
+
 def test_a_criterion_against_itself():
     scores = torch.rand(60, 3, generator=torch.Generator().manual_seed(1))
     found = compare_at_depth(make_store(), ("margin", scores), ("margin", scores), 5.0, resamples=50)

@@ -11,8 +11,8 @@ import torch
 from tiny import collate, pad, random_rows, task, tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer
 
 from transformers_cee import BertForConsistentEE
-from transformers_cee.calibration.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.comparison import budget_curve
+from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.operating_points import measure_wall_clock
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.training.policy_phase import JUDGED_ALPHAS, PolicyObjective
@@ -123,6 +123,39 @@ class TestTrainer:
             ids, max_new_tokens=4, exit_budget=points[0][0], return_dict_in_generate=True, eos_token_id=None
         )
         assert output.exit_layers.shape == (1, 4) and int(output.exit_layers[:, 0]) == 4
+
+    def test_closed_exits_count_in_budgets(self, tmp_path):
+        model = tiny_llama(policy_condition="input", policy_alphas=[0.01, 3.0], min_exit_layer=3)
+        trainer = tiny_text_trainer(tmp_path, model, phases=["policy"])
+        trainer.train()
+        assert all(budget >= 0.75 for budget, _, _ in model.config.exit_budgets)
+
+    @pytest.mark.parametrize("text", [False, True])
+    def test_evaluated_at_the_budget_of_the_config(self, tmp_path, text):
+        fields = {"policy_condition": "film", "exit_budgets": [[0.25, 3.0, 0.0], [0.9, 0.01, 1.0]]}
+        make = tiny_text_trainer if text else tiny_trainer
+        trainer = make(tmp_path, tiny_llama(**fields) if text else conditioned(**fields), eval_timing_rows=8)
+        trainer.model.config.exit_budget = 0.25
+        assert trainer.evaluate()["eval_depth"] == 1.0
+        own = trainer._points[0]
+        assert own.depth == 1.0 and own.exit_arguments == {"exit_budget": 0.25}
+
+    @pytest.mark.parametrize("text", [False, True])
+    def test_evaluated_at_the_named_point_of_the_config(self, tmp_path, text):
+        point = {"criterion": "max_probability", "thresholds": [1.0, 0.0, 0.0, 0.0]}
+        fields = {"exit_operating_points": {"second": point}, "exit_threshold": "second"}
+        make = tiny_text_trainer if text else tiny_trainer
+        model = tiny_llama(**fields) if text else tiny_model(num_hidden_layers=4, **fields)
+        trainer = make(tmp_path, model, eval_strategy="epoch", eval_timing_rows=8)
+        trainer.train()
+        assert trainer.evaluate()["eval_depth"] == 2.0
+        own = trainer._points[0]
+        assert (own.criterion, own.exit_threshold, own.depth) == ("max_probability", "second", 2.0)
+
+    def test_budgets_need_rows(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, conditioned(), trainer={"eval_dataset": None})
+        with pytest.raises(ValueError, match=r"`eval_dataset` of type NoneType"):
+            trainer.fit_exit_budgets()
 
     def test_an_own_reward_has_no_price(self, tmp_path):
         reward = {"reward_function": lambda losses, layers, memorized, number: -losses}

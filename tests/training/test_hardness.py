@@ -69,6 +69,11 @@ class TestFingerprint:
             model.get_parameter(name).view(-1)[0].add_(1e-6)
         assert fingerprint(model, task(5, seed=1)) != before
 
+    def test_estimators_do_not_matter(self):
+        fitted = tiny_model(exit_estimators=["learning_to_exit", "token_hash"])
+        fitted.load_state_dict(tiny_model().state_dict(), strict=False)
+        assert fingerprint(fitted, task(5, seed=1)) == fingerprint(tiny_model(), task(5, seed=1))
+
     def test_rows_matter(self):
         model, rows = tiny_model(), [dict(row) for row in task(5, seed=1)]
         marks = {fingerprint(model, rows)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.calibration.exit_budget import fit_exit_budgets
+from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.operating_points import (
     Metrics,
     OperatingPoint,

@@ -42,7 +42,7 @@ class OperatingPoint:
 
     Args:
         criterion (`str`): exit criterion.
-        exit_threshold (`float`, `list[float]` or `str`): its threshold, or the name of an operating point of the model.
+        exit_threshold (`float`, `list[float]` or `str`): its threshold, or the model's name for it.
         depth (`float`): mean exit layer.
         saved_layers (`float`): `1 − depth/L`.
         layer_speedup (`float`): `L/depth`.

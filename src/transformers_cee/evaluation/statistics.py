@@ -174,7 +174,7 @@ def compare_at_depth(
     at for that.
 
     Args:
-        store: entries with labels.
+        store: entries with labels; only those that may leave early count.
         first, second: name of a criterion and its scores (entries, exits − 1), see `score_exits`.
         depth: wanted mean exit layer.
         options: as in `bootstrap_interval`.
@@ -186,8 +186,10 @@ def compare_at_depth(
     if not layers[0] <= depth <= layers[-1]:
         raise ValueError(f"`depth`={depth} must lie between the first and the last exit, {layers[0]}..{layers[-1]}.")
     outcomes, depths, thresholds = [], [], []
-    correct = store.correct
+    entries = store.deciding()
+    correct = store.correct[entries]
     for criterion, scores in (first, second):
+        scores = scores[entries]
         threshold = thresholds_for_depths(criterion, scores, layers, [depth])[0]
         exits = exits_taken(criterion, threshold, scores)
         outcomes.append(correct.gather(1, exits.unsqueeze(1)).squeeze(1).numpy())

@@ -76,6 +76,7 @@ class ExitCdf(Policy):
     `Σ_{j≤l} π_j = 1 − Π_{j≤l}(1 − p_j)` (Q-exit of PALBERT, Balagansky and Gavrilov 2022, with threshold 0.5)."""
 
     name = "exit_cdf"
+    has_memory = True
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -90,8 +90,9 @@ class ConsistencyEstimator(nn.Module):
             predictions (`Tensor` of shape `(rows, 1)` or `(rows, labels)`): a class, or indicators of labels.
         """
         assert features.shape[-1] == NUM_CONFIDENCE_FEATURES
-        parts = [_apply(self.projections[index], state), features[:, [0, 1, 4]].float()]  # type: ignore[arg-type]
-        parts.append(torch.full_like(parts[1][:, :1], self.shares[index]))
+        features = features.float()
+        parts = [_apply(self.projections[index], state), features[:, :2], features[:, 4:]]  # type: ignore[arg-type]
+        parts.append(torch.full_like(parts[2], self.shares[index]))
         if self.num_labels:
             known = predictions if predictions.dtype == torch.bool else F.one_hot(predictions[:, 0], self.num_labels)
             parts.append(known.float())

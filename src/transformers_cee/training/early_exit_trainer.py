@@ -229,7 +229,6 @@ class EarlyExitTrainer(Trainer):
         """
         if self._in_phase or isinstance(eval_dataset or self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        config = self._exit_model.config
         loader = self.get_eval_dataloader(eval_dataset)
         run = (loader, ignore_keys, metric_key_prefix)
         try:

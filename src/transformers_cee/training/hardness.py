@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from transformers_cee.training.parameters import ESTIMATORS, POLICIES
+
 
 def memorized_layers(correct: Tensor, layers: Tensor) -> Tensor:
     """Memorized layer M of each row: the smallest exit layer such that it and all deeper exits predict the label; the
@@ -27,11 +29,12 @@ def memorized_layers(correct: Tensor, layers: Tensor) -> Tensor:
     return layers.to(first.device)[first]
 
 
-def fingerprint(model: nn.Module, dataset: Any, ignore: str = "exit_policies") -> str:
-    """Hash of a data set's rows and of a model's weights without its policies, which hardness does not depend on."""
+def fingerprint(model: nn.Module, dataset: Any) -> str:
+    """Hash of a data set's rows and of a model's weights without policies and estimators, which hardness does not
+    depend on."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
-        if ignore not in name:
+        if POLICIES not in name and ESTIMATORS not in name:
             digest.update(name.encode())
             _update(digest, value)
     for index in range(len(dataset)):

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from transformers_cee.calibration.exit_budget import fit_exit_budgets
+from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.policy import ExitPolicies, make_policies
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
@@ -215,7 +215,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def fit_exit_budgets(self) -> list[list[float]]:
         """Maps budgets to prices of a layer on the evaluation set, of conditioned policies: `exit_budget=` then works.
-        `train()` ends with it; labels are not looked at. See `calibration.exit_budget`.
+        `train()` ends with it; labels are not looked at. See `evaluation.exit_budget`.
 
         Raises:
             ValueError: policies that are not conditioned, or not one evaluation set.
