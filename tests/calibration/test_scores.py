@@ -105,6 +105,8 @@ class TestStores:
             expected = (store.predictions[token] != store.predictions[token, -1]).tolist()
             assert scores.disagrees[place].tolist() == expected
             assert int(scores.groups[place]) == int(store.rows[token])
+        closed = score_store(store, "policy", model.exit_policies, min_exit_layer=3).oriented
+        assert bool((closed[:, :2] == -torch.inf).all()) and torch.equal(closed[:, 2], scores.oriented[:, 2])
         values = torch.rand(len(scores), generator=torch.Generator().manual_seed(0))
         by_text = {}
         for place, value in enumerate(values.tolist()):
