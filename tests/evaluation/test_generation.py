@@ -99,6 +99,16 @@ def test_perplexity_of_as_much_as_was_asked_for(model, prompts):
             assert point.metrics[name] == whole.metrics[name]
 
 
+def test_a_named_point(prompts):
+    thresholds = [0.03, 0.04, 1.0, 1.0]
+    points = {"fast": {"criterion": "margin", "thresholds": thresholds}}
+    model = tiny_llama(exit_operating_points=points)
+    benchmark = make_benchmark(model, prompts)
+    named, plain = (benchmark.measure("margin", threshold) for threshold in ("fast", thresholds))
+    assert named.exit_threshold == "fast" and named.depth == plain.depth < 4
+    assert named.metrics == plain.metrics
+
+
 def test_bad_lists(model, prompts):
     with pytest.raises(ValueError, match=r"`prompts` \(0\) and `answers` \(0\) must be as many"):
         GenerationBenchmark(model, [], [], lambda rows: [], pad=0)

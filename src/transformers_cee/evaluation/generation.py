@@ -130,12 +130,12 @@ class GenerationBenchmark:
         point.metrics |= {"agreement": 1.0, "identical": 1.0}
         return point
 
-    def measure(self, criterion: str, threshold: Thresholds, **exit_arguments: Any) -> GenerationPoint:
+    def measure(self, criterion: str, threshold: Thresholds | str, **exit_arguments: Any) -> GenerationPoint:
         """The point of a criterion at a threshold.
 
         Args:
             criterion: name of an exit criterion.
-            threshold: its threshold.
+            threshold: its threshold, or the name of one of the model's operating points of that criterion.
             exit_arguments: more of what `generate` takes, such as `min_exit_layer`.
         """
         if self.full_answers is None:
@@ -153,7 +153,7 @@ class GenerationBenchmark:
         return point
 
     def _point(
-        self, criterion: str, threshold: Thresholds, settings: dict[str, Any]
+        self, criterion: str, threshold: Thresholds | str, settings: dict[str, Any]
     ) -> tuple[GenerationPoint, list[list[int]]]:
         tokens: list[list[int]] = [[] for _ in self.prompts]
         layers: list[int] = []
@@ -172,7 +172,7 @@ class GenerationBenchmark:
         figures = depth_figures(torch.tensor(layers), numbers[-1])
         point = GenerationPoint(
             criterion,
-            threshold if isinstance(threshold, int | float) else list(threshold),
+            threshold if isinstance(threshold, int | float | str) else list(threshold),
             depth=figures["depth"],
             saved_layers=figures["saved_layers"],
             layer_speedup=figures["layer_speedup"],
