@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -180,3 +181,15 @@ def test_a_budget_reaches_every_way_to_ask(tmp_path):
     batch = pad(random_rows(8, seed=3))
     shallow, deep = (model(**batch, exit_budget=budget).exit_probabilities for budget in (0.25, 0.99))
     assert not torch.allclose(shallow[:, 0], deep[:, 0])
+
+
+def test_what_is_older_than_the_weights_is_named(tmp_path, caplog):
+    model = conditioned(exit_budgets=[[0.25, 3.0, 0.5], [1.0, 0.01, 0.5]])
+    trainer = tiny_trainer(tmp_path, model, rows=16, phases=["policy"], trainer={"eval_dataset": None})
+    logger = logging.getLogger("transformers_cee.training.trainer")
+    logger.addHandler(caplog.handler)
+    try:
+        trainer.train_policy()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "exit_budgets of the config were fitted before this training" in caplog.text

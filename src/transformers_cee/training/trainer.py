@@ -14,7 +14,7 @@ from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.store import ExitStore, collect_exits
@@ -41,6 +41,8 @@ from transformers_cee.training.policy_phase import StoredRewards, run_policy_pha
 from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 HARDNESS_FILE = "hardness.safetensors"
 
@@ -125,9 +127,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
                 set_seed(self.args.seed + number)
                 results[step] = run(log.folder(step), log.checkpoint(step) if resume_from_checkpoint else None)
                 self._keep(log, step)
-        is_conditioned = active_module(self._exit_model.exit_policies).is_conditioned
-        if is_conditioned and self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
-            self.fit_exit_budgets()
+        self._renew_budgets()
         if self.args.push_to_hub:
             self.save_model()
         return results
@@ -183,7 +183,9 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def train_policy(self, resume_from_checkpoint: str | None = None) -> Any:
         """Phase `policy`: the policies alone learn on stored exit states; backbone and heads stay as they are."""
-        return self._policy(self._folder("policy"), resume_from_checkpoint)
+        result = self._policy(self._folder("policy"), resume_from_checkpoint)
+        self._renew_budgets()
+        return result
 
     def train_policies_at(self, alphas: Sequence[float]) -> dict[float, ExitPolicies]:
         """New policies for each reward weight α, on the stored states of the model as it is; its own stay as they are.
@@ -231,7 +233,21 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def train_consistent(self) -> dict[str, Any]:
         """Phase `consistent`: rounds of a model step (loss at the exits that the policies take) and a policy step."""
-        return {step: run(self._folder(step), None) for step, run in self._rounds().items()}
+        results = {step: run(self._folder(step), None) for step, run in self._rounds().items()}
+        self._renew_budgets()
+        return results
+
+    def _renew_budgets(self) -> None:
+        """Fits budgets to the policies as they are, if there are rows for it; names what is older than the weights."""
+        config, older = self._exit_model.config, ["exit_operating_points", "exit_estimators"]
+        is_conditioned = active_module(self._exit_model.exit_policies).is_conditioned
+        if is_conditioned and self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
+            self.fit_exit_budgets()
+        else:
+            older.append("exit_budgets")
+        stale = [name for name in older if getattr(config, name)]
+        if stale:
+            logger.warning(f"{' and '.join(stale)} of the config were fitted before this training: fit them again.")
 
     def _steps(self) -> dict[str, Callable[[str, str | None], Any]]:
         """All steps of the run by name, in order."""
