@@ -36,6 +36,7 @@ class RandomExit(ExitCriterion):
     """Leaves at an exit drawn per token, every exit alike; measures mixed depths without a trained policy."""
 
     name = "benchmark_random"
+    looks_at = frozenset()
 
     def score(self, step: ExitStep) -> Tensor:
         share = 1 / (len(self.thresholds) - step.index)
