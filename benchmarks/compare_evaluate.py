@@ -32,7 +32,6 @@ from transformers_cee.exits.policy import ExitPolicies, make_policies
 from transformers_cee.training.estimators import fit_estimators, fit_token_hash
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
-from transformers_cee.training.rewards import layer_prices, layer_reward
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -97,14 +96,13 @@ class Evaluation:
         """Policies trained apart, one set per price of a layer, on the stored training rows."""
         store, config, args = self.stores["train"], copy.copy(self.model.config), self.arguments
         config.policy_condition = "none"
-        losses = store.losses if args.reward_loss == "ce" else store.errors
-        about = (store.layers, memorized_layers(store.correct, store.layers), config.num_hidden_layers)
+        memorized = memorized_layers(store.correct, store.layers)
         family = {}
         for alpha in alphas:
             set_seed(args.seed)
             policies = make_policies(config, len(store.layers) - 1)
-            rewards = layer_reward(losses, *about, alpha, config.reward_hardness)
-            self.train_policies(policies, StoredRewards(store, rewards))
+            rewards = StoredRewards.of(store, memorized, config, loss=args.reward_loss, alpha=alpha)
+            self.train_policies(policies, rewards)
             family[alpha] = policies.eval()
         return family
 
@@ -113,10 +111,9 @@ class Evaluation:
         config, args = self.model.config, self.arguments
         set_seed(args.seed)
         policies = make_policies(config, len(store.layers) - 1)
-        losses = store.losses if args.reward_loss == "ce" else store.errors
         memorized = memorized_layers(store.correct, store.layers)
-        prices = layer_prices(store.layers, memorized, config.num_hidden_layers, config.reward_hardness)
-        self.train_policies(policies, StoredRewards(store, -losses, prices=prices))
+        rewards = StoredRewards.of(store, memorized, config, loss=args.reward_loss, is_conditioned=True)
+        self.train_policies(policies, rewards)
         return policies.eval()
 
     def train_policies(self, policies: ExitPolicies, rewards: StoredRewards) -> None:

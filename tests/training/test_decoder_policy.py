@@ -90,7 +90,7 @@ class TestPolicy:
         assert memorized.tolist() == [token.memorized_layer([1, 2, 3, 4]) for token in tokens]
         assert len(set(memorized.tolist())) > 2
         store = trainer._store("train", trainer.train_dataset, trainer._stores["train"][0])
-        rewards = trainer._rewards(store, store.losses, memorized)
+        rewards = StoredRewards.of(store, memorized, model.config).rewards
         torch.testing.assert_close(rewards, torch.tensor(rewards_of(tokens, 0.3, True)), rtol=1e-4, atol=1e-5)
         used = StoredRewards(store, rewards, store.deciding())
         expected = [number for number, token in enumerate(tokens) if token.may_exit]
@@ -103,7 +103,7 @@ class TestPolicy:
         model = tiny_llama(policy_inputs="both", reward_alpha=0.3)
         trainer = tiny_text_trainer(tmp_path, model, rows=4)
         store = trainer.collect_exits(trainer.train_dataset)
-        rewards = trainer._rewards(store, store.losses, trainer.compute_hardness())
+        rewards = StoredRewards.of(store, trainer.compute_hardness(), model.config).rewards
         batch = StoredRewards(store, rewards, store.deciding()).__getitems__(list(range(len(store.deciding()))))
         weight = model.exit_policies.networks[1][-1].weight
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from transformers_cee.exits.configuration import DecoderExitConfigMixin
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
 
 
@@ -133,7 +132,7 @@ class TokenExits(nn.Module):
 
 def _num_labels(config: Any) -> int:
     """Labels of an exit head: a decoder's are the words of its vocabulary."""
-    return config.vocab_size if isinstance(config, DecoderExitConfigMixin) else config.num_labels
+    return config.vocab_size if hasattr(config, "exit_head") else config.num_labels
 
 
 # Name of the criterion to a function from a config to its estimator, before it is fitted.

@@ -17,6 +17,7 @@ from transformers_cee.evaluation.operating_points import hindsight_point, score_
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.training.objectives import closed_before, policy_loss
+from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
@@ -92,6 +93,48 @@ class StoredRewards(Dataset):
     ) -> None:
         self.store, self.rewards, self.prices = store, rewards, prices
         self.entries = torch.arange(len(store)) if entries is None else entries
+
+    @classmethod
+    def of(
+        cls,
+        store: ExitStore,
+        memorized: Tensor,
+        config: Any,
+        *,
+        loss: str = "ce",
+        alpha: float | None = None,
+        is_conditioned: bool = False,
+        reward_function: RewardFunction | None = None,
+        entries: Tensor | None = None,
+    ) -> "StoredRewards":
+        """Rewards of a store by the fields of a config: at one α, or for conditioned policies at none, with prices.
+
+        Args:
+            memorized (`LongTensor` of shape `(entries,)`): memorized layers.
+            config (`ExitConfigMixin`): gives `reward_alpha`, `reward_hardness` and the number of layers.
+            loss (`str`): `"ce"` or `"error"`.
+            alpha (`float`, *optional*): price of a layer; `config.reward_alpha` by default.
+            reward_function (`Callable`, *optional*): replaces the reward, see [`ConsistentEETrainer`].
+
+        Raises:
+            ValueError: a `reward_function` for conditioned policies, or one whose result has the wrong shape.
+        """
+        losses = store.losses if loss == "ce" else store.errors
+        about = (store.layers, memorized, config.num_hidden_layers)
+        if is_conditioned:
+            if reward_function is not None:
+                raise ValueError(
+                    f"`reward_function` knows no α that policies could be conditioned on: "
+                    f"`policy_condition`={config.policy_condition!r} must be 'none'."
+                )
+            return cls(store, -losses, entries, layer_prices(*about, config.reward_hardness))
+        if reward_function is None:
+            price = config.reward_alpha if alpha is None else alpha
+            return cls(store, layer_reward(losses, *about, price, config.reward_hardness), entries)
+        rewards = reward_function(losses, *about)
+        if rewards.shape != losses.shape:
+            raise ValueError(f"`reward_function` gave shape {tuple(rewards.shape)}, needed {tuple(losses.shape)}.")
+        return cls(store, rewards, entries)
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -38,7 +38,7 @@ from transformers_cee.training.parameters import (
 )
 from transformers_cee.training.phases import PhaseLog
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
-from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
+from transformers_cee.training.rewards import RewardFunction
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
@@ -418,28 +418,16 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def _stored_rewards(
         self, store: ExitStore, memorized: Tensor, alpha: float | None, is_conditioned: bool, entries: Tensor
     ) -> StoredRewards:
-        """Rewards at one α, or at none, with prices beside them, where every row will pay its own."""
-        losses = store.losses if self.args.reward_loss == "ce" else store.errors
-        config = self._exit_model.config
-        if is_conditioned:
-            if self.reward_function is not None:
-                raise ValueError(
-                    f"`reward_function` knows no α that policies could be conditioned on: "
-                    f"`policy_condition`={config.policy_condition!r} must be 'none'."
-                )
-            prices = layer_prices(store.layers, memorized, config.num_hidden_layers, config.reward_hardness)
-            return StoredRewards(store, -losses, entries, prices)
-        return StoredRewards(store, self._rewards(store, losses, memorized, alpha), entries)
-
-    def _rewards(self, store: ExitStore, losses: Tensor, memorized: Tensor, alpha: float | None = None) -> Tensor:
-        config = self._exit_model.config
-        if self.reward_function is not None:
-            rewards = self.reward_function(losses, store.layers, memorized, config.num_hidden_layers)
-            if rewards.shape != losses.shape:
-                raise ValueError(f"`reward_function` gave shape {tuple(rewards.shape)}, needed {tuple(losses.shape)}.")
-            return rewards
-        alpha = config.reward_alpha if alpha is None else alpha
-        return layer_reward(losses, store.layers, memorized, config.num_hidden_layers, alpha, config.reward_hardness)
+        return StoredRewards.of(
+            store,
+            memorized,
+            self._exit_model.config,
+            loss=self.args.reward_loss,
+            alpha=alpha,
+            is_conditioned=is_conditioned,
+            reward_function=self.reward_function,
+            entries=entries,
+        )
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Row numbers that the heads learn from, and those that the policies learn from."""
