@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--settings", nargs="+", help='only these, such as "exits off" and "exit 15, copy"')
     parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
     return parser.parse_args()
 
@@ -147,6 +148,10 @@ def measure(stock: Any, model: Any, batch_size: int, args: argparse.Namespace) -
         "pad_token_id": 0,
     }
     ways = settings(model)
+    unknown = set(args.settings or ()) - set(ways)
+    if unknown:
+        raise ValueError(f"`settings`={sorted(unknown)} unknown; accepted are {', '.join(map(repr, ways))}.")
+    ways = {name: way for name, way in ways.items() if not args.settings or name in args.settings}
     runs: dict[str, Callable[[], Any]] = {"stock": lambda: stock.generate(prompt, **common)}
     for name, way in ways.items():
         runs[name] = lambda way=way: model.generate(prompt, **common, **way)
