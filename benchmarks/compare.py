@@ -8,7 +8,8 @@
 
 `train` makes a model folder per task, objective and seed with `examples/run_glue_cee.py`, and every exit's state and
 logits of all splits beside it. `evaluate` fits what criteria need (temperatures, classifiers, policies), picks
-thresholds on dev, takes figures from test, and writes `docs/results/compare/TASK-OBJECTIVE-SEED.json`. `report` makes
+thresholds on dev, takes figures from test, and writes `docs/results/compare/TASK-OBJECTIVE-SEED.json`; scores for
+`calibration_coverage.py` go to the model folder. `report` makes
 `docs/results/compare.md` and its pictures of all such files. A run whose result is there is not repeated; `--tasks`,
 `--objectives` and `--seeds` choose some.
 """
@@ -119,7 +120,7 @@ def _train(run: Run, args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates what has exits and no result yet."""
     _check_given(args, "data")
-    from compare_evaluate import evaluate_run
+    from compare_evaluate import evaluate_run, write_held_out_scores
 
     alphas = yaml.safe_load(args.config.read_text(encoding="utf-8"))["policy_alphas"]
     args.results.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,7 @@ def evaluate(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         words = run.command("-", args.data, args.runs)[2:]
         figures = {"task": run.task, "objective": run.objective, "seed": run.seed}
+        write_held_out_scores(folder)
         write_results(figures | evaluate_run(folder, words, alphas), path)
         print(f"{run.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibration_coverage import write_scores
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from transformers_cee import BertForConsistentEE, ConsistentEETrainingArguments
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
-from transformers_cee.evaluation.operating_points import OperatingPoint
+from transformers_cee.evaluation.operating_points import OperatingPoint, score_exits
 from transformers_cee.evaluation.overthinking import overthinking
 from transformers_cee.evaluation.reliability import exit_reliability
 from transformers_cee.evaluation.store import ExitStore
@@ -46,6 +47,8 @@ NOT_COMPARED = ("policy", "oracle")
 # Metrics are reported at these layer speed-ups, and curves have so many points.
 SPEEDUPS = (1.2, 1.5, 2.0, 3.0, 4.0)
 CURVE_POINTS = 23
+# Criteria whose scores are kept for trials of calibration.
+CALIBRATED = ("policy", "max_probability")
 
 
 def pad_tokens(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -185,3 +188,24 @@ def evaluate_run(folder: Path, words: Sequence[str], alphas: Sequence[float]) ->
             str(layer): found.expected_calibration_error for layer, found in exit_reliability(test).items()
         },
     }
+
+
+def write_held_out_scores(folder: Path) -> None:
+    """Writes what `calibration_coverage.py` reads, `scores-CRITERION.safetensors`, on the rows of dev and test, of
+    criteria that have learned from training rows at most.
+
+    Args:
+        folder: model folder with the exits of all splits.
+    """
+    model = BertForConsistentEE.from_pretrained(folder).eval()
+    stores = [ExitStore.load(folder / f"exits-{split}.safetensors") for split in ("validation", "test")]
+    for criterion in CALIBRATED:
+        write_scores(
+            folder / f"scores-{criterion}.safetensors",
+            criterion,
+            torch.cat([score_exits(criterion, store, model.exit_policies) for store in stores]),
+            torch.cat([store.logits.argmax(-1) for store in stores]),  # type: ignore[union-attr]
+            torch.cat([store.correct for store in stores]),
+            stores[0].layers,
+            f"{folder.name}, {criterion}",
+        )
