@@ -85,6 +85,7 @@ class ExitConfigMixin:
         "all_exit_logits",
         "all_exit_states",
         "all_exit_losses",
+        "all_policy_logits",
         "hidden_states",
         "attentions",
     ]
