@@ -54,6 +54,10 @@ def test_last_checkpoint(tmp_path):
     log = PhaseLog(str(tmp_path))
     assert log.checkpoint("heads") is None
     for number in (2, 10, 9):
-        (tmp_path / "heads" / f"checkpoint-{number}").mkdir(parents=True)
+        folder = tmp_path / "heads" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+    # A kill came while this one was written.
+    (tmp_path / "heads" / "checkpoint-11").mkdir()
     assert log.checkpoint("heads").endswith("checkpoint-10")
     assert log.checkpoint("policy") is None

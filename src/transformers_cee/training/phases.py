@@ -7,8 +7,10 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 
@@ -78,6 +80,8 @@ class PhaseLog:
                 shutil.rmtree(before)
 
     def checkpoint(self, step: str) -> str | None:
-        """The last complete checkpoint of a step, if it has one."""
-        folder = self.folder(step)
-        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        """The last complete checkpoint of a step, if it has one; a kill may have left a newer one half-written."""
+        # Trainer writes its state last.
+        written = Path(self.folder(step)).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+        complete = sorted((path.parent for path in written), key=lambda path: int(path.name.rpartition("-")[2]))
+        return str(complete[-1]) if complete else None
