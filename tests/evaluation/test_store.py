@@ -114,6 +114,19 @@ class TestStore:
         expected = -torch.stack([logits[0].log_softmax(-1)[:, 1], logits[1].log_softmax(-1)[:, 0]])
         torch.testing.assert_close(store.losses, expected)
 
+    @pytest.mark.parametrize(
+        "logits,labels,problem_type,expected",
+        [
+            ([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], 0, "single_label_classification", [1.0, 1.0, 0.0]),
+            ([[1.0, 1.0], [-2.0, 3.0], [1.0, -1.0]], [0.0, 0.0], "multi_label_classification", [0.5, 1.0, 0.0]),
+            ([[1.0], [2.5], [3.0]], 9.0, "regression", [2.0, 0.5, 0.0]),
+        ],
+    )
+    def test_disagreements_know_no_label(self, logits, labels, problem_type, expected):
+        layers = torch.tensor([1, 2, 3])
+        store = ExitStore(torch.zeros(1, 3, 1), torch.tensor([logits]), torch.tensor([labels]), layers, problem_type)
+        assert store.disagreements.tolist() == [expected]
+
     def test_multi_label_needs_every_label(self):
         logits = torch.tensor([[[2.0, -1.0], [2.0, 1.0]]])
         store = ExitStore(
@@ -196,6 +209,8 @@ class TestTokens:
             right = [prediction == token.label for prediction in token.predictions]
             assert store.correct[number].tolist() == right
             assert store.errors[number].tolist() == [float(not one) for one in right]
+            apart = [float(prediction != token.predictions[-1]) for prediction in token.predictions]
+            assert store.disagreements[number].tolist() == apart
         assert (store.features is None) == (inputs == "state")
 
     @torch.no_grad()

@@ -41,13 +41,15 @@ def rewards_of(tokens, alpha: float, hardness: bool, loss: str = "ce") -> list[l
         costs = [float(ce) for ce in token.losses]
         if loss == "error":
             costs = [float(prediction != token.label) for prediction in token.predictions]
+        if loss == "disagreement":
+            costs = [float(prediction != token.predictions[-1]) for prediction in token.predictions]
         table.append([-cost - price * layer for cost, layer in zip(costs, (1, 2, 3, 4), strict=True)])
     return table
 
 
 class TestPolicy:
     @pytest.mark.parametrize("inputs", ["state", "confidence", "both"])
-    @pytest.mark.parametrize("loss,hardness", [("ce", True), ("error", False)])
+    @pytest.mark.parametrize("loss,hardness", [("ce", True), ("error", False), ("disagreement", True)])
     def test_step(self, tmp_path, learned, inputs, loss, hardness):
         """One step on all tokens that may leave, against the gradient of the expected reward, token by token."""
         model = learned(policy_inputs=inputs, reward_alpha=0.3, reward_hardness=hardness)

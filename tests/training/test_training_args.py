@@ -28,7 +28,7 @@ def test_defaults():
         ({"phases": []}, "phases.*heads"),
         ({"heads_objective": "first"}, "heads_objective.*first.*layer_weighted"),
         ({"policy_gradient": "guess"}, "policy_gradient.*guess.*reinforce"),
-        ({"reward_loss": "mse"}, "reward_loss.*mse.*error"),
+        ({"reward_loss": "mse"}, "reward_loss.*mse.*error.*disagreement"),
         ({"consistent_objective": "all"}, "consistent_objective.*all.*sampled"),
         ({"policy_holdout": 1.0}, r"policy_holdout.*1\.0"),
         ({"policy_holdout": -0.1}, r"policy_holdout.*-0\.1"),

@@ -82,6 +82,25 @@ class ExitStore:
         return exit_errors(self.logits, self.labels, self.problem_type)
 
     @property
+    def disagreements(self) -> Tensor:
+        """Error (entries, exits) of each entry at each exit when the last exit's prediction is taken for the truth."""
+        if self.logits is None:
+            predictions = self._of_tokens(self.predictions)
+            return (predictions != predictions[:, -1:]).float()
+        last = self.logits[:, -1]
+        if self.problem_type == "single_label_classification":
+            last = last.argmax(-1)
+        elif self.problem_type == "multi_label_classification":
+            last = (last > 0).float()
+        return exit_errors(self.logits, last, self.problem_type)
+
+    def reward_losses(self, name: str) -> Tensor:
+        """The loss term (entries, exits) of rewards: `"ce"`, `"error"` or `"disagreement"`."""
+        if name == "ce":
+            return self.losses
+        return self.errors if name == "error" else self.disagreements
+
+    @property
     def correct(self) -> Tensor:
         """Does each exit predict the entry's label? (entries, exits)."""
         return self.errors <= (self.tolerance if self.problem_type == "regression" else 0.0)

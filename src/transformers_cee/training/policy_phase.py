@@ -112,14 +112,14 @@ class StoredRewards(Dataset):
         Args:
             memorized (`LongTensor` of shape `(entries,)`): memorized layers.
             config (`ExitConfigMixin`): gives `reward_alpha`, `reward_hardness` and the number of layers.
-            loss (`str`): `"ce"` or `"error"`.
+            loss (`str`): `"ce"`, `"error"` or `"disagreement"`.
             alpha (`float`, *optional*): price of a layer; `config.reward_alpha` by default.
             reward_function (`Callable`, *optional*): replaces the reward, see [`ConsistentEETrainer`].
 
         Raises:
             ValueError: a `reward_function` for conditioned policies, or one whose result has the wrong shape.
         """
-        losses = store.losses if loss == "ce" else store.errors
+        losses = store.reward_losses(loss)
         about = (store.layers, memorized, config.num_hidden_layers)
         if is_conditioned:
             if reward_function is not None:

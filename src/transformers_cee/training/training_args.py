@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 PHASES = ("heads", "hardness", "policy", "consistent")
 POLICY_GRADIENTS = ("exact", "reinforce", "optimal_stopping")
-REWARD_LOSSES = ("ce", "error")
+REWARD_LOSSES = ("ce", "error", "disagreement")
 CONSISTENT_OBJECTIVES = ("expected", "sampled")
 TRAINABLE = ("all", "exits")
 
@@ -51,7 +51,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
             of rows drawn at random until there are enough; their hardness is all that is computed. Defaults to all.
         policy_exploration (`float`): share of decisions taken by a fair coin while training. Off by default.
         policy_entropy_bonus (`float`): weight of the exit distribution's entropy. Off by default.
-        reward_loss (`str`): `"ce"` (the paper) or `"error"` as the loss term of the reward.
+        reward_loss (`str`): loss term of the reward: `"ce"` (the paper), `"error"`, or `"disagreement"`, the error when
+            the last exit's prediction is taken for the truth.
         hardness_tolerance (`float`): in regression, the absolute error up to which a head counts as right.
         consistent_num_rounds (`int`): rounds of one model step and one policy step.
         consistent_num_train_epochs (`float`): epochs of each model step.
@@ -101,7 +102,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
     )
     policy_exploration: float = field(default=0.0, metadata={"help": "Share of decisions taken by a fair coin."})
     policy_entropy_bonus: float = field(default=0.0, metadata={"help": "Weight of the exit distribution's entropy."})
-    reward_loss: str = field(default="ce", metadata={"help": "Loss term of the reward: ce or error."})
+    reward_loss: str = field(default="ce", metadata={"help": "Loss term of the reward: ce, error or disagreement."})
     hardness_tolerance: float = field(
         default=0.5, metadata={"help": "Absolute error up to which a regression head counts as right."}
     )
