@@ -51,8 +51,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
             of rows drawn at random until there are enough; their hardness is all that is computed. Defaults to all.
         policy_exploration (`float`): share of decisions taken by a fair coin while training. Off by default.
         policy_entropy_bonus (`float`): weight of the exit distribution's entropy. Off by default.
-        reward_loss (`str`): loss term of the reward: `"ce"` (the paper), `"error"`, or `"disagreement"`, the error when
-            the last exit's prediction is taken for the truth.
+        reward_loss (`str`): loss term of the reward: `"ce"` (the paper), `"error"`, or `"disagreement"`, the error
+            when the last exit's prediction is taken for the truth.
         hardness_tolerance (`float`): in regression, the absolute error up to which a head counts as right.
         consistent_num_rounds (`int`): rounds of one model step and one policy step.
         consistent_num_train_epochs (`float`): epochs of each model step.
