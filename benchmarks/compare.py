@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,17 @@ class Run:
         task, objective, seed: what it is.
         options: of `run_glue_cee.py`; paths still without the data folder.
         start: objective whose model of the same task and seed it continues.
+        criteria: exit criteria to evaluate; all of them by default.
+        policy_alphas: prices of a layer for which policies are trained apart, in the evaluation.
     """
 
     task: str
     objective: str
     seed: int
     options: dict[str, Any]
-    start: str | None
+    start: str | None = None
+    criteria: list[str] | None = None
+    policy_alphas: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -75,7 +79,8 @@ def read_runs(args: argparse.Namespace) -> list[Run]:
     for task, about in config["tasks"].items():
         for objective, how in config["objectives"].items():
             options = {**config["options"], **about["options"], **how["options"]}
-            runs += [Run(task, objective, seed, options, how.get("start")) for seed in about["seeds"]]
+            others = {name: how[name] for name in ("start", "criteria", "policy_alphas") if name in how}
+            runs += [Run(task, objective, seed, options, **others) for seed in about["seeds"]]
     for name, known in (("tasks", config["tasks"]), ("objectives", config["objectives"])):
         wrong = set(getattr(args, name) or ()) - set(known)
         if wrong:
@@ -122,7 +127,6 @@ def evaluate(args: argparse.Namespace) -> None:
     _check_given(args, "data")
     from compare_evaluate import evaluate_run, write_held_out_scores
 
-    alphas = yaml.safe_load(args.config.read_text(encoding="utf-8"))["policy_alphas"]
     args.results.mkdir(parents=True, exist_ok=True)
     for run in read_runs(args):
         folder, path = args.runs / run.name, args.results / f"{run.name}.json"
@@ -132,8 +136,9 @@ def evaluate(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         words = run.command("-", args.data, args.runs)[2:]
         figures = {"task": run.task, "objective": run.objective, "seed": run.seed}
-        write_held_out_scores(folder)
-        write_results(figures | evaluate_run(folder, words, alphas), path)
+        if run.criteria != []:
+            write_held_out_scores(folder)
+        write_results(figures | evaluate_run(folder, words, run.policy_alphas, run.criteria), path)
         print(f"{run.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
 
 

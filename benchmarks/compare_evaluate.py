@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from transformers_cee import BertForConsistentEE, ConsistentEETrainingArguments
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
-from transformers_cee.evaluation.operating_points import OperatingPoint, score_exits
+from transformers_cee.evaluation.operating_points import score_exits
 from transformers_cee.evaluation.overthinking import overthinking
 from transformers_cee.evaluation.reliability import exit_reliability
 from transformers_cee.evaluation.store import ExitStore
@@ -47,6 +47,9 @@ NOT_COMPARED = ("policy", "oracle")
 # Metrics are reported at these layer speed-ups, and curves have so many points.
 SPEEDUPS = (1.2, 1.5, 2.0, 3.0, 4.0)
 CURVE_POINTS = 23
+# Criteria that are timed at one of them, on some rows of test, in batches of these sizes.
+TIMED = ("policy", "max_probability", "entropy", "patience")
+TIMED_SPEEDUP, TIMED_ROWS, TIMED_BATCHES = 2.0, 64, (1, 32)
 # Criteria whose scores are kept for trials of calibration.
 CALIBRATED = ("policy", "max_probability")
 
@@ -125,14 +128,15 @@ class Evaluation:
         with tempfile.TemporaryDirectory() as folder:
             run_policy_phase(policies.train(), args, folder, rewards, None, exit_threshold=0.5)
 
-    def compare(self, alphas: Sequence[float]) -> tuple[Comparison, dict[str, float]]:
-        """All criteria on test, thresholds and estimators from dev; and the estimators' losses."""
+    def compare(self, alphas: Sequence[float], criteria: Sequence[str]) -> tuple[Comparison, dict[str, float]]:
+        """Criteria on test, thresholds and estimators from dev; and the estimators' losses."""
         dev, test = self.stores["validation"], self.stores["test"]
-        fitted = fit_estimators(self.model, dev, [name for name in ESTIMATORS if name != "token_hash"])
+        estimators = [name for name in ESTIMATORS if name != "token_hash"] if criteria else []
+        fitted = fit_estimators(self.model, dev, estimators)
         layers = self.model.config.num_hidden_layers
         depths = torch.linspace(1, layers, CURVE_POINTS).tolist() + [layers / speedup for speedup in SPEEDUPS]
         comparison = compare_criteria(
-            ["policy", *(name for name in CRITERIA if name not in NOT_COMPARED)],
+            criteria,
             dev,
             test,
             self.model.exit_policies,
@@ -144,25 +148,44 @@ class Evaluation:
         )
         return comparison, fitted
 
-    def time(self, points: Sequence[OperatingPoint], batch_size: int, rows: int) -> list[OperatingPoint]:
-        """The same points as executed on some test rows."""
+    def time(self, comparison: Comparison) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Layer and wall-clock speed-up as executed, by criterion and batch size, at the point of the curve that is
+        nearest to the timed layer speed-up."""
+        depth = self.model.config.num_hidden_layers / TIMED_SPEEDUP
+        points = [
+            min(comparison.curves[name], key=lambda point: abs(point.depth - depth))
+            for name in TIMED
+            if comparison.curves.get(name)
+        ]
         chosen = self.splits["test"].shuffle(seed=0)
-        chosen = chosen.select(range(min(rows, len(chosen)))).remove_columns("labels")
-        loader = DataLoader(chosen, batch_size, collate_fn=self.collator)
-        return time_points(self.model, list(loader), points)
+        chosen = chosen.select(range(min(TIMED_ROWS, len(chosen)))).remove_columns("labels")
+        found: dict[str, dict[str, dict[str, float | None]]] = {point.criterion: {} for point in points}
+        for batch_size in TIMED_BATCHES if points else ():
+            loader = DataLoader(chosen, batch_size, collate_fn=self.collator)
+            for point in time_points(self.model, list(loader), points):
+                found[point.criterion][str(batch_size)] = {
+                    "layers": point.layer_speedup,
+                    "wall_clock": point.wall_clock_speedup,
+                }
+        return found
 
 
-def evaluate_run(folder: Path, words: Sequence[str], alphas: Sequence[float]) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, words: Sequence[str], alphas: Sequence[float], criteria: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Everything that is reported of one run, ready for JSON.
 
     Args:
         folder: model folder with the exits of all splits.
         words: options of `run_glue_cee.py` that it was trained with.
         alphas: prices of a layer for which policies are trained apart; none for none.
+        criteria: which exit criteria; all by default.
     """
+    if criteria is None:
+        criteria = ["policy", *(name for name in CRITERIA if name not in NOT_COMPARED)]
     run = Evaluation.load(folder, words)
     metric, layers = run.corpus.metrics[0], run.model.config.num_hidden_layers
-    comparison, fitted = run.compare(alphas)
+    comparison, fitted = run.compare(alphas, criteria)
     test = run.stores["test"]
     return {
         "metric": metric,
@@ -180,6 +203,8 @@ def evaluate_run(folder: Path, words: Sequence[str], alphas: Sequence[float]) ->
             name: [[point.depth, point.metrics[metric]] for point in curve]
             for name, curve in comparison.curves.items()
         },
+        "timed": run.time(comparison),
+        "threads": torch.get_num_threads(),
         "estimators": fitted,
         "overthinking": {
             name: value for name, value in asdict(overthinking(test.correct, test.layers)).items() if value is not None

@@ -52,8 +52,8 @@ price of a layer, *one policy per α* a family of policies trained apart, from w
 Thresholds, prices and estimators come from dev, figures from test.
 
 Tables show the metric in %, mean ± standard deviation over seeds, at layer speed-ups (all layers over the mean exit
-layer); the best mean of a column is bold. These count layers and not time; wall-clock figures are in
-[glue.md](glue.md)."""
+layer); the best mean of a column is bold. What a layer speed-up is worth in time stands below each of them: wall-clock
+over full depth, in turn in the same run, on rows of test that were really executed."""
 
 
 @dataclass(frozen=True)
@@ -247,13 +247,39 @@ def difference_table(results: TaskResults, methods: Sequence[Method], speedup: f
 
 def family_table(results: TaskResults) -> str:
     """One conditioned policy against policies trained apart, on the same heads."""
-    objective = REFERENCE[0] if REFERENCE[0] in results.objectives else results.plain_objective
-    names = {"one policy by budget": "policy", "one policy per α": "policies_by_alpha"}
+    methods = family_methods(results)
     values: dict[str, dict[str, list[float | None]]] = {
-        name: {_times(speedup): results.at((objective, criterion), speedup) for speedup in FAMILY_SPEEDUPS}
-        for name, criterion in names.items()
+        name: {_times(speedup): results.at(method, speedup) for speedup in FAMILY_SPEEDUPS}
+        for name, method in methods.items()
     }
+    (objective, _), *_ = methods.values()
     return spread_table(values, f"{objective_name(objective)}, {results.metric.replace('_', ' ')} in %")
+
+
+def family_methods(results: TaskResults) -> dict[str, Method]:
+    """One conditioned policy and one policy per price of a layer, by what tables call them."""
+    objective = REFERENCE[0] if REFERENCE[0] in results.objectives else results.plain_objective
+    return {"one policy by budget": (objective, "policy"), "one policy per α": (objective, "policies_by_alpha")}
+
+
+def time_table(results: TaskResults) -> str:
+    """Layer and wall-clock speed-up of the main methods near the headline speed-up, by batch size."""
+    rows, sizes = [], list(dict.fromkeys(size for found in _timed(results.any_run).values() for size in found))
+    for objective, criterion in results.main_methods:
+        timed = [_timed(run)[criterion] for run in results.deep(objective).values() if criterion in _timed(run)]
+        if timed:
+            cells = [
+                spread([one[size][kind] for one in timed], scale=1.0)
+                for kind, size in [("layers", sizes[0]), *(("wall_clock", size) for size in sizes)]
+            ]
+            rows.append([results.label((objective, criterion)), *cells])
+    if not rows:
+        return "None of these was timed."
+    return markdown_table(["speed-up", "layers", *(f"wall-clock, batch {size}" for size in sizes)], rows)
+
+
+def _timed(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    return run.get("timed", {})
 
 
 def depth_table(results: TaskResults) -> str:
@@ -308,7 +334,16 @@ def draw(results: TaskResults, path: Path) -> None:
     )
 
 
-def task_section(results: TaskResults, picture: str) -> str:
+def draw_family(results: TaskResults, path: Path) -> bool:
+    """Curves of one policy for all speeds and of one per speed; False, and nothing drawn, if one is missing."""
+    curves = {name: results.curves(method) for name, method in family_methods(results).items()}
+    if not all(curves.values()):
+        return False
+    plot_seeds(curves, results.metric, path, full=results.full_points(), title=f"{results.task}, test")
+    return True
+
+
+def task_section(results: TaskResults, picture: str, family_picture: str | None) -> str:
     """Everything about one task."""
     run = results.any_run
     rows = ", ".join(f"{count} {name}" for name, count in run["rows"].items())
@@ -323,10 +358,13 @@ def task_section(results: TaskResults, picture: str) -> str:
             *(["\n".join(f"- {note}" for note in notes)] if notes else []),
             speedup_table(results, results.main_methods),
             f"![{results.metric} against depth]({picture})",
+            f"### Time near {_times(HEADLINE)}",
+            time_table(results),
             f"### ConsistentEE against the others at {_times(HEADLINE)}",
             difference_table(results, results.main_methods),
             "### One policy for all speeds, or one per speed",
             family_table(results),
+            *([] if family_picture is None else [f"![one policy against one per α]({family_picture})"]),
             "### Full depth, oracle, overthinking, calibration",
             depth_table(results),
             plain_facts(results),
@@ -430,7 +468,9 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
     sections = []
     for one in tasks:
         draw(one, pictures / f"{one.task}.png")
-        sections.append(task_section(one, f"{pictures.name}/{one.task}.png"))
+        family = f"{one.task}-family.png" if draw_family(one, pictures / f"{one.task}-family.png") else None
+        family = None if family is None else f"{pictures.name}/{family}"
+        sections.append(task_section(one, f"{pictures.name}/{one.task}.png", family))
     page = [
         "# All methods, all tasks",
         INTRODUCTION,

@@ -304,7 +304,8 @@ def fit_heads(trainer: ConsistentEETrainer, max_tokens: int) -> dict[int, float]
 def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, results: dict[str, Any]) -> None:
     """Runs the phases and saves the model, LoRA merged into it."""
     start = time.perf_counter()
-    if fit_tokens is not None and not trainer.args.resume_from_checkpoint:
+    # Without the phase `heads` the heads are those of the model that is continued.
+    if fit_tokens is not None and "heads" in trainer.args.phases and not trainer.args.resume_from_checkpoint:
         results["fitted_heads"] = fit_heads(trainer, fit_tokens)
     steps = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
     results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}

@@ -26,7 +26,6 @@ CONFIG = {
         "questions": {"seeds": [1, 2], "options": {"train_file": "questions/train.csv", "num_train_epochs": 3}},
         "pairs": {"seeds": [1], "options": {"task_name": "mrpc", "data_dir": "glue/MRPC"}},
     },
-    "policy_alphas": [0.01],
     "objectives": {
         "consistentee": {"start": "layer_weighted", "options": {"phases": ["consistent"], "learning_rate": 1e-4}},
         "layer_weighted": {"options": {"phases": ["heads", "policy"]}},
@@ -182,8 +181,12 @@ def evaluated(tmp_path_factory):
     config = {
         "options": options,
         "tasks": {"films": {"seeds": [3], "options": {"train_file": "train.csv"}}},
-        "policy_alphas": [0.01, 0.1],
-        "objectives": {"layer_weighted": {"options": {"phases": ["heads", "hardness", "policy"]}}},
+        "objectives": {
+            "layer_weighted": {
+                "options": {"phases": ["heads", "hardness", "policy"]},
+                "policy_alphas": [0.01, 0.1],
+            },
+        },
     }
     path = root / "compare.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -222,6 +225,27 @@ def test_evaluated_figures_are_shares_and_depths(evaluated):
     assert found["oracle"]["depth"] == pytest.approx(found["overthinking"]["oracle_depth"])
     assert all(0 <= error <= 1 for error in found["calibration_error"].values())
     assert all(math.isfinite(loss) for loss in found["estimators"].values())
+
+
+def test_evaluated_criteria_are_timed(evaluated):
+    timed = json.loads(evaluated[2].read_text())["timed"]
+    assert set(timed) == {"policy", "max_probability", "entropy", "patience"}
+    for by_batch in timed.values():
+        assert set(by_batch) == {"1", "32"}
+        # What a row does must not depend on its batch.
+        assert by_batch["1"]["layers"] == pytest.approx(by_batch["32"]["layers"])
+        assert all(1 <= found["layers"] <= 4 and found["wall_clock"] > 0 for found in by_batch.values())
+
+
+def test_models_of_which_no_criterion_is_asked(evaluated):
+    root, stage, path = evaluated
+    config = yaml.safe_load((root / "compare.yaml").read_text())
+    config["objectives"]["layer_weighted"] |= {"criteria": [], "policy_alphas": []}
+    (root / "plain.yaml").write_text(yaml.safe_dump(config))
+    compare.main(["evaluate", str(root / "plain.yaml"), *stage[2:-1], str(root / "plain")])
+    plain, found = (json.loads((folder / path.name).read_text()) for folder in (root / "plain", path.parent))
+    assert plain["at_speedup"] == plain["curves"] == plain["timed"] == plain["estimators"] == {}
+    assert all(plain[name] == found[name] for name in ("full", "oracle", "exits", "overthinking"))
 
 
 def test_evaluated_runs_are_not_repeated(evaluated, capsys):

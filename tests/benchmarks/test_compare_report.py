@@ -45,6 +45,11 @@ def result(objective: str, seed: int) -> dict:
             for name, at in values.items()
         },
         "curves": {name: [[6.5, 0.7]] for name in values},
+        "timed": {
+            name: {size: {"layers": 2.0, "wall_clock": seed + 0.5} for size in ("1", "32")}
+            for name in values
+            if name in ("policy", "max_probability")
+        },
         "estimators": {"consistency": 0.1},
         "overthinking": {"wasteful": 0.6, "destructive": 0.04, "oracle_depth": 1.0 + seed, "oracle_accuracy": 0.99},
         "calibration_error": {str(layer): layer / 100 for layer in range(1, layers + 1)},
@@ -117,6 +122,23 @@ def test_one_policy_against_a_family(results):
     assert cells(table, "one policy per α")[0] == [
         f"**{value} ± 0.0**" for value in ("99.0", "96.0", "91.0", "81.0", "71.0")
     ]
+
+
+def test_time(results):
+    table = compare_report.time_table(results)
+    assert cells(table, "ConsistentEE, policy by budget") == [["2.0 ± 0.0", "2.0 ± 0.7", "2.0 ± 0.7"]]
+    assert cells(table, "layer-weighted, maximum probability") == [["2.0 ± 0.0", "2.0 ± 0.7", "2.0 ± 0.7"]]
+    assert cells(table, "layer-weighted, patience") == []
+    assert cells(table, "speed-up") == [["layers", "wall-clock, batch 1", "wall-clock, batch 32"]]
+
+
+def test_family_is_drawn_when_it_is_there(results, tmp_path):
+    assert compare_report.draw_family(results, tmp_path / "family.png")
+    assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")
+    for run in results.runs["consistentee"].values():
+        del run["curves"]["policies_by_alpha"]
+    assert not compare_report.draw_family(results, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_full_depth_and_oracle(results):
