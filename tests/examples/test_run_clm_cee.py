@@ -106,6 +106,17 @@ def test_only_the_exits_were_trained(run, checkpoint):
     assert any(bool(after[name].any()) for name in after if name.endswith("up.weight"))
 
 
+def test_policies_alone_leave_the_heads_as_they_are(run, rows, tmp_path):
+    """Options ask for fitted heads as before; the heads are those of the model that is continued."""
+    options = make_options(run[0], rows, tmp_path) | {"phases": ["policy"], "do_eval": False}
+    results = run_clm_cee.main(words(options))
+    assert "fitted_heads" not in results
+    before, after = load_file(run[0] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"exit_policies"}
+
+
 def test_every_criterion_is_measured_at_several_depths(run):
     _, results = run
     assert set(results["curves"]) == {"policy", "max_probability", "margin"}
