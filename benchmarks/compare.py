@@ -81,10 +81,11 @@ def read_runs(args: argparse.Namespace) -> list[Run]:
             options = {**config["options"], **about["options"], **how["options"]}
             others = {name: how[name] for name in ("start", "criteria", "policy_alphas") if name in how}
             runs += [Run(task, objective, seed, options, **others) for seed in about["seeds"]]
-    for name, known in (("tasks", config["tasks"]), ("objectives", config["objectives"])):
+    seeds = sorted({run.seed for run in runs})
+    for name, known in (("tasks", config["tasks"]), ("objectives", config["objectives"]), ("seeds", seeds)):
         wrong = set(getattr(args, name) or ()) - set(known)
         if wrong:
-            raise ValueError(f"`{name}`={sorted(wrong)} unknown; accepted are {', '.join(known)}.")
+            raise ValueError(f"`{name}`={sorted(wrong)} unknown; accepted are {', '.join(map(str, known))}.")
     chosen = {"task": args.tasks, "objective": args.objectives, "seed": args.seeds}
     return [run for run in runs if all(not some or getattr(run, name) in some for name, some in chosen.items())]
 
@@ -99,9 +100,13 @@ def train(args: argparse.Namespace) -> None:
     """Trains what has no model yet, `--jobs` runs at a time, one thread each."""
     _check_given(args, "model", "data")
     todo = [run for run in read_runs(args) if not (args.runs / run.name / "exits-test.safetensors").is_file()]
+    failed: list[str] = []
     for wave in _waves(todo):
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda run: _train(run, args), wave))
+            outcomes = pool.map(lambda run: _train(run, args), wave)
+            failed += [run.name for run, is_trained in zip(wave, outcomes, strict=True) if not is_trained]
+    if failed:
+        sys.exit(f"No model of {', '.join(failed)}; their logs are in {args.runs}.")
 
 
 def _waves(runs: list[Run]) -> Iterator[list[Run]]:
@@ -110,7 +115,8 @@ def _waves(runs: list[Run]) -> Iterator[list[Run]]:
     yield [run for run in runs if run.start is not None]
 
 
-def _train(run: Run, args: argparse.Namespace) -> None:
+def _train(run: Run, args: argparse.Namespace) -> bool:
+    """Did it succeed?"""
     args.runs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     start = time.perf_counter()
@@ -120,6 +126,7 @@ def _train(run: Run, args: argparse.Namespace) -> None:
         )
     outcome = "trained" if done.returncode == 0 else f"FAILED, see {log.name}"
     print(f"{run.name}: {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
+    return done.returncode == 0
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import compare
@@ -65,6 +66,7 @@ def test_some_runs(config):
     [
         (["--tasks", "pairs", "poems"], r"`tasks`=\['poems'\] unknown; accepted are questions, pairs"),
         (["--objectives", "luck"], r"`objectives`=\['luck'\] unknown; accepted are consistentee, layer_weighted"),
+        (["--seeds", "1", "9"], r"`seeds`=\[9\] unknown; accepted are 1, 2"),
     ],
 )
 def test_unknown_names(config, words, message):
@@ -117,7 +119,8 @@ def trained(config, tmp_path, monkeypatch):
 
         monkeypatch.setattr(compare.subprocess, "run", fake)
         options = ["--model", "bert", "--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
-        compare.main(["train", str(config), *options, *words])
+        with pytest.raises(SystemExit, match=f"No model of {', '.join(fails)};") if fails else nullcontext():
+            compare.main(["train", str(config), *options, *words])
         return called
 
     return run
