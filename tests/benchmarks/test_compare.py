@@ -232,7 +232,7 @@ def test_evaluated_figures_are_shares_and_depths(evaluated):
 
 def test_evaluated_criteria_are_timed(evaluated):
     timed = json.loads(evaluated[2].read_text())["timed"]
-    assert set(timed) == {"policy", "max_probability", "entropy", "patience"}
+    assert set(timed) == {"policy", "max_probability"}
     for by_batch in timed.values():
         assert set(by_batch) == {"1", "32"}
         # What a row does must not depend on its batch.
