@@ -27,6 +27,8 @@ BySeed = dict[int, dict[str, Any]]
 
 REFERENCE: Method = ("consistentee", "policy")
 FULL = "full"
+# Written by hand, beside the JSON files; what the tables say.
+NOTES = "notes.md"
 # The short tables and the pictures; a fixed list, so that nothing is picked on test.
 MAIN_METHODS: tuple[Method, ...] = (
     REFERENCE,
@@ -453,7 +455,7 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
 
     Args:
         wanted: task, objective and seed of every run of the configuration.
-        results: folder of the JSON files.
+        results: folder of the JSON files, and of `notes.md` for the page if there is one.
         output: the Markdown file.
         config: what the commands on the page call the configuration.
 
@@ -471,9 +473,11 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
         family = f"{one.task}-family.png" if draw_family(one, pictures / f"{one.task}-family.png") else None
         family = None if family is None else f"{pictures.name}/{family}"
         sections.append(task_section(one, f"{pictures.name}/{one.task}.png", family))
+    notes = results / NOTES
     page = [
         "# All methods, all tasks",
         INTRODUCTION,
+        *([notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []),
         summary(tasks),
         missing_section(missing, len(wanted)),
         *sections,

@@ -205,3 +205,9 @@ def test_no_results(tmp_path, wanted):
     with pytest.raises(ValueError, match=r"`--results`='.*' must hold .* it has none of the 6 wanted"):
         compare_report.write_report(wanted, tmp_path, tmp_path / "page.md", "compare.yaml")
     assert not (tmp_path / "page.md").exists()
+
+
+def test_notes_stand_on_the_page(wanted, folder, tmp_path):
+    (folder / "notes.md").write_text("## What they say\n\nLittle.\n")
+    page = compare_report.write_report(wanted, folder, tmp_path / "page.md", "compare.yaml").read_text()
+    assert page.index("## What they say\n\nLittle.\n\n## Summary") > page.index(compare_report.INTRODUCTION)
