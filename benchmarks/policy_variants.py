@@ -34,7 +34,8 @@ from transformers_cee.exits.policy import all_features
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
 CURVE_POINTS = 24
-# Name, fields of the config, training arguments, and the rows that the policies learn from.
+# Name, fields of the config, training arguments, and the rows that the policies learn from. The gradient is exact, whatever
+# the configuration says, where none is named.
 VARIANTS: tuple[tuple[str, dict[str, Any], dict[str, Any], str], ...] = (
     ("state, CE", {"policy_inputs": "state"}, {"reward_loss": "ce"}, "train"),
     ("state, error", {"policy_inputs": "state"}, {}, "train"),
@@ -66,6 +67,7 @@ def measure(run: Evaluation, policies: Any, dev: ExitStore, rows: ExitStore) -> 
 def try_variant(run: Evaluation, fields: dict, arguments: dict, split: str) -> tuple[dict, dict]:
     """Metric by speed-up on dev and on test."""
     config, args = run.model.config, run.arguments
+    arguments = {"policy_gradient": "exact", **arguments}
     kept = {name: getattr(config, name) for name in fields}, {name: getattr(args, name) for name in arguments}
     for name, value in fields.items():
         setattr(config, name, value)
@@ -94,8 +96,10 @@ def references(run: Evaluation, alphas: list[float]) -> dict[str, tuple[dict, di
     """Maximum probability, and the paper's policies: state, CE, one set per price."""
     run.model.config.policy_inputs, inputs = "state", run.model.config.policy_inputs
     run.arguments.reward_loss, loss = "ce", run.arguments.reward_loss
+    run.arguments.policy_gradient, gradient = "exact", run.arguments.policy_gradient
     family = {"state, CE, one set per α": run.policies_at(alphas)}
     run.model.config.policy_inputs, run.arguments.reward_loss = inputs, loss
+    run.arguments.policy_gradient = gradient
     dev, layers = run.stores["validation"], run.model.config.num_hidden_layers
     found = []
     for rows in (dev, run.stores["test"]):
