@@ -470,9 +470,9 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
     sections = []
     for one in tasks:
         draw(one, pictures / f"{one.task}.png")
-        family = f"{one.task}-family.png" if draw_family(one, pictures / f"{one.task}-family.png") else None
-        family = None if family is None else f"{pictures.name}/{family}"
-        sections.append(task_section(one, f"{pictures.name}/{one.task}.png", family))
+        family = pictures / f"{one.task}-family.png"
+        family_picture = f"{pictures.name}/{family.name}" if draw_family(one, family) else None
+        sections.append(task_section(one, f"{pictures.name}/{one.task}.png", family_picture))
     notes = results / NOTES
     page = [
         "# All methods, all tasks",
