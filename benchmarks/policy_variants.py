@@ -34,8 +34,8 @@ from transformers_cee.exits.policy import all_features
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
 CURVE_POINTS = 24
-# Name, fields of the config, training arguments, and the rows that the policies learn from. The gradient is exact, whatever
-# the configuration says, where none is named.
+# Name, fields of the config, training arguments, and the rows that the policies learn from.
+# The gradient is exact where none is named, whatever the configuration says.
 VARIANTS: tuple[tuple[str, dict[str, Any], dict[str, Any], str], ...] = (
     ("state, CE", {"policy_inputs": "state"}, {"reward_loss": "ce"}, "train"),
     ("state, error", {"policy_inputs": "state"}, {}, "train"),
