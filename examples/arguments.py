@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from common import check_positive, options_from_file, parse_dataclasses
+from common import MATMUL_PRECISIONS, check_positive, options_from_file, parse_dataclasses
 from glue_data import DataArguments
 
 from transformers_cee import ConsistentEETrainingArguments
@@ -38,6 +38,13 @@ class CheckpointArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not that of the checkpoint."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    float32_matmul_precision: str = field(
+        default="highest",
+        metadata={
+            "help": "Of float32 matrix products: highest, high or medium (inputs rounded to bfloat16, where the processor "
+            "has units for it)."
+        },
+    )
     exit_layers: list[int] | None = field(
         default=None,
         metadata={"help": "One number: a stride, 2 for every second layer. Several: these layers."},
@@ -51,6 +58,13 @@ class CheckpointArguments:
     )
     reward_alpha: float | None = field(default=None, metadata={"help": "Weight of a layer in the reward."})
     reward_hardness: bool | None = field(default=None, metadata={"help": "Scale alpha by 1 - M/L."})
+
+    def __post_init__(self) -> None:
+        if self.float32_matmul_precision not in MATMUL_PRECISIONS:
+            raise ValueError(
+                f"`float32_matmul_precision` must be among {', '.join(MATMUL_PRECISIONS)}; "
+                f"got {self.float32_matmul_precision!r}."
+            )
 
     def exit_options(self) -> dict[str, Any]:
         """The exit fields that were given, as the config takes them."""

@@ -69,6 +69,7 @@ class LanguageModelArguments(CheckpointArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be among {', '.join(DTYPES)}; got {self.dtype!r}.")
         check_positive(self, ("lora_r", "lora_alpha", "fit_heads_tokens"))

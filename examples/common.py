@@ -5,11 +5,13 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 import yaml
 from huggingface_hub import HfApi
@@ -18,6 +20,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 # What a run leaves in its folder for itself and not for a reader.
 NOT_PUBLISHED = ("hardness.safetensors",)
+# Levels of torch.set_float32_matmul_precision.
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 def parse_dataclasses(types: Iterable[type], argv: list[str], description: str) -> tuple[Any, ...]:
@@ -43,6 +47,17 @@ def options_from_file(path: Path) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
+
+
+@contextmanager
+def float32_matmul_precision(level: str) -> Iterator[None]:
+    """Matrix products of float32 tensors at a level of `torch.set_float32_matmul_precision` within the context."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_files(paths: dict[str, str | None], file_types: tuple[str, ...]) -> None:

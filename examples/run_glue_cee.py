@@ -25,7 +25,7 @@ from typing import Any
 import datasets
 import torch
 from arguments import EXIT_FIELDS, Arguments, EvaluationArguments, ModelArguments, parse_arguments
-from common import check_stages, push, resume_argument, set_up_logging
+from common import check_stages, float32_matmul_precision, push, resume_argument, set_up_logging
 from glue_data import Corpus, load_corpus, make_compute_metrics
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, set_seed
@@ -203,10 +203,9 @@ def evaluate(trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus:
     return {"comparisons": tests, "executed": timed, "timing": timing}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Trains and evaluates as asked for; returns what results.json holds."""
     model_args, data_args, eval_args, training_args = arguments
-    check_stages(training_args)
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
     set_up_logging(logger, training_args)
@@ -257,6 +256,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if pushes:
             push(Path(training_args.output_dir), training_args)
     return results
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    check_stages(arguments[3])
+    with float32_matmul_precision(arguments[0].float32_matmul_precision):
+        return run(arguments)
 
 
 if __name__ == "__main__":
