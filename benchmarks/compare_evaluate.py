@@ -148,6 +148,14 @@ class Evaluation:
         )
         return comparison, fitted
 
+    def policy_on_dev(self) -> dict[str, float | None]:
+        """Metric on dev at the reported speed-ups, prices picked on dev as well: what chooses between models."""
+        dev, layers = self.stores["validation"], self.model.config.num_hidden_layers
+        depths = [layers / speedup for speedup in SPEEDUPS]
+        metrics, metric = make_compute_metrics(self.corpus.metrics), self.corpus.metrics[0]
+        found = compare_criteria(["policy"], dev, dev, self.model.exit_policies, metrics, metric, depths)
+        return {str(speedup): found.matched["policy"][layers / speedup] for speedup in SPEEDUPS}
+
     def time(self, comparison: Comparison) -> dict[str, dict[str, dict[str, float | None]]]:
         """Layer and wall-clock speed-up as executed, by criterion and batch size, at the point of the curve that is
         nearest to the timed layer speed-up."""
@@ -199,6 +207,7 @@ def evaluate_run(
             name: {str(speedup): found[layers / speedup] for speedup in SPEEDUPS}
             for name, found in comparison.matched.items()
         },
+        "policy_on_dev": run.policy_on_dev() if "policy" in criteria else {},
         "curves": {
             name: [[point.depth, point.metrics[metric]] for point in curve]
             for name, curve in comparison.curves.items()

@@ -212,6 +212,8 @@ def test_every_criterion_is_evaluated(evaluated):
     for values in found["at_speedup"].values():
         assert set(values) == {"1.2", "1.5", "2.0", "3.0", "4.0"}
         assert all(0 <= value <= 1 for value in values.values())
+    assert set(found["policy_on_dev"]) == {"1.2", "1.5", "2.0", "3.0", "4.0"}
+    assert all(math.isclose(22 * value, round(22 * value)) for value in [found["policy_on_dev"]["4.0"]])
     # Four times as fast is the first layer for everybody.
     assert {values["4.0"] for values in found["at_speedup"].values()} == {found["exits"][0]}
 
@@ -247,7 +249,8 @@ def test_models_of_which_no_criterion_is_asked(evaluated):
     (root / "plain.yaml").write_text(yaml.safe_dump(config))
     compare.main(["evaluate", str(root / "plain.yaml"), *stage[2:-1], str(root / "plain")])
     plain, found = (json.loads((folder / path.name).read_text()) for folder in (root / "plain", path.parent))
-    assert plain["at_speedup"] == plain["curves"] == plain["timed"] == plain["estimators"] == {}
+    for name in ("at_speedup", "policy_on_dev", "curves", "timed", "estimators"):
+        assert plain[name] == {}
     assert all(plain[name] == found[name] for name in ("full", "oracle", "exits", "overthinking"))
 
 

@@ -163,6 +163,52 @@ def test_summary(results):
     assert "Best of all elsewhere: layer-weighted, margin (trec)." in text
 
 
+def judge_on_dev(results, consistentee, layer_weighted):
+    """Gives every run the policy's accuracy on dev at 2x, one value per seed; and layer-weighted heads a policy."""
+    for objective, values in (("consistentee", consistentee), ("layer_weighted", layer_weighted)):
+        for seed, value in zip((1, 2), values, strict=True):
+            run = results.runs[objective][seed]
+            run["policy_on_dev"] = {} if value is None else {"2.0": value}
+            run["at_speedup"].setdefault("policy", dict.fromkeys(SPEEDUPS, 0.94 + 0.01 * seed))
+
+
+@pytest.mark.parametrize(
+    ("consistentee", "layer_weighted", "chosen"),
+    [
+        ((0.8, 0.9), (0.84, 0.85), "consistentee"),
+        ((0.8, 0.9), (0.84, 0.87), "layer_weighted"),
+        # Only seeds in which both were judged count.
+        ((0.9, None), (0.89, 0.99), "consistentee"),
+        ((None, 0.9), (0.89, 0.99), "layer_weighted"),
+    ],
+)
+def test_dev_chooses_the_variant(results, consistentee, layer_weighted, chosen):
+    assert results.chosen_variant(2.0) is None
+    judge_on_dev(results, consistentee, layer_weighted)
+    assert results.chosen_variant(2.0) == (chosen, "policy")
+
+
+def test_no_variant_without_a_seed_in_common(results):
+    judge_on_dev(results, (0.9, None), (None, 0.9))
+    assert results.chosen_variant(2.0) is None
+    assert compare_report.chosen_section([results]) == ""
+
+
+def test_chosen_variant_against_the_best_baseline(results):
+    judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
+    assert ("consistentee", "policies_by_alpha") not in results.baselines
+    assert ("layer_weighted", "policy") not in results.baselines
+    text = compare_report.chosen_section([results])
+    # Of 93, 87, 80 and 84 one is above 91.
+    row = ["ConsistentEE, policy by budget", "91.0 ± 1.4", "layer-weighted, margin", "93.0 ± 0.0", "1 of 4"]
+    assert cells(text, "trec") == [row]
+    assert "At or above it in 0 of 1 tasks" in text
+    judge_on_dev(results, (0.8, 0.9), (0.85, 0.86))
+    text = compare_report.chosen_section([results])
+    assert cells(text, "trec")[0][:2] == ["layer-weighted, policy by budget", "95.5 ± 0.7"]
+    assert "At or above it in 1 of 1 tasks" in text
+
+
 def write_config(path):
     objectives = {name: {"options": {}} for name in ("consistentee", "layer_weighted", "half_depth", "two_stage")}
     tasks = {"trec": {"seeds": [1, 2], "options": {}}, "rte": {"seeds": [5], "options": {}}}

@@ -251,6 +251,7 @@ def test_generate_demo_numbers_the_layers(run, capsys):
     ("options", "message"),
     [
         ({"dtype": "float8"}, "`dtype` must be among float32, bfloat16, float16; got 'float8'"),
+        ({"float32_matmul_precision": "low"}, "`float32_matmul_precision` must be among highest, high, medium; got"),
         ({"lora_r": 0}, "`lora_r` must be at least 1; got 0"),
         ({"fit_heads_tokens": 0}, "`fit_heads_tokens` must be at least 1; got 0"),
         ({"gguf_file": "weights.bin"}, "`gguf_file` must end in .gguf; got 'weights.bin'"),

@@ -11,7 +11,7 @@ import pytest
 import run_glue_cee
 import torch
 import yaml
-from arguments import EvaluationArguments, options_from_file, parse_arguments
+from arguments import EvaluationArguments, ModelArguments, options_from_file, parse_arguments
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -164,6 +164,27 @@ def test_evaluation_alone(run, questions, tmp_path):
     assert results["comparisons"]["test"].keys() >= {"curves", "full"}
     again = run[1]["comparisons"]["test"]["full"]["metrics"]
     assert results["comparisons"]["test"]["full"].metrics == pytest.approx(again)
+
+
+def test_matmul_precision_holds_for_the_run_alone(run, questions, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        run_glue_cee, "evaluate", lambda *_: seen.append(torch.get_float32_matmul_precision()) or {"seen": True}
+    )
+    options = make_options(run[0], questions, tmp_path)
+    words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
+    words = [word for word in words if not word.startswith("--do_train")]
+    before = torch.get_float32_matmul_precision()
+    assert run_glue_cee.main([*words, "--float32_matmul_precision=medium"])["seen"]
+    run_glue_cee.main(words)
+    assert seen == ["medium", "highest"]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_unknown_matmul_precision():
+    message = "`float32_matmul_precision` must be among highest, high, medium; got 'low'"
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(model_name_or_path="anything", float32_matmul_precision="low")
 
 
 def test_pairs_and_regression(checkpoint, tmp_path):
