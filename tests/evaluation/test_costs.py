@@ -114,8 +114,9 @@ def test_measured_costs_are_medians_of_forced_exits(monkeypatch):
     assert model.training
 
 
-def test_measured_costs_of_a_decoder_are_those_of_one_token(monkeypatch):
-    model, ticks = tiny_llama(exit_layers=[1, 3]), [0.0]
+@pytest.mark.parametrize("first_layer", [None, 2, 4])
+def test_measured_costs_of_a_decoder_are_those_of_one_token(monkeypatch, first_layer):
+    model, ticks = tiny_llama(exit_layers=[1, 3], min_exit_layer=first_layer), [0.0]
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: ticks.__setitem__(0, ticks[0] + 1))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: ticks[0]))

@@ -83,14 +83,32 @@ def test_conditioned_policies_in_training_mode():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("criterion", ["policy", "entropy", "patience", "entropy_patience"])
+def test_exit_cdf_gives_closed_exits_nothing():
+    model = tiny_llama(policy_inputs="both")
+    store = collect(model, instructions(12, seed=1))
+    probabilities = score_exits("policy", store, model.exit_policies)
+    scores = score_exits("exit_cdf", store, model.exit_policies, min_exit_layer=2)
+    assert scores[:, 0].eq(0).all()
+    torch.testing.assert_close(scores[:, 1], probabilities[:, 1])
+    torch.testing.assert_close(scores[:, 2], 1 - (1 - probabilities[:, 1]) * (1 - probabilities[:, 2]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("criterion", ["policy", "entropy", "patience", "entropy_patience", "exit_cdf"])
 def test_closed_exits(criterion):
     model, rows = tiny_llama(policy_inputs="both", min_exit_layer=3), instructions(12, seed=1)
     store = collect(model, rows)
     open_scores = score_exits(criterion, store, model.exit_policies)
     scores = score_exits(criterion, store, model.exit_policies, min_exit_layer=3)
-    assert torch.equal(scores[:, 2], open_scores[:, 2])
+    if criterion == "exit_cdf":
+        assert scores[:, 2].lt(open_scores[:, 2]).all()
+    else:
+        assert torch.equal(scores[:, 2], open_scores[:, 2])
     boldest = 1.0 if criterion in ("entropy", "entropy_patience", "patience") else 0.0
+    if criterion == "exit_cdf":
+        # Would let more out, if closed exits had been given something.
+        boldest = float(scores[:, 2].median())
+        assert bool((open_scores[scores[:, 2] <= boldest, 2] > boldest).any())
     exits = exits_taken(criterion, boldest, scores)
     assert set(exits.tolist()) <= {2, 3} and bool((exits == 2).any())
     batch = collate_text(list(rows))

@@ -133,8 +133,8 @@ def measured_exit_costs(
     sent to the same exit by thresholds of the policy criterion, policies asked on the way.
 
     Of an encoder a forward pass is timed; of a decoder one step that adds one token to each of the batch's rows, which
-    have been run at full depth before. Exits take turns on the same batch, upwards and downwards, so that a machine
-    that slows down slows all of them.
+    have been run at full depth before; an exit that `min_exit_layer` closes is timed as the first one to leave at.
+    Exits take turns on the same batch, upwards and downwards, so that a machine that slows down slows all of them.
 
     Args:
         model: an early-exit model; its device is synchronised around everything that is timed.
@@ -174,6 +174,7 @@ class _Run:
     def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.model, self.inputs = model, dict(batch)
         self.cache = None
+        self.first_layer = getattr(model.config, "min_exit_layer", None)
         if model.exits_per_token:
             from transformers_cee.generation.cache import EarlyExitCache
 
@@ -189,6 +190,8 @@ class _Run:
         thresholds = [_CLOSED] * index + [0.0] * (len(numbers) - index)
         # A step writes into the cache.
         more = {} if self.cache is None else {"past_key_values": copy.deepcopy(self.cache)}
+        if self.first_layer is not None:
+            more["min_exit_layer"] = min(self.first_layer, numbers[index])
         _synchronize(device)
         start = time.perf_counter()
         output = self.model(**self.inputs, **more, exit_criterion="policy", exit_threshold=thresholds)

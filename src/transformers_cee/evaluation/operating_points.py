@@ -143,6 +143,8 @@ def score_exits(
         settings = replace(settings, labels=store.labels)
     if settings.alpha is None and policies is not None and policies.is_conditioned:
         settings = replace(settings, alpha=policies.default_alpha)
+    closed = store.layers[:-1] < (min_exit_layer or 1)
+    settings = replace(settings, first_exit=int(closed.sum()))
     if store.logits is None:
         _check_stored_tokens(criterion, store, policies, settings)
     like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
@@ -160,8 +162,7 @@ def score_exits(
         scores = [walk.score(step) for step in _stored_steps(store, entries, like)]
         parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
     found = torch.cat(parts)
-    if min_exit_layer is not None:
-        found[:, store.layers[:-1] < min_exit_layer] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
+    found[:, closed] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
     return found
 
 

@@ -73,7 +73,8 @@ class Policy(ExitCriterion):
 @register_criterion
 class ExitCdf(Policy):
     """Leave where the exit distribution of the policies has given more than the threshold to the exits so far:
-    `Σ_{j≤l} π_j = 1 − Π_{j≤l}(1 − p_j)` (Q-exit of PALBERT, Balagansky and Gavrilov 2022, with threshold 0.5)."""
+    `Σ_{j≤l} π_j = 1 − Π_{j≤l}(1 − p_j)` (Q-exit of PALBERT, Balagansky and Gavrilov 2022, with threshold 0.5). Exits
+    at which nothing may leave yet are given nothing."""
 
     name = "exit_cdf"
     has_memory = True
@@ -86,6 +87,8 @@ class ExitCdf(Policy):
 
     def score(self, step: ExitStep) -> Tensor:
         stays = 1 - super().score(step)
+        if step.index < self.settings.first_exit:
+            stays = torch.ones_like(stays)
         self.stays = stays if self.stays is None else self.stays * stays
         return 1 - self.stays
 

@@ -86,6 +86,7 @@ class CriterionSettings:
         labels (`Tensor` of shape `(rows,)` or `(rows, labels)`, *optional*): true labels, for the oracle.
         attention_mask (`Tensor` of shape `(rows, time)`, *optional*): 1 at tokens, 0 at padding of `input_ids`.
         per_token (`bool`): does each token of `input_ids` leave on its own, as in a decoder?
+        first_exit (`int`): exit (0-based) before which nothing leaves, as the walk has it.
     """
 
     estimators: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -96,6 +97,7 @@ class CriterionSettings:
     labels: Tensor | None = None
     attention_mask: Tensor | None = None
     per_token: bool = False
+    first_exit: int = 0
 
 
 class ExitCriterion(ABC):

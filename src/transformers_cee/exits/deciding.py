@@ -132,6 +132,7 @@ def model_criterion(
     problem_type: str = "single_label_classification",
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    first_exit: int = 0,
 ) -> ExitCriterion:
     """A fresh criterion object of a model for one walk. Raises `ValueError` as `build_criterion`."""
     return build_criterion(
@@ -140,5 +141,5 @@ def model_criterion(
         len(model.layer_numbers),
         problem_type,
         model.exit_policies,
-        criterion_settings(model, decision.alpha, input_ids, attention_mask=attention_mask),
+        criterion_settings(model, decision.alpha, input_ids, attention_mask=attention_mask, first_exit=first_exit),
     )

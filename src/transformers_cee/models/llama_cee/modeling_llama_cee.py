@@ -258,8 +258,8 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
             decision = ExitDecision("policy", 1.0)
         else:
             decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
-        criterion = model_criterion(self, decision, input_ids=input_ids)
         first_exit = self._first_exit(min_exit_layer)
+        criterion = model_criterion(self, decision, input_ids=input_ids, first_exit=first_exit)
         check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
         if inputs_embeds.shape[1] == 1 and past_key_values is not None and labels is None:
             return self._decode(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv, kwargs)
