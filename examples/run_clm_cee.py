@@ -146,18 +146,25 @@ def make_trainer(
     )
 
 
+def depths_of_deciding(dev: ExitStore, depths: list[float]) -> list[float]:
+    """Mean exit layers of the tokens that may leave, which give the wanted ones over all tokens of an answer."""
+    first, last = int(dev.layers[0]), int(dev.layers[-1])
+    deciding = len(dev.deciding())
+    stay = len(dev) - deciding
+    return [max(first, (depth * len(dev) - last * stay) / max(1, deciding)) for depth in depths]
+
+
+def pick_budgets(dev: ExitStore, depths: list[float]) -> list[float]:
+    """The budget for each wanted depth; it counts the tokens that may leave."""
+    return [min(1.0, depth / int(dev.layers[-1])) for depth in depths_of_deciding(dev, depths)]
+
+
 def pick_thresholds(
     model: LlamaForConsistentEECausalLM, dev: ExitStore, criteria: list[str], depths: list[float]
 ) -> dict[str, dict[float, float]]:
-    """Per criterion, the threshold by wanted depth, from the exits of known dev text.
-
-    Depth counts all tokens of an answer, thresholds move those that may leave: for them the wanted depth is lower.
-    """
+    """Per criterion, the threshold by wanted depth, from the exits of known dev text."""
     layers = dev.layers.tolist()
-    entries = dev.deciding()
-    stay = len(dev) - len(entries)
-    wanted = [(depth * len(dev) - layers[-1] * stay) / max(1, len(entries)) for depth in depths]
-    wanted = [max(layers[0], depth) for depth in wanted]
+    entries, wanted = dev.deciding(), depths_of_deciding(dev, depths)
     first = model.config.min_exit_layer
     closed = [index for index, layer in enumerate(layers[:-1]) if first is not None and layer < first]
     found = {}
@@ -219,20 +226,27 @@ def evaluate(
     dev = trainer.collect_exits(corpus.splits["validation"], "validation")
     if not trainer.is_world_process_zero():
         return
-    thresholds = pick_thresholds(model, dev, args.criteria, depths)
+    # Policies conditioned on the price of a layer have a budget for every depth, other criteria a threshold.
+    by_budget = "policy" in args.criteria and model.exit_policies.is_conditioned
+    budgets = pick_budgets(dev, depths) if by_budget else []
+    thresholds = pick_thresholds(
+        model, dev, [name for name in args.criteria if not (by_budget and name == "policy")], depths
+    )
     del dev
     benchmark = make_benchmark(model, tokenizer, corpus, arguments)
     logger.info(f"Answering {len(benchmark.prompts)} test prompts, at most {args.max_new_tokens} tokens each.")
     full = benchmark.full_depth()
     curves: dict[str, list] = {}
-    results |= {"thresholds": thresholds, "full": full, "curves": curves, "timing": timing_note(benchmark, model)}
-    points = [(name, threshold) for name, found in thresholds.items() for threshold in dict.fromkeys(found.values())]
-    for number, (criterion, threshold) in enumerate(points, start=1):
-        point = benchmark.measure(criterion, threshold)
+    results |= {"thresholds": thresholds, "budgets": budgets, "full": full, "curves": curves}
+    results["timing"] = timing_note(benchmark, model)
+    points: list[tuple[str, Any, float | None]] = [("policy", None, budget) for budget in dict.fromkeys(budgets)]
+    points += [(name, one, None) for name, found in thresholds.items() for one in dict.fromkeys(found.values())]
+    for number, (criterion, threshold, budget) in enumerate(points, start=1):
+        point = benchmark.measure(criterion, threshold) if budget is None else benchmark.measure_budget(budget)
         curves.setdefault(criterion, []).append(point)
         curves[criterion].sort(key=lambda one: one.depth)
         speed = f"{point.wall_clock_speedup:.2f}x tokens/s, agreement {point.metrics['agreement']:.3f}"
-        name = setting_name(criterion, threshold)
+        name = setting_name(criterion, threshold, budget)
         logger.info(f"{number}/{len(points)} {name}: depth {point.depth:.2f}, {speed}")
         write_results(results, output / "results.json")
         write_answers(benchmark, output / "answers.jsonl")
@@ -281,8 +295,7 @@ def write_card(corpus: TextCorpus, results: dict[str, Any], arguments: LMArgumen
         | {name: getattr(model_args, name) for name in ("lora_r", "fit_heads_tokens") if getattr(model_args, name)},
         seeds=[training_args.seed],
         chat=corpus.prompt_format == "chat",
-        usage_criterion=shown.criterion,
-        usage_threshold=shown.exit_threshold,
+        usage=shown.exit_arguments,
     ).save(training_args.output_dir)
 
 

@@ -154,6 +154,8 @@ def write_card(
     """README.md of the model folder, from what was measured."""
     model_args, data_args, _, training_args = arguments
     examples = [list(corpus.splits["validation"][column][:2]) for column in corpus.text_columns]
+    # Policies conditioned on the price of a layer are asked for a speed: the model's own, or half of the layers.
+    budget = config.exit_budget if config.exit_budget is not None or not config.exit_budgets else 0.5
     online = data_args.task_name is not None
     EarlyExitCard(
         model_name=Path(training_args.output_dir).name,
@@ -167,6 +169,7 @@ def write_card(
         full_depth=comparison.full,
         exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
         exit_threshold=config.exit_threshold,
+        exit_budget=budget,
         base_model=model_args.base_model or model_args.model_name_or_path,
         data_notes=" ".join(corpus.notes),
         timing=timing,

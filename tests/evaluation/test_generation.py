@@ -109,6 +109,30 @@ def test_a_named_point(prompts):
     assert named.metrics == plain.metrics
 
 
+def test_a_budget(prompts):
+    """Asked of generate in words, a price and a threshold between two fitted points."""
+    torch.manual_seed(0)
+    model = tiny_llama(
+        exit_layers=[1, 2, 3], policy_condition="film", exit_budgets=[[0.3, 0.2, 0.5], [0.9, 0.02, 0.5]]
+    )
+    benchmark = make_benchmark(model, prompts)
+    point = benchmark.measure_budget(0.5, min_exit_layer=2)
+    early = [greedy(model, prompt, {"exit_budget": 0.5, "min_exit_layer": 2}, 6) for prompt in prompts]
+    layers = [layer for _, row in early for layer in row if layer]
+    assert point.depth == pytest.approx(sum(layers) / len(layers))
+    assert (point.criterion, point.exit_threshold, point.exit_budget) == ("policy", 0.5, 0.5)
+    assert point.exit_arguments == {"exit_budget": 0.5}
+    assert benchmark.texts["policy", "budget 0.5"] == [" ".join(map(str, row)) for row, _ in early]
+    assert point.wall_clock_speedup > 0
+    with pytest.raises(ValueError, match=r"`exit_budget`=2\.0 must be a share"):
+        benchmark.measure_budget(2.0)
+
+
+def test_a_budget_of_a_model_without_any(model, prompts):
+    with pytest.raises(ValueError, match="this model has no fitted budgets"):
+        make_benchmark(model, prompts).measure_budget(0.5)
+
+
 def test_bad_lists(model, prompts):
     with pytest.raises(ValueError, match=r"`prompts` \(0\) and `answers` \(0\) must be as many"):
         GenerationBenchmark(model, [], [], lambda rows: [], pad=0)

@@ -159,6 +159,21 @@ def test_evaluation_alone_keeps_what_training_wrote(run, rows, checkpoint):
     assert results["full"].metrics == pytest.approx(before["full"]["metrics"])
 
 
+def test_conditioned_policies_are_asked_for_budgets(checkpoint, rows, tmp_path):
+    options = make_options(checkpoint, rows, tmp_path) | {
+        "policy_condition": "film", "phases": ["policy"], "criteria": ["policy", "margin"],
+    }  # fmt: skip
+    results = run_clm_cee.main(words(options))
+    assert results["thresholds"].keys() == {"margin"}
+    curve = results["curves"]["policy"]
+    assert {point.exit_budget for point in curve} == set(results["budgets"])
+    # Tokens that may not leave take all layers, so that the others have less than the wanted half and three quarters.
+    assert all(budget < wanted for budget, wanted in zip(results["budgets"], (0.5, 0.75), strict=True))
+    assert f"exit_budget={curve[len(curve) // 2].exit_budget}" in (tmp_path / "README.md").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["exit_budgets"]
+
+
 def test_results_survive_a_run_that_stops(checkpoint, rows, tmp_path, monkeypatch):
     measure = run_clm_cee.GenerationBenchmark.measure
     calls = []

@@ -55,11 +55,18 @@ def test_what_the_card_says():
         "| full depth",
         "20.0 (10.0)",
         "Timed on a toaster.",
-        "exit_threshold=0.5",
+        "    **inputs,\n    exit_criterion='policy',\n    exit_threshold=0.5,\n    max_new_tokens=32,\n",
         "exit criteria: ConsistentEE (policy) and margin",
     ):
         assert part in text
     assert "memorized layer" not in text
+
+
+def test_usage_of_a_budget():
+    text = make_card(usage={"exit_budget": 0.5}).render().content
+    assert "    **inputs,\n    exit_budget=0.5,\n    max_new_tokens=32,\n" in text
+    assert "# Wanted mean depth as a share of all layers; 1.0 runs all layers.\n" in text
+    assert "exit_threshold" not in text
 
 
 def test_untimed_cards_have_no_speeds():

@@ -108,6 +108,19 @@ def test_published_point_must_have_been_measured():
     assert "model-index" not in make(dataset_id="nyu-mll/glue", exit_threshold=0.4).metadata().to_dict()
 
 
+def test_published_budget():
+    """A budget is no threshold: points of the one are not taken for the other."""
+    half = OperatingPoint("policy", 0.5, 2.0, 0.5, 2.0, metrics={"accuracy": 0.9}, exit_budget=0.5)
+    card = make(curves={"policy": [half]}, dataset_id="nyu-mll/glue", exit_budget=0.5)
+    assert card.published_point is half
+    assert make(curves={"policy": [half]}, exit_threshold=0.5).published_point is None
+    assert make(curves={"policy": [half]}, exit_budget=0.4).published_point is None
+    assert make(exit_budget=0.5).published_point is None
+    text = card.render().text
+    assert ", exit_budget=0.5)" in text and "exit_threshold=" not in text
+    assert "Wanted mean depth as a share of all layers; 1.0 runs all layers." in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

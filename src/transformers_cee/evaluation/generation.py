@@ -21,6 +21,7 @@ from transformers_cee.evaluation.answers import FULL_DEPTH, answer, similar_leng
 from transformers_cee.evaluation.memory import PeakMemory
 from transformers_cee.evaluation.operating_points import OperatingPoint, depth_figures, exit_histogram
 from transformers_cee.exits.criteria import Thresholds
+from transformers_cee.exits.deciding import price_of_budget
 
 
 TextMetrics = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
@@ -138,10 +139,29 @@ class GenerationBenchmark:
             threshold: its threshold, or the name of one of the model's operating points of that criterion.
             exit_arguments: more of what `generate` takes, such as `min_exit_layer`.
         """
+        asked = {"exit_criterion": criterion, "exit_threshold": threshold}
+        return self._measure(criterion, threshold, asked, exit_arguments)
+
+    def measure_budget(self, exit_budget: float, **exit_arguments: Any) -> GenerationPoint:
+        """The point of the conditioned policies at a budget.
+
+        Args:
+            exit_budget: wanted mean depth as a share of all layers, in (0, 1].
+            exit_arguments: more of what `generate` takes, such as `min_exit_layer`.
+
+        Raises:
+            ValueError: the model has no fitted budgets, or the budget is out of range.
+        """
+        _, threshold = price_of_budget(self.model.config.exit_budgets, exit_budget)
+        return self._measure("policy", threshold, {"exit_budget": exit_budget}, exit_arguments)
+
+    def _measure(
+        self, criterion: str, threshold: Thresholds | str, asked: dict[str, Any], more: dict[str, Any]
+    ) -> GenerationPoint:
         if self.full_answers is None:
             self.full_depth()
         assert self.full_answers is not None
-        settings = {"exit_criterion": criterion, "exit_threshold": threshold, **exit_arguments}
+        settings = {**asked, **more}
         point, answers = self._point(criterion, threshold, settings)
         own = teacher_forced(
             self.model, self.prompts, self.full_answers, self.batch_size, self.pad, self._bar("Agreement"), **settings
@@ -167,7 +187,8 @@ class GenerationBenchmark:
                     tokens[row] = new
                     layers += exits
         texts = self.decode(tokens)
-        self.texts[criterion, str(threshold)] = texts
+        budget = settings.get("exit_budget")
+        self.texts[criterion, str(threshold) if budget is None else f"budget {budget}"] = texts
         numbers = self.model.config.exit_layer_numbers
         figures = depth_figures(torch.tensor(layers), numbers[-1])
         point = GenerationPoint(
@@ -178,6 +199,7 @@ class GenerationBenchmark:
             layer_speedup=figures["layer_speedup"],
             metrics={**self.text_metrics(texts, self.references), **self._perplexity(settings)},
             exit_histogram=exit_histogram(torch.tensor(layers), numbers),
+            exit_budget=budget,
             peak_memory_mb=memory.peak_mb,
         )
         return point, tokens

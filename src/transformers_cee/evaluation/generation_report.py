@@ -22,8 +22,11 @@ __all__ = ["generation_table", "plot_generation", "setting_name", "speed_table"]
 FIRST_METRICS = ("agreement", "identical", "rougeL")
 
 
-def setting_name(criterion: str, threshold: float | Sequence[float]) -> str:
-    """A criterion and its threshold in one short text, e.g. `"policy > 0.5"`; just below 1 does not look like 1."""
+def setting_name(criterion: str, threshold: float | Sequence[float] | str, exit_budget: float | None = None) -> str:
+    """A criterion and its threshold in one short text, e.g. `"policy > 0.5"`; just below 1 does not look like 1. With
+    a budget, `"policy, budget 0.5"`."""
+    if exit_budget is not None:
+        return f"{criterion}, budget {exit_budget:.4g}"
     return f"{criterion} {'>' if CRITERIA[criterion].higher_is_deeper else '<'} {_threshold(threshold)}"
 
 

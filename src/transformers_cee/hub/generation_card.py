@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,14 @@ class GenerationCard(EarlyExitCard):
     Args:
         chat (`bool`, *optional*, defaults to `False`): the usage snippet uses the chat template.
         prompt (`str`): prompt of the usage snippet.
-        usage_criterion (`str`), usage_threshold (`float`): exit criterion and threshold of the usage snippet.
+        usage (`dict`): exit arguments of the usage snippet, as `generate` takes them.
     """
 
     curves: Any
     full_depth: GenerationPoint | None = None  # type: ignore[assignment]
     chat: bool = False
     prompt: str = "What is an atom?"
-    usage_criterion: str = "policy"
-    usage_threshold: float | Sequence[float] = 0.5
+    usage: Mapping[str, Any] = field(default_factory=lambda: {"exit_criterion": "policy", "exit_threshold": 0.5})
 
     def metadata(self) -> ModelCardData:
         """The YAML block."""
@@ -77,8 +76,7 @@ class GenerationCard(EarlyExitCard):
             load_name=repr(self.repo_id or self.model_name),
             chat=self.chat,
             prompt=repr(self.prompt),
-            exit_criterion=repr(self.usage_criterion),
-            exit_threshold=repr(self.usage_threshold),
+            usage={name: repr(value) for name, value in self.usage.items()},
             data_sentence=" ".join(filter(None, [f"Trained and measured on {self.dataset_name}.", self.data_notes])),
             points_sentence=self._points_sentence(),
             points_table=generation_table(self.points),  # type: ignore[arg-type]

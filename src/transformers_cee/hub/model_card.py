@@ -59,6 +59,7 @@ class EarlyExitCard:
         full_depth (`OperatingPoint`, *optional*): the same model with exits off.
         exit_layers (`list[int]`, *optional*): layers (1-based) with an exit, where not every layer has one.
         exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5): the published threshold of the policy.
+        exit_budget (`float`, *optional*): the published budget, of policies that serve any; instead of the threshold.
         figure (`str`, *optional*, defaults to `"curve.png"`): picture of the curve, beside the card; None for none.
         timing (`str`, *optional*): what the wall-clock figures were measured on.
         training_arguments (`dict`): name to value.
@@ -87,6 +88,7 @@ class EarlyExitCard:
     full_depth: OperatingPoint | None = None
     exit_layers: Sequence[int] | None = None
     exit_threshold: float | Sequence[float] = 0.5
+    exit_budget: float | None = None
     figure: str | None = "curve.png"
     timing: str | None = None
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -121,9 +123,11 @@ class EarlyExitCard:
 
     @property
     def published_point(self) -> OperatingPoint | None:
-        """The policy's point at the published threshold, if it was measured."""
+        """The policy's point at the published budget or threshold, if it was measured."""
         for point in self.curves.get("policy", ()):
-            if point.exit_threshold == self.exit_threshold:
+            if point.exit_budget is None and self.exit_budget is None and point.exit_threshold == self.exit_threshold:
+                return point
+            if point.exit_budget is not None and point.exit_budget == self.exit_budget:
                 return point
         return None
 
@@ -165,6 +169,7 @@ class EarlyExitCard:
             examples=repr(list(self.examples)),
             pairs=not isinstance(self.examples[0], str),
             exit_threshold=repr(self.exit_threshold),
+            exit_budget=self.exit_budget,
             regression=self.regression,
             data_sentence=" ".join(filter(None, [f"Trained and measured on {self.dataset_name}.", self.data_notes])),
             points_sentence=self._points_sentence(),
