@@ -41,8 +41,8 @@ class CheckpointArguments:
     float32_matmul_precision: str = field(
         default="highest",
         metadata={
-            "help": "Of float32 matrix products: highest, high or medium (inputs rounded to bfloat16 where the "
-            "processor has units for it)."
+            "help": "Of float32 matrix products in training: highest, high or medium (inputs rounded to bfloat16 "
+            "where the processor has units for it). Exits are measured at full precision."
         },
     )
     exit_layers: list[int] | None = field(

@@ -5,8 +5,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import HfApi
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 
 # What a run leaves in its folder for itself and not for a reader.
@@ -49,15 +48,19 @@ def options_from_file(path: Path) -> list[str]:
     return words
 
 
-@contextmanager
-def float32_matmul_precision(level: str) -> Iterator[None]:
-    """Matrix products of float32 tensors at a level of `torch.set_float32_matmul_precision` within the context."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(level)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class TrainingPrecision(TrainerCallback):
+    """Matrix products of float32 tensors at a level of `torch.set_float32_matmul_precision` while weights are trained.
+    Exits are collected and timed as the model will serve: at the level from before."""
+
+    def __init__(self, level: str) -> None:
+        self.level = self.before = level
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.level)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.set_float32_matmul_precision(self.before)
 
 
 def check_files(paths: dict[str, str | None], file_types: tuple[str, ...]) -> None:

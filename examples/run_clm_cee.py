@@ -32,7 +32,7 @@ from clm_arguments import (
     parse_arguments,
 )
 from clm_data import TextCorpus, load_text_corpus
-from common import check_stages, float32_matmul_precision, push, resume_argument, set_up_logging
+from common import TrainingPrecision, check_stages, push, resume_argument, set_up_logging
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -134,7 +134,9 @@ def add_lora(model: LlamaForConsistentEECausalLM, args: LanguageModelArguments, 
 def make_trainer(
     model: LlamaForConsistentEECausalLM, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
 ) -> ConsistentEETrainer:
-    patience = arguments[2].early_stopping_patience
+    callbacks: list[Any] = [TrainingPrecision(arguments[0].float32_matmul_precision)]
+    if arguments[2].early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(arguments[2].early_stopping_patience))
     return ConsistentEETrainer(
         model=model,
         args=arguments[3],
@@ -142,7 +144,7 @@ def make_trainer(
         eval_dataset=corpus.splits["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=callbacks,
     )
 
 
@@ -337,9 +339,13 @@ def earlier_training(args: Any) -> dict[str, Any]:
     return {name: before[name] for name in ("fitted_heads", "train", "train_seconds") if name in before}
 
 
-def run(arguments: LMArguments) -> dict[str, Any]:
-    """Trains and evaluates as asked for; returns what results.json holds."""
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     model_args, data_args, eval_args, training_args = arguments
+    check_stages(training_args)
+    if training_args.do_eval:
+        # Asks for the libraries of the metrics before any work.
+        text_metrics(eval_args.bertscore_model)
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
     set_up_logging(logger, training_args)
@@ -372,17 +378,6 @@ def run(arguments: LMArguments) -> dict[str, Any]:
         if pushes:
             push(Path(training_args.output_dir), training_args)
     return results
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    model_args, _, eval_args, training_args = arguments
-    check_stages(training_args)
-    if training_args.do_eval:
-        # Asks for the libraries of the metrics before any work.
-        text_metrics(eval_args.bertscore_model)
-    with float32_matmul_precision(model_args.float32_matmul_precision):
-        return run(arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import datasets
 import torch
 from arguments import EXIT_FIELDS, Arguments, EvaluationArguments, ModelArguments, parse_arguments
-from common import check_stages, float32_matmul_precision, push, resume_argument, set_up_logging
+from common import TrainingPrecision, check_stages, push, resume_argument, set_up_logging
 from glue_data import Corpus, load_corpus, make_compute_metrics
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, set_seed
@@ -206,9 +206,10 @@ def evaluate(trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus:
     return {"comparisons": tests, "executed": timed, "timing": timing}
 
 
-def run(arguments: Arguments) -> dict[str, Any]:
-    """Trains and evaluates as asked for; returns what results.json holds."""
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     model_args, data_args, eval_args, training_args = arguments
+    check_stages(training_args)
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
     set_up_logging(logger, training_args)
@@ -227,7 +228,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
     with training_args.main_process_first(desc="tokenization"):
         splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
 
-    patience = eval_args.early_stopping_patience
+    callbacks: list[Any] = [TrainingPrecision(model_args.float32_matmul_precision)]
+    if eval_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(eval_args.early_stopping_patience))
     trainer = ConsistentEETrainer(
         model=model,
         args=training_args,
@@ -236,7 +239,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=make_compute_metrics(corpus.metrics),
-        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=callbacks,
     )
     results: dict[str, Any] = {"corpus": vars(corpus) | {"splits": sizes}, "versions": installed_versions()}
     results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
@@ -259,13 +262,6 @@ def run(arguments: Arguments) -> dict[str, Any]:
         if pushes:
             push(Path(training_args.output_dir), training_args)
     return results
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    check_stages(arguments[3])
-    with float32_matmul_precision(arguments[0].float32_matmul_precision):
-        return run(arguments)
 
 
 if __name__ == "__main__":

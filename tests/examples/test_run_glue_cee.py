@@ -166,19 +166,24 @@ def test_evaluation_alone(run, questions, tmp_path):
     assert results["comparisons"]["test"]["full"].metrics == pytest.approx(again)
 
 
-def test_matmul_precision_holds_for_the_run_alone(run, questions, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        run_glue_cee, "evaluate", lambda *_: seen.append(torch.get_float32_matmul_precision()) or {"seen": True}
-    )
-    options = make_options(run[0], questions, tmp_path)
-    words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
-    words = [word for word in words if not word.startswith("--do_train")]
-    before = torch.get_float32_matmul_precision()
-    assert run_glue_cee.main([*words, "--float32_matmul_precision=medium"])["seen"]
-    run_glue_cee.main(words)
-    assert seen == ["medium", "highest"]
-    assert torch.get_float32_matmul_precision() == before
+def test_matmul_precision_is_for_training_alone(checkpoint, questions, tmp_path, monkeypatch):
+    """Exits are collected as the model will serve, between the phases too."""
+    seen = {"compute_loss": set(), "collect_exits": set()}
+    for name, levels in seen.items():
+        original = getattr(run_glue_cee.ConsistentEETrainer, name)
+
+        def spy(*args, original=original, levels=levels, **kwargs):
+            levels.add(torch.get_float32_matmul_precision())
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(run_glue_cee.ConsistentEETrainer, name, spy)
+    options = make_options(checkpoint, questions, tmp_path) | {"phases": ["heads", "hardness", "policy"]}
+    options |= {"do_eval": False, "save_exits": True, "float32_matmul_precision": "medium"}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(options))
+    run_glue_cee.main([str(config)])
+    assert seen == {"compute_loss": {"medium"}, "collect_exits": {"highest"}}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_unknown_matmul_precision():
