@@ -50,6 +50,7 @@ class Policy(ExitCriterion):
             check_has_classes(self.problem_type)
         self.networks: ExitPolicies = self.policies
         self.alpha: Tensor | float | None = self.settings.alpha
+        self.films: tuple[Tensor, Tensor] | None = None
         self.has_memory = self.policies.needs_logits
         self.history = ExitHistory()
 
@@ -62,7 +63,10 @@ class Policy(ExitCriterion):
         if self.alpha is None and self.networks.is_conditioned and self.networks.training:
             # One draw per row, which holds for all exits.
             self.alpha = self.networks.draw_alphas(len(step.state), step.state.device)
-        return self.networks.exit_logit(step.state, features, step.index, self.alpha).sigmoid()
+        if self.films is None and self.networks.condition == "film" and not isinstance(self.alpha, Tensor):
+            # One price for the whole walk.
+            self.films = self.networks.film_table(self.alpha)
+        return self.networks.exit_logit(step.state, features, step.index, self.alpha, self.films).sigmoid()
 
     def select(self, kept: Tensor) -> None:
         self.history.select(kept)

@@ -47,13 +47,20 @@ def confidence_scores(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor
     Raises:
         ValueError: regression, which has no class probabilities.
     """
+    maximum, margin, entropy = _confidence_columns(logits, problem_type)
+    return maximum.squeeze(-1), margin.squeeze(-1), entropy.squeeze(-1)
+
+
+def _confidence_columns(logits: Tensor, problem_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`confidence_scores`, each (rows, 1)."""
     probabilities = class_probabilities(logits, problem_type)
     top = probabilities.topk(2, dim=-1).values
-    entropy = torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
-    scores = (top[..., 0], top[..., 0] - top[..., 1], entropy)
+    maximum = top[..., :1]
+    entropy = torch.special.entr(probabilities).sum(-1, keepdim=True) / math.log(probabilities.shape[-1])
+    columns = (maximum, maximum - top[..., 1:], entropy)
     if problem_type == "multi_label_classification":
-        return scores[0].mean(-1), scores[1].mean(-1), scores[2].mean(-1)
-    return scores
+        return columns[0].mean(-2), columns[1].mean(-2), columns[2].mean(-2)
+    return columns
 
 
 def predicted_classes(logits: Tensor, problem_type: str) -> Tensor:
@@ -76,17 +83,21 @@ class ExitHistory:
     def features(self, logits: Tensor, problem_type: str) -> Tensor:
         """Confidence features (rows, 5) at the next exit: maximum probability, margin, entropy, the previous exit's
         margin, and the share of earlier exits that predict the same (0 and 0 at the first exit)."""
-        maximum, margin, entropy = confidence_scores(logits, problem_type)
-        prediction = predicted_classes(logits, problem_type).unsqueeze(1)
+        # Columns from the start, and one class as a column too: on single rows every call counts.
+        maximum, margin, entropy = _confidence_columns(logits, problem_type)
+        prediction = predicted_classes(logits, problem_type)
+        if prediction.shape[1] > 1:
+            prediction = prediction.unsqueeze(1)
         if self.margin is None or self.predictions is None:
             previous = agreement = torch.zeros_like(margin)
             self.predictions = prediction
         else:
             previous = self.margin
-            agreement = (self.predictions == prediction).all(-1).float().mean(1)
+            same = self.predictions == prediction
+            agreement = (same.all(-1) if same.dim() == 3 else same).float().mean(1, keepdim=True)
             self.predictions = torch.cat((self.predictions, prediction), dim=1)
         self.margin = margin
-        return torch.stack((maximum, margin, entropy, previous, agreement), dim=-1)
+        return torch.cat((maximum, margin, entropy, previous, agreement), dim=-1)
 
     def select(self, kept: Tensor) -> None:
         """Keeps the rows of `kept` (remaining rows,)."""
@@ -160,14 +171,35 @@ class ExitPolicies(nn.Module):
         """log α (rows, 1), scaled to [−1, 1] over the range that is learned."""
         if alpha is None:
             alpha = self.draw_alphas(len(state), state.device) if self.training else self.default_alpha
-        low, high = (math.log(bound) for bound in self.alphas)
         if isinstance(alpha, Tensor):
+            low, high = (math.log(bound) for bound in self.alphas)
             scaled = (2 * alpha.to(state.device).log() - low - high) / (high - low)
             return scaled.to(state.dtype).view(-1, 1)
-        return state.new_full((len(state), 1), (2 * math.log(alpha) - low - high) / (high - low))
+        return state.new_full((len(state), 1), self._scaled(alpha))
+
+    def _scaled(self, alpha: float) -> float:
+        low, high = (math.log(bound) for bound in self.alphas)
+        return (2 * math.log(alpha) - low - high) / (high - low)
+
+    def film_table(self, alpha: float | None = None) -> tuple[Tensor, Tensor]:
+        """Scales and shifts of the hidden units, both (exits − 1, hidden units), at one price for all rows.
+
+        Args:
+            alpha (`float`, *optional*): price of a layer, the default by default.
+        """
+        condition = self._scaled(self.default_alpha if alpha is None else alpha)
+        weights = torch.stack([film.weight for film in self.films]).squeeze(-1)
+        biases = torch.stack([film.bias for film in self.films])
+        scales, shifts = torch.add(biases, weights, alpha=condition).chunk(2, dim=1)
+        return 1 + scales, shifts
 
     def exit_logit(
-        self, state: Tensor, features: Tensor | None, index: int, alpha: Tensor | float | None = None
+        self,
+        state: Tensor,
+        features: Tensor | None,
+        index: int,
+        alpha: Tensor | float | None = None,
+        films: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logit (rows,) in float32 of leaving at internal exit `index` (0-based).
 
@@ -175,6 +207,7 @@ class ExitPolicies(nn.Module):
             alpha (`Tensor` of shape `(rows,)` or `float`, *optional*):
                 Price of a layer, of conditioned policies. None draws one per row in training mode and stands for the
                 default in evaluation mode.
+            films (pair of `Tensor`, *optional*): `film_table` of the price, where it is the same for all rows.
         """
         parts = []
         if self.inputs != "confidence":
@@ -187,7 +220,9 @@ class ExitPolicies(nn.Module):
         # Called one by one: a container costs as much as the layers themselves on a single row.
         widen, activation, narrow = self.networks[index]
         hidden = widen(inputs)
-        if self.condition == "film":
+        if films is not None:
+            hidden = torch.addcmul(films[1][index], hidden, films[0][index])
+        elif self.condition == "film":
             scale, shift = self.films[index](self._condition(state, alpha)).chunk(2, dim=-1)
             hidden = hidden * (1 + scale) + shift
         return narrow(activation(hidden)).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
