@@ -7,7 +7,7 @@ softmax and sums are left out. With `d` hidden units, `f` of the feed-forward pa
 `w` inputs and `h` hidden units, and LoRA merged:
 
 - BERT, one row, per layer: `8·T·d² + 4·T²·d + 4·T·d·f`; per exit that is asked: pooler `2·d²` (CLS pooling only),
-  head `2·d·C`, policy `2·w·h + 2·h` (and `4·h` for FiLM).
+  head `2·d·C`, policy `2·w·h + 2·h`.
 - LLaMA, one new token with `T` keys, itself included, `q` and `k` units of all query and all key-value heads, and a
   vocabulary of `V`: per layer `4·d·q + 4·d·k + 4·T·q + 6·d·f`; per skipped layer, if its keys and values are copied,
   `4·d·k`; LM head `2·d·V`, an adapter of rank `r` before it `4·d·r`.
@@ -97,7 +97,7 @@ def _policy_cost(config: Any) -> int:
     )
     width += config.policy_condition == "input"
     hidden = config.policy_hidden_size
-    return 2 * width * hidden + 2 * hidden + (4 * hidden if config.policy_condition == "film" else 0)
+    return 2 * width * hidden + 2 * hidden
 
 
 def _bert_costs(config: Any, length: int) -> tuple[int, int, int, list[int]]:
