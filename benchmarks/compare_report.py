@@ -487,6 +487,43 @@ def chosen_section(tasks: Sequence[TaskResults]) -> str:
     return "\n\n".join(["## ConsistentEE against the best of the others", text, markdown_table(header, rows)])
 
 
+def same_heads_section(tasks: Sequence[TaskResults]) -> str:
+    """The policy minus every other criterion on the same heads, over all models of all tasks."""
+    differences: dict[str, dict[float, list[float]]] = {}
+    for results in tasks:
+        for objective, criterion in results.methods:
+            if criterion in ("policy", "policies_by_alpha", FULL) or (objective, "policy") not in results.methods:
+                continue
+            found = differences.setdefault(criterion, {speedup: [] for speedup in FAMILY_SPEEDUPS})
+            for speedup, values in found.items():
+                pairs = zip(
+                    results.at((objective, "policy"), speedup),
+                    results.at((objective, criterion), speedup),
+                    strict=True,
+                )
+                values += [own - other for own, other in pairs if own is not None and other is not None]
+    rows = [
+        [method_name(criterion), *(_difference_cell(values) for values in found.values())]
+        for criterion, found in differences.items()
+    ]
+    if not rows:
+        return ""
+    text = (
+        "Points that the policy is ahead of another criterion on the same heads, mean over all models of all tasks, "
+        "and in how many of them it is ahead or level."
+    )
+    header = ["policy minus", *(_times(speedup) for speedup in FAMILY_SPEEDUPS)]
+    return "\n\n".join(["## The policy against other criteria on the same heads", text, markdown_table(header, rows)])
+
+
+def _difference_cell(values: Sequence[float]) -> str:
+    """Mean difference in points, and the share of values that are not negative."""
+    if not values:
+        return "-"
+    level = sum(value >= -TIE for value in values)
+    return f"{_percent(statistics.mean(values), '+')} ({level} of {len(values)})"
+
+
 def missing_section(missing: Sequence[Run], total: int) -> str:
     """Which runs are not in the tables, with their seeds."""
     if not missing:
@@ -543,7 +580,7 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
         INTRODUCTION,
         *([notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []),
         summary(tasks),
-        *filter(None, [chosen_section(tasks)]),
+        *filter(None, [chosen_section(tasks), same_heads_section(tasks)]),
         missing_section(missing, len(wanted)),
         *sections,
         "## Commands",

@@ -221,6 +221,21 @@ def test_chosen_variant_against_the_best_baseline(results):
     assert "At or above it in 1 of 1 tasks" in text
 
 
+def test_policy_against_criteria_on_the_same_heads(results):
+    assert compare_report.same_heads_section([results]) == ""
+    judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
+    text = compare_report.same_heads_section([results])
+    # 95 and 96 of the policy at every speed, against 88 and 86, 80 (one seed) and 93 and 93 at 2x.
+    assert cells(text, "policy minus") == [["1.2x", "1.5x", "2x", "3x", "4x"]]
+    assert cells(text, "maximum probability")[0][2] == "+8.5 (2 of 2)"
+    assert cells(text, "patience")[0][2] == "+15.0 (1 of 1)"
+    # At 1.2x the margin has 101 of 95 and 96.
+    assert cells(text, "margin") == [
+        ["-5.5 (0 of 2)", "-2.5 (0 of 2)", "+2.5 (2 of 2)", "+12.5 (2 of 2)", "+22.5 (2 of 2)"]
+    ]
+    assert cells(text, "one policy per α") == []
+
+
 def write_config(path):
     objectives = {name: {"options": {}} for name in ("consistentee", "layer_weighted", "half_depth", "two_stage")}
     tasks = {"trec": {"seeds": [1, 2], "options": {}}, "rte": {"seeds": [5], "options": {}}}
