@@ -27,6 +27,8 @@ BySeed = dict[int, dict[str, Any]]
 
 REFERENCE: Method = ("consistentee", "policy")
 FULL = "full"
+# Criteria that are policies, conditioned or one per price.
+POLICIES = ("policy", "policies_by_alpha")
 # Means that differ by less are the same.
 TIE = 1e-9
 # Written by hand, beside the JSON files; what the tables say.
@@ -151,7 +153,7 @@ class TaskResults:
         return [
             (objective, criterion)
             for objective, criterion in self.methods
-            if objective != REFERENCE[0] and criterion not in ("policy", "policies_by_alpha")
+            if objective != REFERENCE[0] and criterion not in POLICIES
         ]
 
     def chosen_variant(self, speedup: float) -> Method | None:
@@ -492,7 +494,7 @@ def same_heads_section(tasks: Sequence[TaskResults]) -> str:
     differences: dict[str, dict[float, list[float]]] = {}
     for results in tasks:
         for objective, criterion in results.methods:
-            if criterion in ("policy", "policies_by_alpha", FULL) or (objective, "policy") not in results.methods:
+            if criterion in (*POLICIES, FULL) or (objective, "policy") not in results.methods:
                 continue
             found = differences.setdefault(criterion, {speedup: [] for speedup in FAMILY_SPEEDUPS})
             for speedup, values in found.items():

@@ -14,7 +14,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import HfApi
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerCallback, TrainingArguments
 
 
 # What a run leaves in its folder for itself and not for a reader.
@@ -61,6 +61,14 @@ class TrainingPrecision(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.set_float32_matmul_precision(self.before)
+
+
+def training_callbacks(precision: str, early_stopping_patience: int | None) -> list[TrainerCallback]:
+    """Callbacks of a run: the precision of its training, and an early stop where one is asked for."""
+    callbacks: list[TrainerCallback] = [TrainingPrecision(precision)]
+    if early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+    return callbacks
 
 
 def check_files(paths: dict[str, str | None], file_types: tuple[str, ...]) -> None:

@@ -32,13 +32,12 @@ from clm_arguments import (
     parse_arguments,
 )
 from clm_data import TextCorpus, load_text_corpus
-from common import TrainingPrecision, check_stages, push, resume_argument, set_up_logging
+from common import check_stages, push, resume_argument, set_up_logging, training_callbacks
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    EarlyStoppingCallback,
     set_seed,
 )
 
@@ -50,7 +49,6 @@ from transformers_cee.evaluation.operating_points import thresholds_for_depths
 from transformers_cee.evaluation.report import method_name, write_results
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.evaluation.text_metrics import text_metrics
-from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.hub.generation_card import GenerationCard
 from transformers_cee.hub.model_card import installed_versions
 from transformers_cee.training.least_squares import fit_exit_heads
@@ -134,9 +132,6 @@ def add_lora(model: LlamaForConsistentEECausalLM, args: LanguageModelArguments, 
 def make_trainer(
     model: LlamaForConsistentEECausalLM, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
 ) -> ConsistentEETrainer:
-    callbacks: list[Any] = [TrainingPrecision(arguments[0].float32_matmul_precision)]
-    if arguments[2].early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(arguments[2].early_stopping_patience))
     return ConsistentEETrainer(
         model=model,
         args=arguments[3],
@@ -144,7 +139,7 @@ def make_trainer(
         eval_dataset=corpus.splits["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=callbacks,
+        callbacks=training_callbacks(arguments[0].float32_matmul_precision, arguments[2].early_stopping_patience),
     )
 
 
@@ -167,13 +162,9 @@ def pick_thresholds(
     """Per criterion, the threshold by wanted depth, from the exits of known dev text."""
     layers = dev.layers.tolist()
     entries, wanted = dev.deciding(), depths_of_deciding(dev, depths)
-    first = model.config.min_exit_layer
-    closed = [index for index, layer in enumerate(layers[:-1]) if first is not None and layer < first]
     found = {}
     for criterion in criteria:
         scores = exit_scores(model, dev.states[entries], criterion)
-        # A score that passes no threshold.
-        scores[:, closed] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
         thresholds = thresholds_for_depths(criterion, scores, layers, wanted)
         found[criterion] = dict(zip(depths, thresholds, strict=True))
     return found

@@ -25,10 +25,10 @@ from typing import Any
 import datasets
 import torch
 from arguments import EXIT_FIELDS, Arguments, EvaluationArguments, ModelArguments, parse_arguments
-from common import TrainingPrecision, check_stages, push, resume_argument, set_up_logging
+from common import check_stages, push, resume_argument, set_up_logging, training_callbacks
 from glue_data import Corpus, load_corpus, make_compute_metrics
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
@@ -228,9 +228,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with training_args.main_process_first(desc="tokenization"):
         splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
 
-    callbacks: list[Any] = [TrainingPrecision(model_args.float32_matmul_precision)]
-    if eval_args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(eval_args.early_stopping_patience))
     trainer = ConsistentEETrainer(
         model=model,
         args=training_args,
@@ -239,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=make_compute_metrics(corpus.metrics),
-        callbacks=callbacks,
+        callbacks=training_callbacks(model_args.float32_matmul_precision, eval_args.early_stopping_patience),
     )
     results: dict[str, Any] = {"corpus": vars(corpus) | {"splits": sizes}, "versions": installed_versions()}
     results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}

@@ -141,5 +141,21 @@ def test_scores_decide_as_the_model_does(model, criterion):
     assert CRITERIA[criterion].higher_is_deeper
 
 
+@pytest.mark.parametrize("criterion", ["exit_cdf", "entropy"])
+def test_closed_exits_pass_no_threshold(criterion):
+    model = tiny_llama(policy_inputs="both", min_exit_layer=2)
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    output = model(ids, labels=ids, output_all_exits=True, output_policies=True)
+    scores = exit_scores(model, output.all_exit_states.detach(), criterion)
+    assert scores[:, 0].eq(0.0 if criterion == "exit_cdf" else 1.0).all()
+    leave = output.all_policy_logits.detach().sigmoid()
+    if criterion == "exit_cdf":
+        torch.testing.assert_close(scores[:, 1], leave[:, 1])
+        torch.testing.assert_close(scores[:, 2], 1 - (1 - leave[:, 1]) * (1 - leave[:, 2]))
+    else:
+        model.config.min_exit_layer = None
+        assert torch.equal(scores[:, 1:], exit_scores(model, output.all_exit_states.detach(), criterion)[:, 1:])
+
+
 def test_batches_hold_rows_of_similar_length():
     assert similar_length_batches([4, 7, 9], [2, 30, 8], 2) == [[7, 9], [4]]

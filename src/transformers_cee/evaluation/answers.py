@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from transformers_cee.evaluation.operating_points import FULL_DEPTH
+from transformers_cee.evaluation.operating_points import FULL_DEPTH, close_exits
 from transformers_cee.exits.criteria import CRITERIA, ExitStep, build_criterion
 from transformers_cee.exits.deciding import criterion_settings
 
@@ -208,7 +208,8 @@ def similar_length_batches(rows: Sequence[int], lengths: Sequence[int], batch_si
 
 @torch.no_grad()
 def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
-    """Scores (tokens, exits − 1) of a criterion at every internal exit, as if no token had left before.
+    """Scores (tokens, exits − 1) of a criterion at every internal exit, as if no token had left before. Exits that
+    `config.min_exit_layer` closes pass no threshold.
 
     Args:
         model: an early-exit language model.
@@ -216,6 +217,7 @@ def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
         criterion: name of an exit criterion.
     """
     exits = states.shape[1]
+    first_exit = sum(layer < (model.config.min_exit_layer or 1) for layer in model.layer_numbers[:-1])
     parts = []
     for some in states.split(max(1, SCORED_ROWS // exits)):
         some = some.to(model.device, model.dtype)
@@ -225,7 +227,7 @@ def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
             exits,
             "single_label_classification",
             model.exit_policies,
-            criterion_settings(model),
+            criterion_settings(model, first_exit=first_exit),
         )
         steps = [
             ExitStep(index, some[:, index], lambda one, index=index: model.exit_logits(one, index))  # type: ignore[misc]
@@ -233,7 +235,7 @@ def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
         ]
         scores = [walk.score(step) for step in steps]
         parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(some), 0))
-    return torch.cat(parts)
+    return close_exits(criterion, torch.cat(parts), first_exit)
 
 
 __all__ = [

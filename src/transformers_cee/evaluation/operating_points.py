@@ -143,8 +143,8 @@ def score_exits(
         settings = replace(settings, labels=store.labels)
     if settings.alpha is None and policies is not None and policies.is_conditioned:
         settings = replace(settings, alpha=policies.default_alpha)
-    closed = store.layers[:-1] < (min_exit_layer or 1)
-    settings = replace(settings, first_exit=int(closed.sum()))
+    first_exit = int((store.layers[:-1] < (min_exit_layer or 1)).sum())
+    settings = replace(settings, first_exit=first_exit)
     if store.logits is None:
         _check_stored_tokens(criterion, store, policies, settings)
     like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
@@ -161,9 +161,14 @@ def score_exits(
         )
         scores = [walk.score(step) for step in _stored_steps(store, entries, like)]
         parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
-    found = torch.cat(parts)
-    found[:, closed] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
-    return found
+    return close_exits(criterion, torch.cat(parts), first_exit)
+
+
+def close_exits(criterion: str, scores: Tensor, first_exit: int) -> Tensor:
+    """Scores (entries, exits − 1) of a criterion, changed in place to pass no threshold before exit `first_exit`
+    (0-based)."""
+    scores[:, :first_exit] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
+    return scores
 
 
 def _like(*modules: nn.Module | None) -> Tensor:

@@ -194,9 +194,9 @@ class Streak(LowerLeaves):
         super().__init__(*args, **kwargs)
         self.recent: Tensor | None = None
 
+    @abstractmethod
     def signal(self, step: ExitStep) -> Tensor | None:
         """The signal (rows,) at an exit, in [0, 1]; None before there is one."""
-        raise NotImplementedError
 
     def score(self, step: ExitStep) -> Tensor:
         signal, patience = self.signal(step), self.settings.patience

@@ -172,14 +172,12 @@ class ExitPolicies(nn.Module):
         if alpha is None:
             alpha = self.draw_alphas(len(state), state.device) if self.training else self.default_alpha
         if isinstance(alpha, Tensor):
-            low, high = (math.log(bound) for bound in self.alphas)
-            scaled = (2 * alpha.to(state.device).log() - low - high) / (high - low)
-            return scaled.to(state.dtype).view(-1, 1)
-        return state.new_full((len(state), 1), self._scaled(alpha))
+            return self._scaled(alpha.to(state.device).log()).to(state.dtype).view(-1, 1)
+        return state.new_full((len(state), 1), self._scaled(math.log(alpha)))
 
-    def _scaled(self, alpha: float) -> float:
+    def _scaled(self, log_alpha: Any) -> Any:
         low, high = (math.log(bound) for bound in self.alphas)
-        return (2 * math.log(alpha) - low - high) / (high - low)
+        return (2 * log_alpha - low - high) / (high - low)
 
     def film_table(self, alpha: float | None = None) -> tuple[Tensor, Tensor]:
         """Scales and shifts of the hidden units, both (exits − 1, hidden units), at one price for all rows.
@@ -187,7 +185,7 @@ class ExitPolicies(nn.Module):
         Args:
             alpha (`float`, *optional*): price of a layer, the default by default.
         """
-        condition = self._scaled(self.default_alpha if alpha is None else alpha)
+        condition = self._scaled(math.log(self.default_alpha if alpha is None else alpha))
         weights = torch.stack([film.weight for film in self.films]).squeeze(-1)
         biases = torch.stack([film.bias for film in self.films])
         scales, shifts = torch.add(biases, weights, alpha=condition).chunk(2, dim=1)

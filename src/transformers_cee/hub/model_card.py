@@ -125,9 +125,8 @@ class EarlyExitCard:
     def published_point(self) -> OperatingPoint | None:
         """The policy's point at the published budget or threshold, if it was measured."""
         for point in self.curves.get("policy", ()):
-            if point.exit_budget is None and self.exit_budget is None and point.exit_threshold == self.exit_threshold:
-                return point
-            if point.exit_budget is not None and point.exit_budget == self.exit_budget:
+            is_asked_for = self.exit_budget is not None or point.exit_threshold == self.exit_threshold
+            if point.exit_budget == self.exit_budget and is_asked_for:
                 return point
         return None
 
