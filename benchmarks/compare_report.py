@@ -4,51 +4,33 @@
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_cee.evaluation.curves import area_under_curve
-from transformers_cee.evaluation.operating_points import OperatingPoint
+from compare_results import (
+    FULL,
+    POLICIES,
+    REFERENCE,
+    TIE,
+    Method,
+    Run,
+    TaskResults,
+    mean_of_known,
+    objective_name,
+    read_results,
+)
+
 from transformers_cee.evaluation.plots import plot_seeds
 from transformers_cee.evaluation.report import markdown_table, method_name, spread, spread_table
-from transformers_cee.evaluation.statistics import PairedDifference, paired_differences
 
 
-# A method is an objective and a criterion. `FULL` is no criterion: all rows at the last exit of a shallower model.
-Method = tuple[str, str]
-Run = tuple[str, str, int]  # task, objective, seed
-# What `evaluate_run` returned, by seed.
-BySeed = dict[int, dict[str, Any]]
-
-REFERENCE: Method = ("consistentee", "policy")
-FULL = "full"
-# Criteria that are policies, conditioned or one per price.
-POLICIES = ("policy", "policies_by_alpha")
-# Means that differ by less are the same.
-TIE = 1e-9
 # Written by hand, beside the JSON files; what the tables say.
 NOTES = "notes.md"
-# The short tables and the pictures; a fixed list, so that nothing is picked on test.
-MAIN_METHODS: tuple[Method, ...] = (
-    REFERENCE,
-    ("layer_weighted", "policy"),
-    ("layer_weighted", "max_probability"),
-    ("layer_weighted", "patience"),
-    ("cosee", "max_probability"),
-    ("two_stage", "entropy"),
-)
-# Whose overthinking, calibration, full depth and oracle are told beside the methods.
-PLAIN_OBJECTIVE = "layer_weighted"
 SPEEDUPS = (1.5, 2.0, 3.0)
 FAMILY_SPEEDUPS = (1.2, 1.5, 2.0, 3.0, 4.0)
 HEADLINE = 2.0
-OBJECTIVE_NAMES = {"consistentee": "ConsistentEE", "layer_weighted": "layer-weighted", "cosee": "COSEE"}
-CRITERION_NAMES = {"policy": "policy by budget", "policies_by_alpha": "one policy per α"}
 
 INTRODUCTION = """\
 Every method on every task, all on the same data, code and seeds. A method is a training objective of the exit heads
@@ -62,195 +44,12 @@ layer); the best mean of a column is bold. What a layer speed-up is worth in tim
 over full depth, in turn in the same run, on rows of test that were really executed."""
 
 
-@dataclass(frozen=True)
-class TaskResults:
-    """All runs of one task.
-
-    Args:
-        task: its name.
-        runs: by objective and seed.
-    """
-
-    task: str
-    runs: dict[str, BySeed]
-
-    @property
-    def any_run(self) -> dict[str, Any]:
-        return next(run for by_seed in self.runs.values() for run in by_seed.values())
-
-    @property
-    def metric(self) -> str:
-        return self.any_run["metric"]
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the deepest model, which speed-ups refer to."""
-        return max(run["num_layers"] for by_seed in self.runs.values() for run in by_seed.values())
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({seed for by_seed in self.runs.values() for seed in by_seed})
-
-    def deep(self, objective: str) -> BySeed:
-        """Runs of the deepest model."""
-        return {
-            seed: run for seed, run in self.runs.get(objective, {}).items() if run["num_layers"] == self.num_layers
-        }
-
-    @property
-    def objectives(self) -> list[str]:
-        return [objective for objective in self.runs if self.deep(objective)]
-
-    @property
-    def shallow(self) -> list[Method]:
-        return [(objective, FULL) for objective in self.runs if objective not in self.objectives]
-
-    @property
-    def methods(self) -> list[Method]:
-        """Every criterion of every objective, then the shallower models."""
-        found = [
-            (objective, criterion)
-            for objective in self.objectives
-            for criterion in dict.fromkeys(name for run in self.deep(objective).values() for name in run["at_speedup"])
-        ]
-        return found + self.shallow
-
-    @property
-    def main_methods(self) -> list[Method]:
-        """Those of the fixed list, or the first ones where it has no run yet; and the shallower models."""
-        known = [method for method in self.methods if method[1] != FULL]
-        return ([method for method in MAIN_METHODS if method in known] or known[: len(MAIN_METHODS)]) + self.shallow
-
-    @property
-    def plain_objective(self) -> str:
-        return PLAIN_OBJECTIVE if PLAIN_OBJECTIVE in self.objectives else self.objectives[0]
-
-    def label(self, method: Method) -> str:
-        objective, criterion = method
-        if criterion == FULL:
-            depths = sorted({run["num_layers"] for run in self.runs[objective].values()})
-            return f"plain model of {' or '.join(map(str, depths))} layers, fine-tuned alike"
-        return f"{objective_name(objective)}, {CRITERION_NAMES.get(criterion, method_name(criterion))}"
-
-    def at(self, method: Method, speedup: float) -> list[float | None]:
-        """Metric at a layer speed-up, one value per seed of the task; None where there is none."""
-        objective, criterion = method
-        runs = self.runs.get(objective, {}) if criterion == FULL else self.deep(objective)
-        values: dict[int, float | None] = {}
-        for seed, run in runs.items():
-            if criterion != FULL:
-                values[seed] = run["at_speedup"].get(criterion, {}).get(str(speedup))
-            elif math.isclose(self.num_layers / run["num_layers"], speedup):
-                values[seed] = run["full"]
-        return [values.get(seed) for seed in self.seeds]
-
-    def mean_at(self, method: Method, speedup: float) -> float | None:
-        return _mean(self.at(method, speedup))
-
-    @property
-    def baselines(self) -> list[Method]:
-        """Methods without a policy, on heads that no policy had a part in; shallower models too."""
-        return [
-            (objective, criterion)
-            for objective, criterion in self.methods
-            if objective != REFERENCE[0] and criterion not in POLICIES
-        ]
-
-    def chosen_variant(self, speedup: float) -> Method | None:
-        """The heads on which the policy has the best mean on dev, over the seeds in which it was judged there on all
-        of them; None before that, or without ConsistentEE."""
-        on_dev = {
-            objective: {
-                seed: value
-                for seed, run in self.deep(objective).items()
-                if (value := run.get("policy_on_dev", {}).get(str(speedup))) is not None
-            }
-            for objective, criterion in self.methods
-            if criterion == "policy"
-        }
-        shared = set.intersection(*map(set, on_dev.values())) if on_dev else set()
-        if REFERENCE not in self.methods or not shared:
-            return None
-        best = max(on_dev, key=lambda objective: statistics.mean(on_dev[objective][seed] for seed in shared))
-        return best, "policy"
-
-    def difference(self, method: Method, speedup: float) -> PairedDifference | None:
-        """ConsistentEE minus another method; None when they share no seed."""
-        first, second = self.at(REFERENCE, speedup), self.at(method, speedup)
-        if all(one is None or other is None for one, other in zip(first, second, strict=True)):
-            return None
-        return paired_differences(first, second)
-
-    def curves(self, method: Method) -> list[list[OperatingPoint]]:
-        """Points of each seed; every criterion can also send all rows to the first or to the last exit."""
-        objective, criterion = method
-        found = []
-        for run in self.deep(objective).values():
-            if criterion in run["curves"]:
-                pairs = [(1.0, run["exits"][0]), *run["curves"][criterion], (float(self.num_layers), run["exits"][-1])]
-                # An end that the curve reaches is there twice.
-                found.append([self._point(depth, value) for depth, value in dict(map(tuple, pairs)).items()])
-        return found
-
-    def area(self, method: Method) -> float | None:
-        """Mean metric over all depths, over seeds; None for models without exits."""
-        return _mean([area_under_curve(curve, self.metric) for curve in self.curves(method)])
-
-    def _point(self, depth: float, value: float) -> OperatingPoint:
-        layers = self.num_layers
-        return OperatingPoint("", 0.0, depth, 1 - depth / layers, layers / depth, metrics={self.metric: value})
-
-    def full_points(self) -> list[OperatingPoint]:
-        """Full depth of each seed's plain objective."""
-        return [self._point(self.num_layers, run["full"]) for run in self.deep(self.plain_objective).values()]
-
-    def oracle_points(self) -> list[OperatingPoint]:
-        runs = self.deep(self.plain_objective).values()
-        return [self._point(run["oracle"]["depth"], run["oracle"]["metric"]) for run in runs]
-
-
-def objective_name(objective: str) -> str:
-    return OBJECTIVE_NAMES.get(objective, objective.replace("_", "-"))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
-
-
 def _percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
 def _times(speedup: float) -> str:
     return f"{speedup:g}x"
-
-
-def read_results(wanted: Sequence[Run], folder: Path) -> tuple[list[TaskResults], list[Run]]:
-    """Results per task, and the runs without any.
-
-    Args:
-        wanted: task, objective and seed of every run.
-        folder: holds one JSON file per run.
-
-    Raises:
-        ValueError: none of the runs has a file.
-    """
-    tasks: dict[str, dict[str, BySeed]] = {}
-    missing = []
-    for task, objective, seed in wanted:
-        path = folder / f"{task}-{objective}-{seed}.json"
-        if path.is_file():
-            runs = tasks.setdefault(task, {}).setdefault(objective, {})
-            runs[seed] = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            missing.append((task, objective, seed))
-    if not tasks:
-        raise ValueError(
-            f"`--results`={str(folder)!r} must hold TASK-OBJECTIVE-SEED.json files of the configuration's runs, which "
-            f"`evaluate` writes; it has none of the {len(missing)} wanted."
-        )
-    return [TaskResults(task, runs) for task, runs in tasks.items()], missing
 
 
 def speedup_table(results: TaskResults, methods: Sequence[Method], speedups: Sequence[float] = SPEEDUPS) -> str:
@@ -426,8 +225,8 @@ def summary(tasks: Sequence[TaskResults]) -> str:
                 str(len(entries)),
                 str(sum(_leads(*entry, entry[0].main_methods) for entry in entries)),
                 str(sum(_leads(*entry, entry[0].methods) for entry in entries)),
-                _percent(_mean([results.mean_at(method, HEADLINE) for results, method in entries])),
-                _percent(_mean([results.area(method) for results, method in entries])),
+                _percent(mean_of_known([results.mean_at(method, HEADLINE) for results, method in entries])),
+                _percent(mean_of_known([results.area(method) for results, method in entries])),
             ]
         )
     others = {

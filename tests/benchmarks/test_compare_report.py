@@ -8,6 +8,7 @@ import json
 
 import compare
 import compare_report
+import compare_results
 import pytest
 import yaml
 
@@ -79,7 +80,7 @@ def cells(text: str, label: str) -> list[list[str]]:
 
 @pytest.fixture
 def results(wanted, folder):
-    ((one,), missing) = compare_report.read_results(wanted, folder)
+    ((one,), missing) = compare_results.read_results(wanted, folder)
     assert missing == []
     return one
 
