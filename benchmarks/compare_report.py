@@ -34,10 +34,10 @@ HEADLINE = 2.0
 
 INTRODUCTION = """\
 Every method on every task, all on the same data, code and seeds. A method is a training objective of the exit heads
-and an exit criterion. *ConsistentEE* continues the layer-weighted model and trains heads and policy in turn; with
-other objectives the policy is trained on the finished heads. *Policy by budget* is one policy conditioned on the
-price of a layer, *one policy per α* a family of policies trained apart, from which dev picks at every depth.
-Thresholds, prices and estimators come from dev, figures from test.
+and an exit criterion. *ConsistentEE* continues the layer-weighted model and trains heads and policy in turn,
+*two-stage ConsistentEE* does so from the two-stage model; with other objectives the policy is trained on the finished
+heads. *Policy by budget* is one policy conditioned on the price of a layer, *one policy per α* a family of policies
+trained apart, from which dev picks at every depth. Thresholds, prices and estimators come from dev, figures from test.
 
 Tables show the metric in %, mean ± standard deviation over seeds, at layer speed-ups (all layers over the mean exit
 layer); the best mean of a column is bold. What a layer speed-up is worth in time stands below each of them: wall-clock

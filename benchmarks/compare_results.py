@@ -25,6 +25,8 @@ Run = tuple[str, str, int]  # task, objective, seed
 BySeed = dict[int, dict[str, Any]]
 
 REFERENCE: Method = ("consistentee", "policy")
+# Objectives whose heads a policy had a part in.
+WITH_POLICY = ("consistentee", "two_stage_consistentee")
 FULL = "full"
 # Criteria that are policies, conditioned or one per price.
 POLICIES = ("policy", "policies_by_alpha")
@@ -33,6 +35,7 @@ TIE = 1e-9
 # The short tables and the pictures; a fixed list, so that nothing is picked on test.
 MAIN_METHODS: tuple[Method, ...] = (
     REFERENCE,
+    ("two_stage_consistentee", "policy"),
     ("layer_weighted", "policy"),
     ("layer_weighted", "max_probability"),
     ("layer_weighted", "patience"),
@@ -41,7 +44,12 @@ MAIN_METHODS: tuple[Method, ...] = (
 )
 # Whose overthinking, calibration, full depth and oracle are told beside the methods.
 PLAIN_OBJECTIVE = "layer_weighted"
-OBJECTIVE_NAMES = {"consistentee": "ConsistentEE", "layer_weighted": "layer-weighted", "cosee": "COSEE"}
+OBJECTIVE_NAMES = {
+    "consistentee": "ConsistentEE",
+    "two_stage_consistentee": "two-stage ConsistentEE",
+    "layer_weighted": "layer-weighted",
+    "cosee": "COSEE",
+}
 CRITERION_NAMES = {"policy": "policy by budget", "policies_by_alpha": "one policy per α"}
 
 
@@ -136,7 +144,7 @@ class TaskResults:
         return [
             (objective, criterion)
             for objective, criterion in self.methods
-            if objective != REFERENCE[0] and criterion not in POLICIES
+            if objective not in WITH_POLICY and criterion not in POLICIES
         ]
 
     def chosen_variant(self, speedup: float) -> Method | None:

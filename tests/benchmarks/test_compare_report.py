@@ -222,6 +222,16 @@ def test_chosen_variant_against_the_best_baseline(results):
     assert "At or above it in 1 of 1 tasks" in text
 
 
+def test_no_baseline_stands_on_heads_that_a_policy_trained(results):
+    before = results.baselines
+    assert before
+    for objective in ("two_stage", "two_stage_consistentee"):
+        results.runs[objective] = {1: result(objective, 1)}
+        results.runs[objective][1]["at_speedup"] = {"margin": dict.fromkeys(SPEEDUPS, 0.7)}
+    assert set(results.baselines) - set(before) == {("two_stage", "margin")}
+    assert results.label(("two_stage_consistentee", "margin")) == "two-stage ConsistentEE, margin"
+
+
 def test_policy_against_criteria_on_the_same_heads(results):
     assert compare_report.same_heads_section([results]) == ""
     judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
