@@ -237,7 +237,9 @@ def write_held_out_scores(folder: Path) -> None:
         write_scores(
             folder / f"scores-{criterion}.safetensors",
             criterion,
-            torch.cat([score_exits(criterion, store, model.exit_policies) for store in stores]),
+            torch.cat(
+                [score_exits(criterion, store, model.exit_policies, criterion_settings(model)) for store in stores]
+            ),
             torch.cat([store.logits.argmax(-1) for store in stores]),  # type: ignore[union-attr]
             torch.cat([store.correct for store in stores]),
             stores[0].layers,

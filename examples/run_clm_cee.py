@@ -43,7 +43,7 @@ from transformers import (
 
 from transformers_cee import ConsistentEETrainer, LlamaCeeConfig, LlamaForConsistentEECausalLM
 from transformers_cee.evaluation.answers import exit_scores
-from transformers_cee.evaluation.generation import GenerationBenchmark
+from transformers_cee.evaluation.generation import GenerationBenchmark, GenerationPoint
 from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
 from transformers_cee.evaluation.operating_points import thresholds_for_depths
 from transformers_cee.evaluation.report import method_name, write_results
@@ -245,9 +245,16 @@ def evaluate(
         write_answers(benchmark, output / "answers.jsonl")
     methods = {method_name(name): curve for name, curve in curves.items()}
     title = f"{corpus.name}, {len(benchmark.prompts)} test prompts. {results['timing']}"
-    plot_generation(methods, CURVE_METRICS, output / "curve.png", full, title)
+    plot_generation(methods, curve_metrics(results["curves"]), output / "curve.png", full, title)
     write_card(corpus, results, arguments, model.config)
     print_tables(corpus, results)
+
+
+def curve_metrics(curves: dict[str, list[GenerationPoint]]) -> list[str]:
+    """What is drawn; agreement with full depth on known text is not there where tokens that wait are `deferred`."""
+    points = [point for curve in curves.values() for point in curve]
+    names = [name for name in CURVE_METRICS if all(name in point.metrics for point in points)]
+    return names if "agreement" in names else ["identical", *names]
 
 
 def timing_note(benchmark: GenerationBenchmark, model: LlamaForConsistentEECausalLM) -> str:
@@ -275,7 +282,7 @@ def write_card(corpus: TextCorpus, results: dict[str, Any], arguments: LMArgumen
         num_layers=config.num_hidden_layers,
         dataset_name=corpus.name,
         dataset_id=data_args.dataset_name,
-        metric_name="agreement",
+        metric_name=curve_metrics(results["curves"])[0],
         curves=results["curves"],
         full_depth=results["full"],
         exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,

@@ -34,6 +34,7 @@ from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETra
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
 from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
 from transformers_cee.evaluation.report import matched_depth_table, method_name, operating_points_table, write_results
+from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
 
 
@@ -94,11 +95,13 @@ def compare_on_test(
     stores = {name: trainer.collect_exits(rows, name) for name, rows in splits.items() if name != "train"}
     dev = stores.pop("validation")
     family = trainer.train_policies_at(args.policy_alphas) if args.policy_alphas else {}
-    if corpus.is_regression:
-        corpus.notes.append("regression has no class probabilities: the baselines do not apply.")
+    baselines = [name for name in args.baselines if not (corpus.is_regression and CRITERIA[name].needs_classes)]
+    left_out = [name for name in args.baselines if name not in baselines]
+    if left_out:
+        corpus.notes.append(f"regression has no class probabilities: {', '.join(left_out)} do not apply.")
     return {
         name: compare_criteria(
-            ["policy", *([] if corpus.is_regression else args.baselines)],
+            ["policy", *baselines],
             dev,
             test,
             policies=model.exit_policies,

@@ -132,6 +132,16 @@ class TestSpecialCases:
             found = calibrate_agreement(fewer, 0.01, method)
         assert str(needed) in found.reason and found.check(fewer).held_out["depth"] == 8
 
+    @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.1, 0.2, 0.3])
+    def test_too_few_rows_that_disagree(self, epsilon):
+        """The released code's quantile is finite from as many rows on as the reason says."""
+        needed = math.ceil(1 / epsilon - 1e-9)
+        wrong = replace(population(needed), disagrees=torch.tensor([[True] * 7 + [False]] * needed))
+        assert calibrate_agreement(wrong, epsilon, "conformal", published=True).reason is None
+        fewer = wrong.select(torch.arange(needed - 1))
+        with pytest.warns(UserWarning, match=rf"^Exits are off: {needed - 1} .* at least {needed}\."):
+            calibrate_agreement(fewer, epsilon, "conformal", published=True)
+
     @pytest.mark.parametrize("method", ["certified", "conformal", "running"])
     def test_one_row_and_one_exit(self, method):
         alone = population(300, exits=1)

@@ -119,9 +119,15 @@ class TestRates:
         )
 
     def test_errors(self):
-        for costs in ([1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [1.0], [1.0, math.inf], [1.0, math.nan]):
+        for costs in ([1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [1.0, math.inf], [1.0, math.nan]):
             with pytest.raises(ValueError, match="`costs`="):
                 eero_rates([0.4, 0.1], costs, 3.0)
+        for risks in ([0.4], [0.4, math.nan], [0.4, 0.2, 0.1], [math.inf, 0.1]):
+            with pytest.raises(ValueError, match=r"`risks`=.* must be 2 finite numbers"):
+                eero_rates(risks, [1.0, 4.0], 3.0)
+        for beta in (math.nan, math.inf, -1.0):
+            with pytest.raises(ValueError, match="`beta`="):
+                eero_rates([0.4, 0.1], [1.0, 4.0], 2.0, beta=beta)
         with pytest.raises(ValueError, match="must be a number of at least 1,"):
             eero_rates([0.4, 0.1], [1.0, 4.0], 0.5)
         with pytest.raises(ValueError, match="`beta`=0"):
@@ -263,10 +269,14 @@ class TestSpecialCases:
         everything = population(500)
         risks = everything.losses.double().mean(0)
         blind = replace(everything, losses=torch.full_like(everything.losses, math.nan))
-        assert calibrate_budget(blind, 4.0, risks=risks).thresholds == calibrate_budget(everything, 4.0).thresholds
+        found = calibrate_budget(blind, 4.0, risks=risks)
+        assert found.thresholds == calibrate_budget(everything, 4.0).thresholds
+        assert found.check(blind).held_out["kept"] and "risk" not in found.held_out
+        with pytest.raises(ValueError, match="`risks` must be given"):
+            calibrate_budget(blind, 4.0)
 
     def test_errors(self):
-        for budget in ("4", True, math.nan):
+        for budget in ("4", "half", None, True, math.nan):
             with pytest.raises(ValueError, match="`budget`="):
                 calibrate_budget(population(5), budget)
         with pytest.raises(ValueError, match="`batch_rows`=0"):

@@ -188,3 +188,9 @@ class TestRisk:
             calibrate_risk(everything, 0.5, p_value="t")
         with pytest.raises(ValueError, match="no rows"):
             fixed_sequence(torch.zeros(0, 3), 0.5, 0.1)
+        with pytest.raises(ValueError, match=r"`losses` of shape \(50,\) must be \(rows, steps\)"):
+            fixed_sequence(torch.zeros(50), 0.5, 0.1)
+        with pytest.raises(ValueError, match=r"`groups` of shape \(4,\) must be \(5,\)"):
+            fixed_sequence(torch.zeros(5, 3), 0.5, 0.1, groups=torch.zeros(4))
+        with pytest.raises(ValueError, match="NaN stands for rows without labels"):
+            calibrate_risk(replace(everything, losses=torch.full_like(everything.losses, math.nan)), 0.5)

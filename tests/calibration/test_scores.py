@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from populations import population, slow_exit
 from tiny import collate, collate_text, instructions, task, tiny_llama, tiny_model
 
+from transformers_cee.calibration.agreement import calibrate_agreement
+from transformers_cee.calibration.budget import calibrate_budget
+from transformers_cee.calibration.risk import calibrate_risk
 from transformers_cee.calibration.scores import (
     boldest_threshold,
     excess_risk,
@@ -23,7 +26,6 @@ from transformers_cee.calibration.scores import (
     orient,
     own_thresholds,
     score_store,
-    store_disagreements,
 )
 from transformers_cee.evaluation.operating_points import exits_taken, score_exits
 from transformers_cee.evaluation.store import ExitStore, collect_exits
@@ -80,7 +82,7 @@ class TestStores:
     def test_of_rows(self, name):
         model = tiny_model(num_hidden_layers=4)
         store = store_of(model, task(20, seed=1), collate)
-        scores = score_store(store, name, model.exit_policies)
+        scores = score_store(store, name, model)
         assert torch.equal(scores.scores, score_exits(name, store, model.exit_policies))
         predictions = store.logits.argmax(-1)
         for row in range(20):
@@ -98,14 +100,14 @@ class TestStores:
     def test_of_tokens(self):
         model = tiny_llama()
         store = store_of(model, instructions(12, seed=1), collate_text)
-        scores = score_store(store, "policy", model.exit_policies)
+        scores = score_store(store, "policy", model)
         may = store.may_exit.nonzero().squeeze(1).tolist()
         assert len(scores) == len(may) < len(store)
         for place, token in enumerate(may):
             expected = (store.predictions[token] != store.predictions[token, -1]).tolist()
             assert scores.disagrees[place].tolist() == expected
             assert int(scores.groups[place]) == int(store.rows[token])
-        closed = score_store(store, "policy", model.exit_policies, min_exit_layer=3).oriented
+        closed = score_store(store, "policy", model, min_exit_layer=3).oriented
         assert bool((closed[:, :2] == -torch.inf).all()) and torch.equal(closed[:, 2], scores.oriented[:, 2])
         values = torch.rand(len(scores), generator=torch.Generator().manual_seed(0))
         by_text = {}
@@ -113,6 +115,54 @@ class TestStores:
             by_text.setdefault(int(scores.groups[place]), []).append(value)
         means = [sum(some) / len(some) for some in by_text.values()]
         assert scores.mean(values) == pytest.approx(sum(means) / len(means))
+
+    def test_the_models_own_walk(self):
+        """Patience and the first layer to leave at are the model's, so that the promise is that of its walks."""
+        rows = task(40, seed=1)
+        model = tiny_model(num_hidden_layers=6, exit_patience=4)
+        store = store_of(model, rows, collate)
+        scores = score_store(store, "entropy_patience", model)
+        assert bool((scores.oriented[:, :3] == -torch.inf).all())
+        assert not torch.equal(scores.scores, score_store(store, "entropy_patience").scores)
+        limit = float(scores.scores[:, 3:].quantile(0.7))
+        taken = store.layers[exits_taken("entropy_patience", limit, scores.scores)]
+        with torch.no_grad():
+            walked = model(**collate(list(rows)), exit_criterion="entropy_patience", exit_threshold=limit).exit_layers
+        assert torch.equal(taken, walked) and 4 in walked
+        decoder = tiny_llama(min_exit_layer=3)
+        text = store_of(decoder, instructions(6, seed=1), collate_text)
+        assert bool((score_store(text, "policy", decoder).oriented[:, :2] == -torch.inf).all())
+        assert bool((score_store(text, "policy", decoder, min_exit_layer=1).oriented > -torch.inf).all())
+
+    def test_without_labels(self):
+        """Agreement and budgets know as much as with labels; risks are refused."""
+        model, rows = tiny_model(num_hidden_layers=4), task(120, seed=1)
+        blind = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]
+
+        def collate_blind(some):
+            batch = collate([{**row, "labels": 0} for row in some])
+            return {name: batch[name] for name in batch if name != "labels"}
+
+        store = store_of(model, blind, collate_blind, needs_labels=False)
+        known = store_of(model, rows, collate)
+        assert known.has_labels and not store.has_labels
+        for name in ("policy", "margin", "entropy"):
+            scores, full = (score_store(one, name, model) for one in (store, known))
+            assert torch.equal(scores.scores, full.scores) and torch.equal(scores.disagrees, full.disagrees)
+            assert bool(scores.losses.isnan().all())
+        found = calibrate_agreement(scores, 0.3, "running")
+        assert found == calibrate_agreement(full, 0.3, "running")
+        assert "risk" not in found.check(scores).held_out and "risk" in found.check(full).held_out
+        risks = full.losses.double().mean(0)
+        assert calibrate_budget(scores, 3.0, risks=risks) == calibrate_budget(full, 3.0)
+        with pytest.raises(ValueError, match="NaN stands for rows without labels"):
+            calibrate_risk(scores, 0.5)
+        with pytest.raises(ValueError, match="on rows with labels only"):
+            calibrate_risk(full, 0.9).check(scores)
+        with pytest.raises(ValueError, match="`labels` of the store are not known"):
+            store.correct  # noqa: B018
+        with pytest.raises(ValueError, match="'oracle' needs the true labels"):
+            score_exits("oracle", store)
 
     def test_risks(self):
         store = store_of(tiny_model(num_hidden_layers=4), task(20, seed=1), collate)
@@ -135,9 +185,9 @@ class TestStores:
         for row in range(6):
             for index in range(3):
                 signs = [bool((logits[row, index, k] > 0) != (logits[row, -1, k] > 0)) for k in range(2)]
-                assert bool(store_disagreements(many)[row, index]) == any(signs)
+                assert bool(many.disagrees[row, index]) == any(signs)
                 far = abs(float(logits[row, index, 0] - logits[row, -1, 0])) > 0.7
-                assert bool(store_disagreements(number)[row, index]) == far
+                assert bool(number.disagrees[row, index]) == far
 
 
 @pytest.mark.parametrize(
@@ -154,6 +204,12 @@ class TestStores:
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         replace(population(5), **change)
+
+
+def test_unknown_criterion():
+    store = store_of(tiny_model(num_hidden_layers=4), task(4, seed=1), collate)
+    with pytest.raises(ValueError, match="`exit_criterion`='confidence' is unknown; accepted are calibrated"):
+        score_store(store, "confidence")
 
 
 def test_unknown_risk():

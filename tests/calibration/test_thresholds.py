@@ -70,6 +70,8 @@ class TestCheck:
             found.check(population(50, criterion="entropy"))
         with pytest.raises(ValueError, match="do not belong"):
             found.check(population(50, exits=4))
+        with pytest.raises(ValueError, match=r"`scores.alpha`=0.1 must be None"):
+            found.check(replace(rows, alpha=0.1))
         with pytest.raises(ValueError, match="'excess_error' must be 'error'"):
             found.check(replace(rows, risk="excess_error"))
         with pytest.raises(ValueError, match="`promise`='speed' is unknown"):
@@ -103,7 +105,7 @@ class TestOperatingPoints:
     @torch.no_grad()
     def test_of_an_encoder(self, criterion, tmp_path):
         model = tiny_model(num_hidden_layers=4)
-        scores = score_store(stored(model, task(120, seed=1), collate), criterion, model.exit_policies)
+        scores = score_store(stored(model, task(120, seed=1), collate), criterion, model)
         # Random exits rarely agree.
         found = calibrate_budget(scores, 3.8 if criterion == "patience" else 3.0).check(scores)
         assert 1 < found.held_out["depth"] < 4

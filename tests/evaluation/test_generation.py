@@ -138,3 +138,27 @@ def test_bad_lists(model, prompts):
         GenerationBenchmark(model, [], [], lambda rows: [], pad=0)
     with pytest.raises(ValueError, match=r"`prompts` \(5\) and `answers` \(1\)"):
         GenerationBenchmark(model, prompts, [[1]], lambda rows: [], pad=0)
+
+
+@pytest.mark.parametrize("settings", [{"skipped_kv": "deferred"}, {"exit_threshold_decay": 4.0}])
+def test_known_text_says_nothing_of_other_ways_to_generate(model, prompts, settings):
+    """Agreement and perplexity are those of copied states and of thresholds that stay."""
+    benchmark = make_benchmark(model, prompts)
+    point = benchmark.measure("policy", 0.5, **settings)
+    assert point.metrics.keys() == {"identical"}
+    early = [greedy(model, prompt, {**POLICY, **settings}, 6) for prompt in prompts]
+    assert benchmark.texts["policy", "0.5"] == [" ".join(map(str, tokens)) for tokens, _ in early]
+    assert benchmark.full_depth().metrics.keys() == {"agreement", "identical", "perplexity"}
+
+
+def test_bad_input_costs_no_work(model, prompts):
+    with pytest.raises(ValueError, match=r"`references` \(1\) must be as many as `answers` \(5\)"):
+        make_benchmark(model, prompts, references=["one"])
+    with pytest.raises(ValueError, match=r"`timing_prompts`=0"):
+        GenerationBenchmark(model, prompts, prompts, lambda rows: [""] * 5, pad=0, timing_prompts=0)
+    benchmark = make_benchmark(model, prompts)
+    with pytest.raises(ValueError, match="'polcy' is unknown"):
+        benchmark.measure("polcy", 0.5)
+    with pytest.raises(ValueError, match=r"`exit_threshold`=1.5 for the criterion 'policy'"):
+        benchmark.measure("policy", 1.5)
+    assert benchmark.full_answers is None

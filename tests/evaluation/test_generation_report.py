@@ -44,6 +44,7 @@ def test_speeds_stand_beside_those_of_full_depth():
 def test_settings_have_short_names():
     assert setting_name("policy", 0.5) == "policy > 0.5"
     assert setting_name("entropy", 0.25) == "entropy < 0.25"
+    assert setting_name("patience", 3) == "patience ≥ 3"
     assert setting_name("policy", 0.5, 1 / 3) == "policy, budget 0.3333"
     assert setting_name("policy", 0.99999952) == "policy > 0.99999952"
     assert setting_name("policy", [0.5, 0.5]) == "policy > per exit"

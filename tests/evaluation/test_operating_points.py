@@ -209,3 +209,8 @@ def test_wall_clock(rows):
     assert model.training and not any(training for training, _ in seen)
     assert len(seen) == 1 + 2 * 2 * 3 * 2
     assert sum(threshold == 1.0 for _, threshold in seen) == 1 + 2 * 2 * 3
+    with pytest.raises(ValueError, match=r"`batches` \(0\) and `repeats` \(3\) must both be at least 1"):
+        measure_wall_clock(model, [], settings)
+    with pytest.raises(ValueError, match="'luck' is unknown"):
+        measure_wall_clock(model, batches, [{"exit_criterion": "luck", "exit_threshold": 0.5}])
+    assert model.training, "whatever happens"

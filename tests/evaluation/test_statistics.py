@@ -172,3 +172,29 @@ def test_a_criterion_against_itself():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_tokens_are_drawn_text_by_text():
+    """Each text's tokens are all alike: an interval over tokens would be much too narrow."""
+    texts, tokens, generator = 12, 50, torch.Generator().manual_seed(0)
+    alike = torch.randint(0, 2, (texts, 3), generator=generator).repeat_interleave(tokens, 0)
+    store = ExitStore(
+        states=torch.zeros(texts * tokens, 3, 2),
+        logits=None,
+        labels=torch.zeros(texts * tokens, dtype=torch.long),
+        layers=torch.tensor([1, 2, 3]),
+        problem_type="single_label_classification",
+        predictions=alike,
+        token_losses=torch.zeros(texts * tokens, 3),
+        rows=torch.arange(texts).repeat_interleave(tokens),
+    )
+    first, second = torch.zeros(texts * tokens, 2), torch.zeros(texts * tokens, 2)
+    first[:, 0], second[:, 1] = 1.0, 1.0
+    # Everybody leaves at the first exit, or at the second.
+    found = compare_at_depth(store, ("margin", first), ("margin", second), 1.0, resamples=2000)
+    assert found.depths[0] == 1.0
+    by_text = [float(row[0] == 0) - float(row[1 if found.depths[1] == 2.0 else 0] == 0) for row in alike[::tokens]]
+    low, high = slow_percentiles(by_text)
+    assert found.difference.estimate == pytest.approx(sum(by_text) / texts)
+    assert found.difference.low == pytest.approx(low, abs=0.09)
+    assert found.difference.high == pytest.approx(high, abs=0.09)

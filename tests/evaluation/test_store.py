@@ -91,6 +91,13 @@ class TestCollect:
         with pytest.raises(ValueError, match=r"dataset.*empty"):
             collect(tiny_model(), [], accelerator)
 
+    def test_unknown_problem_type(self, accelerator):
+        """Before any row is run."""
+        model = tiny_model()
+        model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
+        with pytest.raises(ValueError, match="`problem_type`='single_label' is unknown; accepted are single_label_cl"):
+            collect_exits(model, task(3, seed=1), collate, accelerator, problem_type="single_label")
+
     def test_no_labels(self, accelerator):
         rows = [{"input_ids": torch.tensor([5, 6])}]
         with pytest.raises(ValueError, match=r"labels.*input_ids"):

@@ -69,7 +69,11 @@ def test_exit_layers(config, exit_layers, expected):
     "fields,message",
     [
         ({"exit_layers": 0}, r"`exit_layers`=0 as a stride must lie in 1\.\.4"),
-        ({"exit_layers": [0, 2]}, r"`exit_layers`=\[0, 2\]: \[0\] outside of 1\.\.4"),
+        ({"exit_layers": [0, 2]}, r"`exit_layers`=\[0, 2\]: \[0\] are no layers of 1\.\.4"),
+        ({"exit_layers": [1.5, 2]}, r"`exit_layers`=\[1.5, 2\]: \[1.5\] are no layers of 1\.\.4"),
+        ({"exit_layers": "2"}, r"`exit_layers`='2' must be a stride or a list of layers"),
+        ({"exit_patience": 2.5}, r"`exit_patience`=2.5 must be a whole number of at least 1"),
+        ({"exit_estimators": None}, r"`exit_estimators`=None must be a list of names"),
         ({"exit_criterion": "mood"}, r"`exit_criterion`='mood'"),
         ({"exit_threshold": 1.5}, r"`exit_threshold`=1.5"),
         ({"exit_threshold": [0.5]}, r"1 values.*\(4\)"),

@@ -87,6 +87,13 @@ class TestExploration:
         p = 1 / (1 + torch.tensor(-logit, dtype=torch.float64).exp())
         assert float(mixed) == pytest.approx(float((1 - share) * p + share / 2), abs=1e-9)
 
+    @pytest.mark.parametrize("share", [0.2, 1.0])
+    def test_closed_exits_stay_closed(self, share):
+        logits = closed_before(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), 4)
+        reached = exit_log_distribution(exploring_logits(logits, share)).exp()
+        assert bool((reached[:, :4] == 0).all())
+        torch.testing.assert_close(reached.sum(1), torch.ones(4))
+
     def test_off(self):
         logits = torch.randn(2, 3)
         assert exploring_logits(logits, 0.0) is logits

@@ -32,3 +32,10 @@ def test_a_negative_price_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"`alphas`=\[0.1, -0.2\] must not be negative; got -0.2"):
         trainer.train_policies_at([0.1, -0.2])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reward_without_a_price_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path, trainer={"reward_function": lambda losses, *about: -losses})
+    with pytest.raises(ValueError, match=r"`reward_function` knows no α that could be one of `alphas`=\[0.1\]"):
+        trainer.train_policies_at([0.1])
+    assert not list(tmp_path.iterdir())

@@ -46,12 +46,15 @@ def eero_rates(
         `Tensor` of shape `(exits,)`, float64: sums to 1.
 
     Raises:
-        ValueError: costs that do not increase, or a budget below the first.
+        ValueError: costs that do not increase, risks that are not one number per exit, or a budget below the first
+            cost.
     """
-    costs = check_costs(costs, len(risks))
+    costs = check_costs(costs, len(costs))
     risks = torch.as_tensor(risks, dtype=torch.double)
-    if beta <= 0:
-        raise ValueError(f"`beta`={beta} must be positive.")
+    if risks.shape != costs.shape or not bool(risks.isfinite().all()):
+        raise ValueError(f"`risks`={risks.tolist()} must be {len(costs)} finite numbers, one per exit.")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"`beta`={beta} must be a positive number.")
     if margin < 0:
         raise ValueError(f"`margin`={margin} must not be negative.")
     _check_budget(budget, float(costs[0]), "the cost of the first exit")
@@ -169,26 +172,30 @@ def calibrate_budget(
         beta (`float`): temperature of the rates, see `eero_rates`.
         delta (`float`): of the margin, in (0, 1).
         batch_rows (`int`, *optional*): rows whose mean cost is promised; as many as the calibration rows by default.
-        risks (sequence of `float`, *optional*): risk of each exit's head; the mean of `scores.losses` by default.
+        risks (sequence of `float`, *optional*): risk of each exit's head, from rows with labels; the mean of
+            `scores.losses` by default.
 
     Raises:
-        ValueError: costs that do not increase, or a budget below what the criterion can reach: the cost of the first
-            exit, or more if there are rows that it never lets out there.
+        ValueError: costs that do not increase, risks that are missing or do not fit, or a budget below what the
+            criterion can reach: the cost of the first exit, or more if there are rows that it never lets out there.
     """
     prices = check_costs(scores.layers if costs is None else costs, scores.num_exits)
     if batch_rows is not None and batch_rows < 1:
         raise ValueError(f"`batch_rows`={batch_rows} must be at least 1.")
+    oriented = scores.oriented
+    boldest = leave_at(oriented, [-math.inf] * (scores.num_exits - 1))
+    _check_budget(budget, float(prices[boldest].mean()), f"the least mean cost of {scores.criterion!r} on these rows")
     levels = {"budget": float(budget), "unit": unit, "costs": prices.tolist()}
     method = "eero_refined" if refine else "eero"
     if refine:
         levels["delta"] = check_share("delta", delta)
-    oriented = scores.oriented
-    boldest = leave_at(oriented, [-math.inf] * (scores.num_exits - 1))
-    _check_budget(budget, float(prices[boldest].mean()), f"the least mean cost of {scores.criterion!r} on these rows")
     if budget >= float(prices[-1]):
         reason = f"the budget of {budget:g} {unit} covers full depth ({float(prices[-1]):g})."
         return exits_off(scores, "budget", levels, method, reason, warn=False)
-    risks = scores.losses.double().mean(0) if risks is None else risks
+    if risks is None:
+        risks = scores.losses.double().mean(0)
+        if not bool(risks.isfinite().all()):
+            raise ValueError("`risks` must be given where `scores.losses` are unknown: the risk of each exit's head.")
     if refine:
         spread = math.sqrt(1 / len(scores) + 1 / (batch_rows or len(scores)))
         margin = max(0.0, float(norm.ppf(1 - delta))) * spread

@@ -77,8 +77,11 @@ def fixed_sequence(
         groups (`LongTensor` of shape `(rows,)`, *optional*): rows that depend on one another.
 
     Raises:
-        ValueError: a level outside of (0, 1), or losses that the p-value is not valid for.
+        ValueError: a level outside of (0, 1), losses or groups of another shape, or losses that the p-value is not
+            valid for.
     """
+    if losses.dim() != 2:
+        raise ValueError(f"`losses` of shape {tuple(losses.shape)} must be (rows, steps).")
     check_losses(losses, p_value, groups)
     weights, units = unit_weights(groups, len(losses))
     risks = (losses.double() * weights.unsqueeze(1)).sum(0) / units
@@ -204,8 +207,11 @@ def check_losses(losses: Tensor, p_value: str, groups: Tensor | None = None) -> 
     _check_p_value(p_value)
     if len(losses) == 0:
         raise ValueError("`losses` has no rows; at least one is needed.")
+    if groups is not None and tuple(groups.shape) != (len(losses),):
+        raise ValueError(f"`groups` of shape {tuple(groups.shape)} must be ({len(losses)},), one per row of `losses`.")
     if not bool(((losses >= 0) & (losses <= 1)).all()):
-        raise ValueError(f"`losses` lie in {float(losses.min())}..{float(losses.max())}; accepted are 0..1.")
+        unknown = "; NaN stands for rows without labels" if bool(losses.isnan().any()) else ""
+        raise ValueError(f"`losses` lie in {float(losses.min())}..{float(losses.max())}; accepted are 0..1{unknown}.")
     if p_value == "binomial" and (groups is not None or not bool(((losses == 0) | (losses == 1)).all())):
         raise ValueError("`p_value`='binomial' accepts losses of 0 and 1 of independent rows; use another one.")
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformers_cee.evaluation.operating_points import CONFIDENCE_FEATURES, score_exits
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
-from transformers_cee.exits.policy import ExitPolicies, confidence_scores, predicted_classes
+from transformers_cee.exits.deciding import criterion_settings
+from transformers_cee.exits.policy import confidence_scores
 
 
 RISKS = ("error", "excess_error")
@@ -32,7 +33,8 @@ class ExitScores:
         scores (`Tensor` of shape `(rows, exits − 1)`): its score at every internal exit, as if nothing left before.
         layers (`LongTensor` of shape `(exits,)`): 1-based layer of each exit.
         disagrees (`BoolTensor` of shape `(rows, exits)`): does the exit predict something else than the last one?
-        losses (`Tensor` of shape `(rows, exits)`): the task's own risk of each row at each exit, 0/1 error by default.
+        losses (`Tensor` of shape `(rows, exits)`): the task's own risk of each row at each exit, 0/1 error by default;
+            NaN where labels are not known.
         risk (`str`): name of that risk.
         groups (`LongTensor` of shape `(rows,)`, *optional*):
             Which rows depend on one another: the text of each token. Means are then taken over texts of means over
@@ -105,7 +107,7 @@ def unit_weights(groups: Tensor | None, rows: int) -> tuple[Tensor, int]:
 def score_store(
     store: ExitStore,
     criterion: str,
-    policies: ExitPolicies | None = None,
+    model: nn.Module | None = None,
     settings: CriterionSettings | None = None,
     risk: str | Tensor | Callable[[ExitStore], Tensor] = "error",
     min_exit_layer: int | None = None,
@@ -115,18 +117,29 @@ def score_store(
     Args:
         store (`ExitStore`): exits of held-out rows, see `evaluation.store.collect_exits`.
         criterion (`str`): exit criterion.
-        policies (`ExitPolicies`, *optional*): the model's policies, for the criterion `"policy"`.
-        settings (`CriterionSettings`, *optional*): what else the criterion needs; its `alpha` is kept.
+        model (`nn.Module`, *optional*):
+            The early-exit model, whose policies, estimators, patience and `min_exit_layer` decide its walks. Criteria
+            that look at predictions alone, like `"margin"`, do without.
+        settings (`CriterionSettings`, *optional*):
+            Instead of the model's own, see `exits.deciding.criterion_settings`: `alpha` of conditioned policies, which
+            is kept, or the `input_ids` that `"token_hash"` needs.
         risk (`str`, `Tensor` or `Callable`, *optional*, defaults to `"error"`):
             The task's risk: `"error"`; `"excess_error"`, what an exit errs more than the last one; losses (entries,
             exits); or a function from the store to such losses, as 1 − ROUGE-L of each exit's answer.
         min_exit_layer (`int`, *optional*):
-            First layer (1-based) to leave at, `config.min_exit_layer` of a decoder: a promise made for walks that may
-            leave before it does not hold for those that may not.
+            First layer (1-based) to leave at, by default the model's. A promise made for walks that may leave before
+            it does not hold for those that may not.
+
+    Returns:
+        `ExitScores`: with losses of NaN where the store's labels are not known.
 
     Raises:
         ValueError: an unknown risk, nothing that may leave, or as `score_exits`.
     """
+    policies = None
+    if model is not None:
+        policies, settings = model.exit_policies, settings or criterion_settings(model)
+        min_exit_layer = min_exit_layer or getattr(model.config, "min_exit_layer", None)
     if isinstance(risk, str) and risk not in RISKS:
         raise ValueError(f"`risk`={risk!r} is unknown; accepted are {', '.join(RISKS)}, losses, or a function.")
     deciding = store.deciding()
@@ -138,7 +151,7 @@ def score_store(
         criterion,
         score_exits(criterion, store, policies, settings, min_exit_layer)[deciding],
         store.layers,
-        store_disagreements(store)[deciding],
+        store.disagrees[deciding],
         losses[deciding],
         risk if isinstance(risk, str) else "own",
         groups=None if store.logits is not None or store.rows is None else store.rows[deciding],
@@ -152,6 +165,8 @@ def _store_losses(store: ExitStore, risk: str | Tensor | Callable[[ExitStore], T
         return risk
     if not isinstance(risk, str):
         return risk(store)
+    if not store.has_labels:
+        return torch.full((len(store), len(store.layers)), math.nan)
     # In regression a head is right up to the store's tolerance, so that the error stays in [0, 1].
     losses = (~store.correct).float() if store.problem_type == "regression" else store.errors
     return losses if risk == "error" else excess_risk(losses)
@@ -161,19 +176,6 @@ def excess_risk(losses: Tensor) -> Tensor:
     """What each exit loses more than the last one, `max(0, loss_l − loss_L)`, from losses (rows, exits) (CALM,
     Schuster et al. 2022)."""
     return (losses - losses[:, -1:]).clamp_min(0)
-
-
-def store_disagreements(store: ExitStore) -> Tensor:
-    """Does each exit predict something else than the last one? (entries, exits); in regression, something further away
-    than the store's tolerance."""
-    if store.logits is None:
-        assert store.predictions is not None
-        return store.predictions != store.predictions[:, -1:]
-    if store.problem_type == "regression":
-        return ((store.logits - store.logits[:, -1:]).abs() > store.tolerance).any(-1)
-    predicted = predicted_classes(store.logits, store.problem_type)
-    predicted = predicted.reshape(*store.logits.shape[:2], -1)
-    return (predicted != predicted[:, -1:]).any(-1)
 
 
 def boldest_threshold(criterion: str) -> float:
@@ -199,14 +201,13 @@ def own_thresholds(criterion: str, thresholds: Sequence[float] | Tensor, oriente
         oriented (`Tensor` of shape `(rows, exits)`): oriented scores that the thresholds were fitted on.
     """
     cls, boldest = CRITERIA[criterion], boldest_threshold(criterion)
-    # Of a criterion that lets out at its threshold, too, the threshold is the lowest score that shall leave.
-    inclusive = bool(cls.passes(torch.tensor([0.5]), 0.5))
     own = []
     for index, threshold in enumerate(map(float, thresholds)):
         if threshold == -math.inf:
             own.append(boldest)
             continue
-        if inclusive:
+        if cls.leaves_at_threshold():
+            # The threshold is the lowest score that shall leave.
             above = oriented[:, index][oriented[:, index] > threshold]
             threshold = float(above.min()) if len(above) else math.inf
         sign = 1 if cls.higher_is_deeper else -1

@@ -92,24 +92,28 @@ class ExitThresholds:
 
     def check(self, scores: ExitScores) -> "ExitThresholds":
         """Walks other rows than those of the calibration and keeps the figures in `held_out`: `rows`, `depth` (mean
-        exit layer), `agreement` with the last exit, `risk` (mean loss), of a budget `mean_cost` and `used_budget` (its
-        share of the budget), with rejection `rejected` (a share) and `risk_answered`, and `kept`: did the promise
-        hold on these rows?
+        exit layer), `agreement` with the last exit, `risk` (mean loss, if labels are known), of a budget `mean_cost`
+        and `used_budget` (its share of the budget), with rejection `rejected` (a share) and `risk_answered`, and
+        `kept`: did the promise hold on these rows?
 
         Raises:
-            ValueError: scores of another criterion, of other exits, or with another risk than the promised one.
+            ValueError: scores of another criterion or α, of other exits, or with another risk than the promised one.
         """
         exits = self.taken_exits(scores)
         if self.promise == "risk" and scores.risk != self.levels["risk"]:
             raise ValueError(f"`scores.risk`={scores.risk!r} must be {self.levels['risk']!r}, which was promised.")
+        if self.promise == "risk" and bool(scores.losses.isnan().any()):
+            raise ValueError("`scores.losses` holds NaN: a risk can be checked on rows with labels only.")
         taken = exits.unsqueeze(1)
         losses = scores.losses.gather(1, taken).squeeze(1)
         figures: dict[str, Any] = {
             "rows": len(scores),
             "depth": float(scores.layers[exits].double().mean()),
             "agreement": scores.mean(~scores.disagrees.gather(1, taken).squeeze(1)),
-            "risk": scores.mean(losses),
         }
+        has_losses = not bool(losses.isnan().any())
+        if has_losses:
+            figures["risk"] = scores.mean(losses)
         if self.promise == "budget":
             costs = torch.tensor(self.levels["costs"], dtype=torch.double)
             figures["mean_cost"] = float(costs[exits].mean())
@@ -117,7 +121,9 @@ class ExitThresholds:
         if "reject_rate" in self.levels:
             rejected = self.rejected(scores)
             figures["rejected"] = float(rejected.double().mean())
-            figures["risk_answered"] = float(losses[~rejected].double().mean()) if not bool(rejected.all()) else 0.0
+            if has_losses:
+                answered = losses[~rejected].double()
+                figures["risk_answered"] = float(answered.mean()) if len(answered) else 0.0
         # Sums of the same numbers in another order may differ in the last digit.
         slack = 1e-12
         figures["kept"] = {
@@ -132,13 +138,15 @@ class ExitThresholds:
         """Exit (0-based, (rows,)) at which each row leaves.
 
         Raises:
-            ValueError: scores of another criterion or of other exits.
+            ValueError: scores of another criterion or α, or of other exits.
         """
         if scores.criterion != self.criterion or scores.num_exits != len(self.thresholds):
             raise ValueError(
                 f"`scores` of {scores.criterion!r} at {scores.num_exits} exits do not belong to thresholds of "
                 f"{self.criterion!r} at {len(self.thresholds)}."
             )
+        if scores.alpha != self.alpha:
+            raise ValueError(f"`scores.alpha`={scores.alpha} must be {self.alpha}, which the thresholds are for.")
         return exits_taken(self.criterion, self.thresholds, scores.scores)
 
     def save_to(self, model: Any, name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from transformers_cee.evaluation.operating_points import FULL_DEPTH, close_exits
+from transformers_cee.evaluation.operating_points import FULL_DEPTH, close_exits, synchronize
 from transformers_cee.exits.criteria import CRITERIA, ExitStep, build_criterion
 from transformers_cee.exits.deciding import criterion_settings
 
@@ -80,8 +80,7 @@ class FirstTokenClock(StoppingCriteria):
 
 
 def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -26,6 +26,7 @@ from transformers_cee.evaluation.operating_points import (
     score_exits,
     thresholds_for_depths,
 )
+from transformers_cee.evaluation.store import evaluating
 from transformers_cee.exits.criteria import CriterionSettings
 from transformers_cee.exits.deciding import price_of_budget
 
@@ -203,11 +204,15 @@ def time_points(
         model: an early-exit model.
         batches: tokenised inputs without labels, on the model's device.
         points: which criteria and thresholds.
+
+    Raises:
+        ValueError: no batches.
     """
     settings = [point.exit_arguments for point in points]
     timed = []
     for point, speedup in zip(points, measure_wall_clock(model, batches, settings), strict=True):
-        outputs = [model(**batch, **point.exit_arguments) for batch in batches]
+        with evaluating(model):
+            outputs = [model(**batch, **point.exit_arguments) for batch in batches]
         layers = torch.cat([output.exit_layers for output in outputs])
         figures = depth_figures(layers, model.config.num_hidden_layers)
         histogram = exit_histogram(layers, model.config.exit_layer_numbers)

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from transformers_cee.evaluation.operating_points import synchronize
+from transformers_cee.evaluation.store import evaluating
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
 
@@ -153,9 +155,7 @@ def measured_exit_costs(
         raise ValueError(f"`batches` ({len(batches)}) and `repeats` ({repeats}) must both be at least 1.")
     exits = list(range(len(model.layer_numbers)))
     times: list[list[float]] = [[] for _ in exits]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         runs = [_Run(model, batch) for batch in batches]
         for index in exits:
             runs[0].milliseconds(index)  # warm-up
@@ -163,8 +163,6 @@ def measured_exit_costs(
             run = runs[number % len(runs)]
             for index in exits if number % 2 == 0 else reversed(exits):
                 times[index].append(run.milliseconds(index))
-    finally:
-        model.train(training)
     return [statistics.median(values) for values in times]
 
 
@@ -192,16 +190,11 @@ class _Run:
         more = {} if self.cache is None else {"past_key_values": copy.deepcopy(self.cache)}
         if self.first_layer is not None:
             more["min_exit_layer"] = min(self.first_layer, numbers[index])
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         output = self.model(**self.inputs, **more, exit_criterion="policy", exit_threshold=thresholds)
-        _synchronize(device)
+        synchronize(device)
         seconds = time.perf_counter() - start
         if not bool((output.exit_layers == numbers[index]).all()):
             raise RuntimeError(f"Rows sent to layer {numbers[index]} left at layers {output.exit_layers.tolist()}.")
         return 1000 * seconds / len(output.exit_layers)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers_cee.evaluation.answers import FULL_DEPTH, answer, similar_length_batches, teacher_forced
 from transformers_cee.evaluation.memory import PeakMemory
 from transformers_cee.evaluation.operating_points import OperatingPoint, depth_figures, exit_histogram
-from transformers_cee.exits.criteria import Thresholds
-from transformers_cee.exits.deciding import price_of_budget
+from transformers_cee.exits.criteria import Thresholds, check_thresholds
+from transformers_cee.exits.deciding import price_of_budget, resolve_decision
 
 
 TextMetrics = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
@@ -56,9 +56,10 @@ class GenerationPoint(OperatingPoint):
     the last layer) included. `metrics` holds those of the texts and
 
     - `agreement`: share of positions, fed with the full model's own answer, at which the exit taken chooses the full
-      model's token; the first token of each answer, where nothing is decided, is left out;
+      model's token; the first token of each answer, where nothing is decided, is left out. Not where known text would
+      leave elsewhere than `generate` does: with `exit_threshold_decay`, or with `skipped_kv="deferred"`;
     - `identical`: share of answers that are the full model's, token for token;
-    - `perplexity`: of the references, fed token by token, if it was asked for.
+    - `perplexity`: of the references, fed token by token, if it was asked for and wherever there is `agreement`.
 
     Args:
         speeds (`dict[str, Speed]`): by batch size; the first gives `wall_clock_speedup`.
@@ -88,7 +89,7 @@ class GenerationBenchmark:
         disable_tqdm: no progress bars.
 
     Raises:
-        ValueError: no prompts, or lists of different length.
+        ValueError: no prompts, lists of different length, or nothing to time.
     """
 
     def __init__(
@@ -111,6 +112,13 @@ class GenerationBenchmark:
         if not prompts or len(prompts) != len(answers):
             raise ValueError(
                 f"`prompts` ({len(prompts)}) and `answers` ({len(answers)}) must be as many, at least one."
+            )
+        if references is not None and len(references) != len(answers):
+            raise ValueError(f"`references` ({len(references)}) must be as many as `answers` ({len(answers)}).")
+        if min(timing_prompts, max_new_tokens, batch_size, *timing_batch_sizes) < 1:
+            raise ValueError(
+                f"`timing_prompts`={timing_prompts}, `max_new_tokens`={max_new_tokens}, `batch_size`={batch_size} and "
+                f"`timing_batch_sizes`={list(timing_batch_sizes)} must all be at least 1."
             )
         self.model, self.prompts, self.answers, self.pad = model.eval(), prompts, answers, pad
         self.decode = decode
@@ -138,7 +146,12 @@ class GenerationBenchmark:
             criterion: name of an exit criterion.
             threshold: its threshold, or the name of one of the model's operating points of that criterion.
             exit_arguments: more of what `generate` takes, such as `min_exit_layer`.
+
+        Raises:
+            ValueError: an unknown criterion, or a threshold that it does not accept.
         """
+        decision = resolve_decision(self.model.config, threshold, criterion)
+        check_thresholds(decision.criterion, decision.threshold, len(self.model.layer_numbers))
         asked = {"exit_criterion": criterion, "exit_threshold": threshold}
         return self._measure(criterion, threshold, asked, exit_arguments)
 
@@ -163,14 +176,31 @@ class GenerationBenchmark:
         assert self.full_answers is not None
         settings = {**asked, **more}
         point, answers = self._point(criterion, threshold, settings)
-        own = teacher_forced(
-            self.model, self.prompts, self.full_answers, self.batch_size, self.pad, self._bar("Agreement"), **settings
-        )
         same = [one == other for one, other in zip(answers, self.full_answers, strict=True)]
-        point.metrics |= {"agreement": own.agreement, "identical": sum(same) / len(same)}
+        if self._decides_alike(settings):
+            own = teacher_forced(
+                self.model,
+                self.prompts,
+                self.full_answers,
+                self.batch_size,
+                self.pad,
+                self._bar("Agreement"),
+                **settings,
+            )
+            point.metrics["agreement"] = own.agreement
+        point.metrics["identical"] = sum(same) / len(same)
         point.speeds = {str(size): self._speed(size, settings) for size in self.timing_batch_sizes}
         point.wall_clock_speedup = next((speed.speedup for speed in point.speeds.values()), None)
         return point
+
+    def _decides_alike(self, settings: dict[str, Any]) -> bool:
+        """Does known text leave where `generate` would? It copies exit states, and knows no time that thresholds could
+        decay with."""
+        kept = settings.get("skipped_kv") or self.model.config.skipped_kv
+        decay = settings.get(
+            "exit_threshold_decay", getattr(self.model.generation_config, "exit_threshold_decay", None)
+        )
+        return settings == FULL_DEPTH or (kept == "copy" and decay is None)
 
     def _point(
         self, criterion: str, threshold: Thresholds | str, settings: dict[str, Any]
@@ -206,7 +236,7 @@ class GenerationBenchmark:
 
     def _perplexity(self, settings: dict[str, Any]) -> dict[str, float]:
         """Perplexity of the references with exits; nothing if it was not asked for."""
-        if not any(self.judged_answers):
+        if not any(self.judged_answers) or not self._decides_alike(settings):
             return {}
         reference = teacher_forced(
             self.model,

@@ -27,7 +27,9 @@ def setting_name(criterion: str, threshold: float | Sequence[float] | str, exit_
     a budget, `"policy, budget 0.5"`."""
     if exit_budget is not None:
         return f"{criterion}, budget {exit_budget:.4g}"
-    return f"{criterion} {'>' if CRITERIA[criterion].higher_is_deeper else '<'} {_threshold(threshold)}"
+    rule = CRITERIA[criterion]
+    sign = ("≥" if rule.leaves_at_threshold() else ">") if rule.higher_is_deeper else "<"
+    return f"{criterion} {sign} {_threshold(threshold)}"
 
 
 def metric_names(points: Sequence[GenerationPoint]) -> list[str]:

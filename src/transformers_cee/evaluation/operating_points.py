@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.evaluation.store import ExitStore, evaluating
 from transformers_cee.exits.criteria import (
     CRITERIA,
     CriterionSettings,
     ExitStep,
     Thresholds,
     build_criterion,
+    check_criterion,
     check_thresholds,
 )
 from transformers_cee.exits.policy import ExitPolicies
@@ -130,16 +131,18 @@ def score_exits(
         policies (`ExitPolicies`, *optional*): the model's policy networks; conditioned ones without an α in `settings`
             are asked for their default, in training mode, too.
         settings (`CriterionSettings`, *optional*):
-            As `criterion_settings` takes them from a model. What they hold of the input, such as `input_ids`, belongs
-            to the store's entries in their order. Labels are the store's own by default.
+            As `criterion_settings` takes them from a model, whose patience and tolerance are those of its own walks;
+            by default a patience of 2 and the store's tolerance. What they hold of the input, such as `input_ids`,
+            belongs to the store's entries in their order. Labels are the store's own by default.
         min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; scores before it pass no threshold.
 
     Raises:
         ValueError: what the criterion needs is missing; or of a store of tokens, a criterion that its states,
             predictions and confidence features do not tell.
     """
+    check_criterion(criterion)
     settings = settings or CriterionSettings(tolerance=store.tolerance)
-    if settings.labels is None:
+    if settings.labels is None and store.has_labels:
         settings = replace(settings, labels=store.labels)
     if settings.alpha is None and policies is not None and policies.is_conditioned:
         settings = replace(settings, alpha=policies.default_alpha)
@@ -301,6 +304,7 @@ def thresholds_for_depths(
 
 def _tried_thresholds(criterion: str, scores: Tensor, candidates: int) -> list[float]:
     """Thresholds between "all leave" and "nobody leaves", ascending: the scores if few are distinct, or quantiles."""
+    check_criterion(criterion)
     cls = CRITERIA[criterion]
     flat = scores.flatten()[:10_000_000]
     values = flat.unique()
@@ -333,17 +337,18 @@ def metric_at_depth(curve: Sequence[OperatingPoint], metric: str, depth: float) 
     return left.metrics[metric] + share * (right.metrics[metric] - left.metrics[metric])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was asked for; a CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @torch.no_grad()
 def _seconds(model: nn.Module, batch: dict[str, Tensor], exit_arguments: Mapping[str, Any]) -> float:
-    _synchronize(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     model(**batch, **exit_arguments)
-    _synchronize(model.device)
+    synchronize(model.device)
     return time.perf_counter() - start
 
 
@@ -364,18 +369,21 @@ def measure_wall_clock(
 
     Returns:
         `list[float]`: one ratio per setting; above 1 is faster than full depth.
+
+    Raises:
+        ValueError: no batches or no repeats.
     """
-    training = model.training
-    model.eval()
-    _seconds(model, batches[0], FULL_DEPTH)  # warm-up
+    if not len(batches) or repeats < 1:
+        raise ValueError(f"`batches` ({len(batches)}) and `repeats` ({repeats}) must both be at least 1.")
     ratios: list[list[float]] = [[] for _ in settings]
-    for _ in range(repeats):
-        full, early = [0.0] * len(settings), [0.0] * len(settings)
-        for batch in batches:
-            for index, exit_arguments in enumerate(settings):
-                full[index] += _seconds(model, batch, FULL_DEPTH)
-                early[index] += _seconds(model, batch, exit_arguments)
-        for index in range(len(settings)):
-            ratios[index].append(full[index] / early[index])
-    model.train(training)
+    with evaluating(model):
+        _seconds(model, batches[0], FULL_DEPTH)  # warm-up
+        for _ in range(repeats):
+            full, early = [0.0] * len(settings), [0.0] * len(settings)
+            for batch in batches:
+                for index, exit_arguments in enumerate(settings):
+                    full[index] += _seconds(model, batch, FULL_DEPTH)
+                    early[index] += _seconds(model, batch, exit_arguments)
+            for index in range(len(settings)):
+                ratios[index].append(full[index] / early[index])
     return [statistics.median(values) for values in ratios]

@@ -168,7 +168,8 @@ def compare_at_depth(
     depth: float,
     **options: Any,
 ) -> DepthComparison:
-    """Paired bootstrap over rows of the share of correct ones, of two exit criteria at the same depth.
+    """Paired bootstrap over rows of the share of correct ones, of two exit criteria at the same depth. Tokens of one
+    text depend on one another: of a decoder's store texts are drawn, with all their tokens.
 
     Each criterion gets the one threshold whose mean depth on these rows is nearest to `depth`: no labels are looked
     at for that.
@@ -177,7 +178,7 @@ def compare_at_depth(
         store: entries with labels; only those that may leave early count.
         first, second: name of a criterion and its scores (entries, exits − 1), see `score_exits`.
         depth: wanted mean exit layer.
-        options: as in `bootstrap_interval`.
+        options: as in `bootstrap_interval`, but `statistic`.
 
     Raises:
         ValueError: as `bootstrap_interval`, or a depth outside of the store's layers.
@@ -187,17 +188,18 @@ def compare_at_depth(
         raise ValueError(f"`depth`={depth} must lie between the first and the last exit, {layers[0]}..{layers[-1]}.")
     outcomes, depths, thresholds = [], [], []
     entries = store.deciding()
-    correct = store.correct[entries]
+    assert store.rows is not None
+    correct, (_, row) = store.correct[entries].double(), store.rows[entries].unique(return_inverse=True)
+    counts = np.bincount(row.numpy())
     for criterion, scores in (first, second):
         scores = scores[entries]
         threshold = thresholds_for_depths(criterion, scores, layers, [depth])[0]
         exits = exits_taken(criterion, threshold, scores)
-        outcomes.append(correct.gather(1, exits.unsqueeze(1)).squeeze(1).numpy())
+        outcomes.append(np.bincount(row.numpy(), correct.gather(1, exits.unsqueeze(1)).squeeze(1).numpy()))
         depths.append(float(store.layers[exits].float().mean()))
         thresholds.append(threshold)
-    return DepthComparison(
-        paired_bootstrap(*outcomes, **options), (depths[0], depths[1]), (thresholds[0], thresholds[1])
-    )
+    difference = bootstrap_interval(outcomes[0] - outcomes[1], counts, statistic=_ratio, **options)
+    return DepthComparison(difference, (depths[0], depths[1]), (thresholds[0], thresholds[1]))
 
 
 def paired_differences(
@@ -226,6 +228,10 @@ def paired_differences(
     deviation = float(differences.std(ddof=1))
     half = float(scipy.stats.t.ppf((1 + confidence) / 2, len(pairs) - 1)) * deviation / len(pairs) ** 0.5
     return PairedDifference(mean, deviation, mean - half, mean + half, len(pairs))
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> Any:
+    return sums.sum(axis) / counts.sum(axis)
 
 
 def _rows(values: Any) -> np.ndarray:

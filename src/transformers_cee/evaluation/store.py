@@ -7,6 +7,7 @@ An *entry* of a store is what leaves at one exit: a row of an encoder, a counted
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from transformers_cee.exits.losses import exit_errors, exit_losses
+from transformers_cee.exits.losses import exit_errors, exit_losses, resolve_problem_type
 from transformers_cee.exits.policy import all_features
 
 
@@ -34,7 +35,8 @@ class ExitStore:
         states (`Tensor` of shape `(entries, exits, hidden)`): exit states, float32, possibly memory-mapped.
         logits (`Tensor` of shape `(rows, exits, labels)`, *optional*): logits of all exit heads, float32; None with
             tokens.
-        labels (`Tensor` of shape `(entries,)` or `(rows, labels)`): true labels, or the tokens to predict.
+        labels (`Tensor` of shape `(entries,)` or `(rows, labels)`): true labels, or the tokens to predict; NaN where
+            they are not known.
         layers (`LongTensor` of shape `(exits,)`): 1-based layer of each exit.
         problem_type (`str`): what logits and labels mean; a token is one class of the vocabulary.
         tolerance (`float`): in regression, the absolute error up to which a head counts as right.
@@ -68,18 +70,23 @@ class ExitStore:
         return len(self.labels)
 
     @property
+    def has_labels(self) -> bool:
+        """Are the labels known? What needs none can be asked of a store without: scores, disagreement, budgets."""
+        return not bool(self.labels.isnan().any())
+
+    @property
     def losses(self) -> Tensor:
         """Loss (entries, exits) of each entry at each exit."""
         if self.logits is None:
             return self._of_tokens(self.token_losses)
-        return exit_losses(self.logits, self.labels, self.problem_type)
+        return exit_losses(self.logits, self._known_labels(), self.problem_type)
 
     @property
     def errors(self) -> Tensor:
         """Error (entries, exits) of each entry at each exit."""
         if self.logits is None:
             return (self._of_tokens(self.predictions) != self.labels.unsqueeze(1)).float()
-        return exit_errors(self.logits, self.labels, self.problem_type)
+        return exit_errors(self.logits, self._known_labels(), self.problem_type)
 
     @property
     def disagreements(self) -> Tensor:
@@ -103,7 +110,17 @@ class ExitStore:
     @property
     def correct(self) -> Tensor:
         """Does each exit predict the entry's label? (entries, exits)."""
-        return self.errors <= (self.tolerance if self.problem_type == "regression" else 0.0)
+        return self.errors <= self._same
+
+    @property
+    def disagrees(self) -> Tensor:
+        """Does each exit predict something else than the last one? (entries, exits)."""
+        return self.disagreements > self._same
+
+    @property
+    def _same(self) -> float:
+        """Error up to which two predictions count as the same."""
+        return self.tolerance if self.problem_type == "regression" else 0.0
 
     def select(self, entries: Tensor) -> "ExitStore":
         """The store of some entries (LongTensor) only; states are copied."""
@@ -134,11 +151,27 @@ class ExitStore:
             **{"logits": None, **tensors}, problem_type=about["problem_type"], tolerance=float(about["tolerance"])
         )
 
+    def _known_labels(self) -> Tensor:
+        if not self.has_labels:
+            raise ValueError("`labels` of the store are not known (`needs_labels=False`), and losses need them.")
+        return self.labels
+
     @staticmethod
     def _of_tokens(value: Tensor | None) -> Tensor:
         if value is None:
             raise ValueError("A store without `logits` needs `token_losses` and `predictions`.")
         return value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without dropout; afterwards the model is in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def count_labels(labels: Tensor) -> Tensor:
@@ -178,6 +211,7 @@ def collect_exits(
     max_tokens: int | None = None,
     rows: Tensor | None = None,
     seed: int = 0,
+    needs_labels: bool = True,
     disable_tqdm: bool = False,
 ) -> ExitStore:
     """Runs a data set to full depth once and keeps every exit's state and result.
@@ -189,30 +223,31 @@ def collect_exits(
         dataset (sized, indexable): rows with `labels`; only the model's inputs.
         data_collator (`Callable`): makes a batch of tensors from a list of rows; the same labels whenever it is asked.
         accelerator (`Accelerator`): device, precision and processes.
+        problem_type (`str`): what logits and labels mean, one of `exits.losses.PROBLEM_TYPES`.
         batch_size (`int`): rows per batch.
         directory (`str`, *optional*): where states larger than `memory_limit_mb` are memory-mapped.
         max_tokens (`int`, *optional*):
             Of a decoder, keep no more tokens than this: those of rows drawn with `seed` until there are enough. Rows
             that are not drawn are not run.
         rows (`LongTensor`, *optional*): rows to draw from with `max_tokens`; all by default.
+        needs_labels (`bool`): with `False`, rows of an encoder may come without `labels`.
 
     Raises:
-        ValueError: rows without `labels`, an empty data set, one without a token to predict, or a collator that gives
-            other labels when it is asked again.
+        ValueError: an unknown problem type, rows without `labels`, an empty data set, one without a token to predict,
+            or a collator that gives other labels when it is asked again.
     """
     if len(dataset) == 0:
         raise ValueError("`dataset` is empty; at least one row is needed.")
+    resolve_problem_type(problem_type, 1)
     disable_tqdm = disable_tqdm or not accelerator.is_local_main_process
     kept = _entries_per_row(model, dataset, data_collator, batch_size, max_tokens, rows, seed, disable_tqdm)
     batches = length_sorted_batches(dataset, batch_size, kept.nonzero().squeeze(1).tolist())
     path = None if directory is None else os.path.join(directory, f"states-{accelerator.process_index}.npy")
     parts: dict[str, Tensor] = {}
     filled, size = 0, int(kept.sum())
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for number, some in tqdm(
-            _outputs(model, dataset, data_collator, accelerator, batches, kept, problem_type),
+            _outputs(model, dataset, data_collator, accelerator, batches, kept, problem_type, needs_labels),
             total=-(-len(batches) // accelerator.num_processes),
             desc="Exit states",
             disable=disable_tqdm,
@@ -225,8 +260,6 @@ def collect_exits(
             for name, value in some.items():
                 parts[name][number] = value
             filled += len(number)
-    finally:
-        model.train(training)
     if filled != size:
         raise ValueError(f"`data_collator` gave {filled} tokens to predict where it gave {size} before.")
     about = {"layers": torch.tensor(model.layer_numbers), "problem_type": problem_type, "tolerance": tolerance}
@@ -262,12 +295,13 @@ def _entries_per_row(
     return kept
 
 
-def _collate(dataset: Any, rows: list[int], data_collator: Any) -> dict[str, Tensor]:
+def _collate(dataset: Any, rows: list[int], data_collator: Any, needs_labels: bool = True) -> dict[str, Tensor]:
     batch = data_collator([dataset[row] for row in rows])
-    if "labels" not in batch:
+    if needs_labels and "labels" not in batch:
         raise ValueError(f"`dataset` rows need `labels`; got {sorted(batch)}.")
-    if len(batch["labels"]) != len(rows):
-        raise ValueError(f"`data_collator` made {len(batch['labels'])} rows of {len(rows)}; it must keep them apart.")
+    made = len(batch.get("labels", next(iter(batch.values()))))
+    if made != len(rows):
+        raise ValueError(f"`data_collator` made {made} rows of {len(rows)}; it must keep them apart.")
     return batch
 
 
@@ -279,21 +313,23 @@ def _outputs(
     batches: list[list[int]],
     kept: Tensor,
     problem_type: str,
+    needs_labels: bool,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Numbers of entries and their part of the store, one batch per process at a time, gathered from all processes."""
     starts = kept.cumsum(0) - kept
     for start in range(0, len(batches), accelerator.num_processes):
         mine = start + accelerator.process_index
         rows = batches[min(mine, len(batches) - 1)]
-        batch = _collate(dataset, rows, data_collator)
+        batch = _collate(dataset, rows, data_collator, needs_labels or model.exits_per_token)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with torch.no_grad(), accelerator.autocast():
             output = model(**batch, output_all_exits=True)
-        row, column = _places(model, output, batch["labels"])
+        labels = batch.get("labels", output.exit_layers.new_full((len(rows),), torch.nan, dtype=torch.float))
+        row, column = _places(model, output, labels)
         row_numbers = torch.tensor(rows, device=row.device)[row]
         number = starts.to(row.device)[row_numbers] + column
         wanted = (column < kept.to(row.device)[row_numbers]) & (mine < len(batches))
-        parts = {"number": number, "rows": row_numbers, **_parts(model, output, batch["labels"], problem_type)}
+        parts = {"number": number, "rows": row_numbers, **_parts(model, output, labels, problem_type)}
         parts = {name: value[wanted].contiguous() for name, value in parts.items()}
         if accelerator.num_processes > 1:
             parts = {name: accelerator.pad_across_processes(value, pad_index=-1) for name, value in parts.items()}

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The exit fields that every early-exit config carries, and their validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -113,19 +114,21 @@ class ExitConfigMixin:
             if not 1 <= self.exit_layers <= last:
                 raise ValueError(f"`exit_layers`={self.exit_layers} as a stride must lie in 1..{last}.")
         elif self.exit_layers is not None:
-            wrong = [layer for layer in self.exit_layers if not 1 <= layer <= last]
+            if isinstance(self.exit_layers, str) or not isinstance(self.exit_layers, Sequence):
+                raise ValueError(f"`exit_layers`={self.exit_layers!r} must be a stride or a list of layers.")
+            wrong = [layer for layer in self.exit_layers if not _is_whole(layer) or not 1 <= layer <= last]
             if wrong:
-                raise ValueError(f"`exit_layers`={self.exit_layers}: {wrong} outside of 1..{last}.")
+                raise ValueError(f"`exit_layers`={self.exit_layers}: {wrong} are no layers of 1..{last}.")
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
         _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
         if len(self.policy_alphas) != 2 or not 0 < self.policy_alphas[0] < self.policy_alphas[1]:
             raise ValueError(f"`policy_alphas`={self.policy_alphas} must be two rising positive numbers.")
-        if self.exit_patience < 1:
-            raise ValueError(f"`exit_patience`={self.exit_patience} must be at least 1.")
+        if not _is_whole(self.exit_patience) or self.exit_patience < 1:
+            raise ValueError(f"`exit_patience`={self.exit_patience} must be a whole number of at least 1.")
         if self.exit_tolerance < 0:
             raise ValueError(f"`exit_tolerance`={self.exit_tolerance} must not be negative.")
-        if self.policy_hidden_size < 1:
-            raise ValueError(f"`policy_hidden_size`={self.policy_hidden_size} must be at least 1.")
+        if not _is_whole(self.policy_hidden_size) or self.policy_hidden_size < 1:
+            raise ValueError(f"`policy_hidden_size`={self.policy_hidden_size} must be a whole number of at least 1.")
         if self.reward_alpha < 0:
             raise ValueError(f"`reward_alpha`={self.reward_alpha} must not be negative.")
         _check_activation(self.policy_activation)
@@ -215,13 +218,17 @@ class DecoderExitConfigMixin(ExitConfigMixin):
 
 def check_min_exit_layer(layer: int | None, num_layers: int) -> None:
     """Raises `ValueError` unless `layer` is a layer (1-based) or `None`."""
-    if layer is not None and not 1 <= layer <= num_layers:
+    if layer is not None and not (_is_whole(layer) and 1 <= layer <= num_layers):
         raise ValueError(f"`min_exit_layer`={layer} must lie in 1..{num_layers}, or be None.")
 
 
 def check_skipped_kv(name: str) -> None:
     """Raises `ValueError` unless `name` is a way to fill the keys and values of skipped layers."""
     _check_choice("skipped_kv", name, SKIPPED_KV)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:

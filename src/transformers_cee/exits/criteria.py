@@ -47,7 +47,7 @@ class Policy(ExitCriterion):
         if self.policies is None:
             raise ValueError(f"`exit_criterion`={self.name!r} needs `policies`.")
         if self.policies.needs_logits:
-            check_has_classes(self.problem_type)
+            check_has_classes(self.problem_type, f"`policy_inputs`={self.policies.inputs!r}", "'state'")
         self.networks: ExitPolicies = self.policies
         self.alpha: Tensor | float | None = self.settings.alpha
         self.films: tuple[Tensor, Tensor] | None = None
@@ -254,6 +254,12 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
     return divergence.flatten(1).mean(1) if divergence.dim() > 1 else divergence
 
 
+def check_criterion(criterion: str) -> None:
+    """Raises `ValueError` unless `criterion` is a name of the registry."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"`exit_criterion`={criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
+
+
 def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> list[float]:
     """One checked threshold per exit.
 
@@ -265,8 +271,9 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
     Raises:
         ValueError: unknown criterion, a list of the wrong length, or a threshold outside of the criterion's range.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"`exit_criterion`={criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
+    check_criterion(criterion)
+    if isinstance(threshold, Tensor) and threshold.dim() == 0:
+        threshold = threshold.item()
     if isinstance(threshold, Sequence | Tensor) and not isinstance(threshold, str):
         thresholds = [float(value) for value in threshold]
         if len(thresholds) != num_exits:
@@ -319,6 +326,7 @@ __all__ = [
     "Thresholds",
     "TokenHash",
     "build_criterion",
+    "check_criterion",
     "check_thresholds",
     "register_criterion",
 ]

@@ -132,7 +132,8 @@ class ExitCriterion(ABC):
         settings: CriterionSettings | None = None,
     ) -> None:
         if self.needs_classes:
-            check_has_classes(problem_type)
+            accepted = sorted(name for name, cls in CRITERIA.items() if not cls.needs_classes)
+            check_has_classes(problem_type, f"`exit_criterion`={self.name!r}", ", ".join(accepted))
         self.thresholds = thresholds
         self.problem_type = problem_type
         self.policies = policies
@@ -156,6 +157,11 @@ class ExitCriterion(ABC):
     def passes(cls, scores: Tensor, threshold: float) -> Tensor:
         """Which rows (rows,) leave."""
         return scores > threshold if cls.higher_is_deeper else scores < threshold
+
+    @classmethod
+    def leaves_at_threshold(cls) -> bool:
+        """Does a row leave whose score is the threshold itself?"""
+        return bool(cls.passes(torch.tensor(0.5), 0.5))
 
     def can_exit(self, index: int) -> bool:
         """False where no row can leave whatever its score: the loop then needs no look at the scores."""

@@ -125,6 +125,11 @@ class TokenExits(nn.Module):
         """Gives all tokens the last exit."""
         init.constant_(self.exits, self.last)
 
+    def resize(self, vocab_size: int) -> None:
+        """Cuts the table, or gives new tokens the last exit, as unknown ones have."""
+        more = self.exits.new_full((max(0, vocab_size - len(self.exits)),), self.last)
+        self.exits = torch.cat((self.exits[:vocab_size], more))
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Exits (0-based) of tokens, in their shape."""
         return self.exits[input_ids]
@@ -154,10 +159,16 @@ def init_estimator(module: nn.Module) -> None:
         module.unfit()
 
 
+def resize_estimators(model: nn.Module) -> None:
+    """Makes the estimators of a model fit the size of its vocabulary."""
+    for estimator in model.exit_estimators.values():
+        if isinstance(estimator, TokenExits):
+            estimator.resize(model.config.vocab_size)
+
+
 def check_estimators(names: Sequence[str], argument: str = "exit_estimators") -> None:
     """Raises `ValueError` unless all names are those of estimators."""
-    unknown = [name for name in names if name not in ESTIMATORS]
-    if isinstance(names, str) or unknown:
+    if isinstance(names, str) or not isinstance(names, Sequence) or not set(names) <= set(ESTIMATORS):
         raise ValueError(f"`{argument}`={names!r} must be a list of names among {', '.join(sorted(ESTIMATORS))}.")
 
 

@@ -17,13 +17,17 @@ NUM_CONFIDENCE_FEATURES = 5
 _MAX_LOGIT = 30.0
 
 
-def check_has_classes(problem_type: str) -> None:
-    """Raises `ValueError` for a problem whose logits are no scores of classes."""
+def check_has_classes(problem_type: str, asked: str = "Confidence", accepted: str = "") -> None:
+    """Raises `ValueError` for a problem whose logits are no scores of classes.
+
+    Args:
+        problem_type (`str`): what logits mean.
+        asked (`str`): the argument that needs classes, with its value.
+        accepted (`str`): values of it that do not.
+    """
     if problem_type == "regression":
-        raise ValueError(
-            "`problem_type`='regression' has no class probabilities: use `policy_inputs`='state' and the 'policy' "
-            "criterion."
-        )
+        accepted = accepted and f"; accepted are {accepted}"
+        raise ValueError(f"{asked}: `problem_type`='regression' has no class probabilities{accepted}.")
 
 
 def class_probabilities(logits: Tensor, problem_type: str) -> Tensor:

@@ -125,7 +125,8 @@ class EarlyExitTrainer(Trainer):
                 inputs = {**self._prepare_inputs(inputs), **(self._exit_arguments or default_arguments(config))}
                 return token_prediction_step(model, inputs)
         ignore_keys = list(config.keys_to_ignore_at_inference if ignore_keys is None else ignore_keys)
-        ignore_keys = [key for key in ignore_keys if key != "exit_layers"]
+        wanted = {"exit_layers", *(("all_exit_losses",) if self._in_phase else ())}
+        ignore_keys = [key for key in ignore_keys if key not in wanted]
         return super().prediction_step(model, {**inputs, **self._exit_arguments}, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(
@@ -142,7 +143,7 @@ class EarlyExitTrainer(Trainer):
             chosen = aligned_prediction if self._per_token else _without_exit_layers
             self.compute_metrics = lambda prediction: compute(chosen(prediction))
         if preprocess is not None:
-            self.preprocess_logits_for_metrics = lambda outputs, labels: (preprocess(outputs[0], labels), outputs[1])
+            self.preprocess_logits_for_metrics = lambda outputs, labels: (preprocess(outputs[0], labels), *outputs[1:])
         try:
             output = super().evaluation_loop(
                 dataloader, description, self.args.prediction_loss_only, ignore_keys, metric_key_prefix
@@ -159,8 +160,12 @@ class EarlyExitTrainer(Trainer):
                 figures["exit_loss"] = float(self._exit_loss(self._known_text.losses.double()))
             self._exit_layers, predictions = self._known_text.decided_layers, output.predictions[1]
         else:
-            predictions, exit_layers = output.predictions
+            predictions, exit_layers, *losses = output.predictions
             self._exit_layers = torch.as_tensor(exit_layers)
+            if losses:
+                figures["exit_loss"] = float(self._exit_loss(torch.as_tensor(losses[0]).double()))
+            elif self._in_phase and f"{metric_key_prefix}_loss" in output.metrics:
+                figures["exit_loss"] = output.metrics[f"{metric_key_prefix}_loss"]
         figures |= depth_figures(self._exit_layers, self._exit_model.config.num_hidden_layers)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output._replace(predictions=predictions)
@@ -210,10 +215,12 @@ class EarlyExitTrainer(Trainer):
     ) -> dict[str, Any]:
         """Metrics and depth at the configured threshold, and the operating points of `args.eval_exit_thresholds`.
 
-        Every operating point is executed. Inside a training phase only the metrics and depth are computed, and of a
-        decoder `exit_loss`: in `heads` what the phase's objective makes of all exits' cross-entropy, whatever
-        `token_loss` (the mean over exits, where the objective needs more than losses or changes from step to step),
-        else the loss at the exits taken. It is what improves with `trainable="exits"`, when full depth stays the same.
+        Every operating point is executed. Inside a training phase only the metrics and depth are computed, and
+        `exit_loss`: in `heads` what the phase's objective makes of all exits' losses, of a decoder their
+        cross-entropy whatever `token_loss` (the mean over exits, where the objective needs more than losses or
+        changes from step to step), else the loss at the exits taken. It is what improves where full
+        depth stays the same: with `trainable="exits"`, and in the second stage of `heads_objective="two_stage"`, which
+        always judges by it.
 
         Of an encoder, the wall-clock speed-up over full depth is taken in the same run, on up to
         `args.eval_timing_rows` rows. A decoder is run on known text, where all layers are executed whatever the exits,

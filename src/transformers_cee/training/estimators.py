@@ -151,7 +151,7 @@ def _check_store(model: nn.Module, store: ExitStore) -> None:
 def _check_fits(name: str, store: ExitStore) -> None:
     """Raises `ValueError` when a store does not hold what an estimator is fitted on."""
     if name != "learning_to_exit":
-        check_has_classes(store.problem_type)
+        check_has_classes(store.problem_type, f"`names` has {name!r}", "'learning_to_exit'")
     if store.logits is not None:
         return
     if name == "calibrated_probability":

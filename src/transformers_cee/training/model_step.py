@@ -38,7 +38,7 @@ class ModelPhase:
         evaluation (`dict`): arguments of the model's forward while it evaluates.
         trainable (`str`): what learns, as in `freeze_for_model_step`.
         trains_policies (`bool`): do the policies learn, too?
-        exit_loss (`Callable`): what evaluation reports of losses (tokens, exits) of a decoder.
+        exit_loss (`Callable`): what evaluation reports of losses (rows or tokens, exits), if it has them.
     """
 
     loss: StepLoss
@@ -51,7 +51,7 @@ class ModelPhase:
 def heads_phase(
     args: ConsistentEETrainingArguments, exit_model: nn.Module, state: Callable[[], Any], stage: str
 ) -> ModelPhase:
-    """Phase `heads`: the exits learn. Evaluation is at full depth, and of a decoder at all exits.
+    """Phase `heads`: the exits learn. Evaluation is at full depth and at all exits.
 
     Args:
         exit_model (`nn.Module`): the early-exit model itself, without wrappers.
@@ -70,10 +70,9 @@ def heads_phase(
         outputs = model(**inputs, output_all_exits=True, **options)
         return objective(_heads_step(objective, exit_model, outputs, inputs["labels"], state())), outputs
 
-    full_depth = {"exit_criterion": "policy", "exit_threshold": 1.0}
     return ModelPhase(
         loss,
-        {"output_all_exits": True} if per_token else full_depth,
+        {"output_all_exits": True},
         objective.stages[stage] or args.trainable,
         objective.trains_policies,
         objective.summary,

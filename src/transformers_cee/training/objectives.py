@@ -50,7 +50,8 @@ def exploring_logits(exit_logits: Tensor, exploration: float) -> Tensor:
     if exploration == 0.0:
         return exit_logits
     probabilities = (1 - exploration) * exit_logits.sigmoid() + exploration / 2
-    return probabilities.logit()
+    # A coin opens no exit that `closed_before` closed.
+    return torch.where(exit_logits > CLOSED, probabilities.logit(), exit_logits)
 
 
 def policy_exact(log_distribution: Tensor, rewards: Tensor) -> Tensor:

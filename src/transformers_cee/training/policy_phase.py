@@ -204,6 +204,8 @@ def policy_arguments(args: ConsistentEETrainingArguments, directory: str, evalua
     own.per_device_train_batch_size = args.policy_batch_size
     own.gradient_accumulation_steps = 1
     own.dataloader_num_workers = 0
+    own.dataloader_persistent_workers = False
+    own.dataloader_prefetch_factor = own.neftune_noise_alpha = None
     own.remove_unused_columns = False
     own.train_sampling_strategy = "random"
     own.activation_checkpointing = own.gradient_checkpointing = False

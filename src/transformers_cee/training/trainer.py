@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import TrainerCallback, set_seed
+from transformers import EvalPrediction, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import nested_numpify
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
@@ -112,7 +113,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
         """
         if kwargs:
             raise ValueError(f"`train` got {sorted(kwargs)}; only `resume_from_checkpoint` is accepted.")
-        self._check_trainable()
+        self._check_run()
         log = PhaseLog(self._phases_directory(resume_from_checkpoint), self.args.should_save)
         if resume_from_checkpoint:
             log.resume()
@@ -155,11 +156,20 @@ class ConsistentEETrainer(EarlyExitTrainer):
         """Phase `hardness`: memorized layer (rows,) of every training row, in evaluation mode; of a decoder (tokens,),
         of every counted token or of those that `args.policy_max_tokens` leaves.
 
-        Kept in `output_dir/hardness.safetensors` with a fingerprint of data and weights, and computed again when
-        either has changed.
+        Kept in `output_dir/hardness.safetensors` with a fingerprint of data and weights and the layers of the exits,
+        and computed again when any of them has changed.
         """
-        mark = fingerprint(self._exit_model, self.train_dataset)
-        about = {"fingerprint": mark, "tolerance": str(self.args.hardness_tolerance)}
+        self._check_rows()
+        return self._hardness(fingerprint(self._exit_model, self.train_dataset))
+
+    def _hardness(self, mark: str) -> Tensor:
+        """`compute_hardness` of the training rows whose fingerprint is known."""
+        about = {
+            "fingerprint": mark,
+            "tolerance": str(self.args.hardness_tolerance),
+            # Weights do not tell where exits are: those of a shared head are the same anywhere.
+            "layers": str(self._exit_model.layer_numbers),
+        }
         if self.args.policy_max_tokens is not None:
             about["tokens"] = f"{self.args.policy_max_tokens} of {self.args.policy_holdout}, seed {self._data_seed}"
         path = os.path.join(self.args.output_dir, HARDNESS_FILE)
@@ -199,8 +209,12 @@ class ConsistentEETrainer(EarlyExitTrainer):
             `dict[float, ExitPolicies]`: policies by α, in evaluation mode.
 
         Raises:
-            ValueError: a negative α.
+            ValueError: a negative α, or a `reward_function`, which knows of none.
         """
+        if self.reward_function is not None:
+            raise ValueError(
+                f"`reward_function` knows no α that could be one of `alphas`={list(alphas)}; needed None."
+            )
         wrong = [alpha for alpha in alphas if alpha < 0]
         if wrong:
             raise ValueError(f"`alphas`={list(alphas)} must not be negative; got {wrong[0]}.")
@@ -208,10 +222,12 @@ class ConsistentEETrainer(EarlyExitTrainer):
         config = copy.copy(self._exit_model.config)
         config.policy_condition = "none"
         own = next(self._exit_model.exit_policies.parameters())
+        self._check_rows()
+        mark = fingerprint(self._exit_model, self.train_dataset)
         for alpha in alphas:
             set_seed(self.args.seed)
             policies = make_policies(config, len(config.exit_layer_numbers) - 1).to(own)
-            self._policy(self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha)
+            self._policy(self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha, mark)
             family[alpha] = policies.eval()
         return family
 
@@ -279,14 +295,31 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def _heads_phase(self, stage: str) -> ModelPhase:
         return heads_phase(self.args, self._exit_model, lambda: self.state, stage)
 
-    def _check_trainable(self) -> None:
-        """Raises `ValueError` where a step of the run would have nothing to train."""
+    def _check_run(self) -> None:
+        """Raises `ValueError` where a step of the run would have nothing to train, or could not be evaluated."""
+        self._check_rows()
+        judges_policies = self.args.eval_strategy != "no" and {"policy", "consistent"} & {*self.args.phases}
+        if judges_policies and self.compute_metrics is not None and self.args.include_for_metrics:
+            raise ValueError(
+                f"`include_for_metrics`={self.args.include_for_metrics} is not supported with `eval_strategy`="
+                f"'{self.args.eval_strategy}': policies are judged on stored exits, of which logits and labels alone "
+                "are known; accepted is []."
+            )
         checked = list(map(self._heads_phase, self._heads_steps())) if "heads" in self.args.phases else []
         if "consistent" in self.args.phases:
             checked.append(consistent_phase(self.args, self._exit_model, self._problem_type))
         for phase in checked:
             with keeping_requires_grad(self.model):
                 freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
+
+    def _check_rows(self) -> None:
+        """Raises `ValueError` unless there is a data set of which every phase can take the same rows."""
+        rows = self.train_dataset
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise ValueError(
+                f"`train_dataset` of type {type(rows).__name__} must have a length and rows by number: phases come "
+                "back to the same rows."
+            )
 
     def _heads(self, stage: str, folder: str, checkpoint: str | None) -> Any:
         epochs = self.args.heads_num_train_epochs
@@ -313,9 +346,13 @@ class ConsistentEETrainer(EarlyExitTrainer):
     ) -> Any:
         """Trainer's own loop with the phase's loss, on the rows of the heads, where only what the phase trains is not
         frozen."""
+        self._check_rows()
         own = copy.copy(self.args)
         own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
         own.push_to_hub = False
+        if phase.trainable == "internal_exits" and own.metric_for_best_model is not None:
+            # Nothing else that an evaluation reports can change.
+            own.metric_for_best_model, own.greater_is_better = "exit_loss", False
         kept = (self.args, self.train_dataset, self._exit_arguments)
         with keeping_requires_grad(self.model):
             freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
@@ -335,20 +372,29 @@ class ConsistentEETrainer(EarlyExitTrainer):
                 self._phase, self._in_phase = None, False
 
     def _policy(
-        self, folder: str, checkpoint: str | None, policies: ExitPolicies | None = None, alpha: float | None = None
+        self,
+        folder: str,
+        checkpoint: str | None,
+        policies: ExitPolicies | None = None,
+        alpha: float | None = None,
+        mark: str | None = None,
     ) -> Any:
-        """Trains the model's policies, or others at a reward weight of their own."""
+        """Trains the model's policies, or others at a reward weight of their own; `mark` is the fingerprint of the
+        training rows, if it is known."""
+        self._check_rows()
         model = self._exit_model
         config = model.config
         if len(config.exit_layer_numbers) == 1:
             raise ValueError("`exit_layers` leaves the last layer as the only exit: there is nothing to decide.")
-        mark = fingerprint(model, self.train_dataset)
+        mark = fingerprint(model, self.train_dataset) if mark is None else mark
         store = self._store("train", self.train_dataset, mark)
         entries = store.deciding(self._split()[1])
         used = active_module(model.exit_policies) if policies is None else policies
-        train = self._stored_rewards(store, self.compute_hardness(), alpha, used.is_conditioned, entries)
+        train = self._stored_rewards(store, self._hardness(mark), alpha, used.is_conditioned, entries)
         evaluation = None
-        if self.args.eval_strategy != "no" and self.eval_dataset is not None:
+        if self.args.eval_strategy != "no" and isinstance(self.eval_dataset, dict):
+            logger.warning("`eval_dataset` holds several data sets: policies learn without being evaluated.")
+        elif self.args.eval_strategy != "no" and self.eval_dataset is not None:
             stored = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
             memorized = memorized_layers(stored.correct, stored.layers)
             evaluation = self._stored_rewards(stored, memorized, alpha, used.is_conditioned, stored.deciding())
@@ -361,10 +407,23 @@ class ConsistentEETrainer(EarlyExitTrainer):
             evaluation,
             exit_threshold=threshold if criterion == "policy" else 0.5,
             first_exit=first_exit(config),
-            metrics=self.compute_metrics,
+            metrics=self._stored_metrics(),
             callbacks=self._own_callbacks,
             resume_from_checkpoint=checkpoint,
         )
+
+    def _stored_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """`compute_metrics` for stored logits, which `preprocess_logits_for_metrics` has not seen yet."""
+        compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
+        if compute is None or preprocess is None:
+            return compute
+
+        def metrics(prediction: EvalPrediction) -> dict[str, float]:
+            labels = prediction.label_ids
+            seen = preprocess(torch.as_tensor(prediction.predictions), torch.as_tensor(labels))
+            return compute(EvalPrediction(nested_numpify(seen), labels))
+
+        return metrics
 
     # What the phases need
 

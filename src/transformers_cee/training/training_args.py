@@ -26,8 +26,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
     Args:
         phases (`list[str]`): phases that `train()` runs, in this order. Defaults to all.
         trainable (`str`): `"all"` (default), or `"exits"`: only exit heads, exit norms and policies learn; embeddings,
-            layers and the model's own norm and head stay as they are. What is frozen already stays frozen. A
-            decoder's `metric_for_best_model` is then better `"exit_loss"` than `"loss"` (`EarlyExitTrainer.evaluate`).
+            layers and the model's own norm and head stay as they are. What is frozen already stays frozen.
+            `metric_for_best_model` is then better `"exit_loss"` than `"loss"` (`EarlyExitTrainer.evaluate`).
         heads_objective (`str`): a key of `HEADS_OBJECTIVES`: `"layer_weighted"` (default, `Σ i·CE_i / Σ i`),
             `"uniform"`, `"last"`, `"two_stage"`, `"alternate"`, `"gradient_equilibrium"`, `"cosee"`, `"variational"`
             or `"self_distillation"`. Of a decoder, all but `"cosee"` and `"self_distillation"`. `"variational"` trains

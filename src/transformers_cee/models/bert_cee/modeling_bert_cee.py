@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """BERT with exits: `transformers`' own BERT stack, walked by the early-exit loop."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
@@ -9,8 +11,9 @@ from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedMode
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
-from transformers_cee.exits.estimators import init_estimator, make_estimators
+from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
 from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
 from transformers_cee.exits.outputs import ExitClassifierOutput
@@ -62,6 +65,12 @@ class BertForConsistentEE(BertPreTrainedModel):
         super()._init_weights(module)
         init_estimator(module)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, tables of tokens included."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        resize_estimators(self)
+        return embeddings
+
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""
         if self.config.exit_pooling == "mean":
@@ -100,7 +109,8 @@ class BertForConsistentEE(BertPreTrainedModel):
             input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
             attention_mask (`Tensor` of shape `(batch, time)`, *optional*): 1 at tokens, 0 at padding, on either side.
             labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
-                Classes, indicators or values, by `config.problem_type`. In training mode all exits are trained
+                Classes, indicators or values, by `config.problem_type`, which the first labels settle where it is
+                None. In training mode all exits are trained
                 (layer-weighted) and no row leaves early; in evaluation mode the loss is that of the exits taken.
             exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to `config.exit_threshold`):
                 A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
@@ -127,11 +137,17 @@ class BertForConsistentEE(BertPreTrainedModel):
         rows = _check_inputs(input_ids, inputs_embeds, attention_mask)
         if labels is not None:
             check_labels(labels, rows, self.num_labels, problem_type)
+            # As stock BERT does: what logits mean is saved with the model, for whoever has no labels.
+            self.config.problem_type = problem_type
         decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
-        criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask)
+        all_exits = output_all_exits or (self.training and labels is not None)
+        if all_exits:
+            # A criterion that has yet to be fitted, on all exits, is no reason to refuse them.
+            check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
+        else:
+            criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask)
         batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
-        all_exits = output_all_exits or (self.training and labels is not None)
         if all_exits:
             run = run_all_exits(batch, layers, self, gradient_equilibrium)
         else:

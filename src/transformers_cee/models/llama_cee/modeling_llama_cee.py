@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
-from transformers_cee.exits.estimators import init_estimator, make_estimators
+from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
@@ -127,12 +127,13 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         return self.model
 
     def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`, heads of the internal exits included."""
+        """As `PreTrainedModel.resize_token_embeddings`, heads of the internal exits and tables of tokens included."""
         embeddings = super().resize_token_embeddings(*args, mean_resizing=mean_resizing, **kwargs)
         for index, head in enumerate(self.exit_heads.heads):
             if isinstance(head, nn.Linear):
                 size = self.config.vocab_size
                 self.exit_heads.heads[index] = self._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
+        resize_estimators(self)
         return embeddings
 
     # What the walks over layers ask.
