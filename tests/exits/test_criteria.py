@@ -184,8 +184,15 @@ class TestRules:
         scores = build_criterion("margin", 0.5, 3, problem_type).score(step(0, logits))
         expected = [reference.confidence(torch.tensor(row), problem_type)[1] for row in logits]
         assert scores.tolist() == pytest.approx(expected, abs=1e-6)
-        with pytest.raises(ValueError, match=r"'regression' has no class probabilities"):
+        message = (
+            r"`exit_criterion`='margin': .*'regression' has no class probabilities; accepted are .*patience, policy"
+        )
+        with pytest.raises(ValueError, match=message):
             build_criterion("margin", 0.5, 3, "regression")
+
+    def test_thresholds_in_tensors(self):
+        for threshold in (torch.tensor(0.25), 0.25, torch.full((3,), 0.25)):
+            assert build_criterion("margin", threshold, 3, "single_label_classification").thresholds == [0.25] * 3
 
     def test_heads_run_only_when_asked(self):
         calls = []

@@ -126,6 +126,24 @@ def test_scores(criterion, problem_type, patience, seed, data):
 _MODELS: dict = {}
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_tables_follow_the_vocabulary(kind, tmp_path):
+    """New tokens have the last exit, as unknown ones; what is saved loads again."""
+    make, last = (tiny_model, 5) if kind == "encoder" else (tiny_llama, 3)
+    model = make(exit_estimators=["token_hash"])
+    before = torch.randint(0, last, (VOCABULARY,), generator=torch.Generator().manual_seed(1))
+    model.exit_estimators["token_hash"].exits.copy_(before)
+    model.resize_token_embeddings(VOCABULARY + 5, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    for one in (model, type(model).from_pretrained(tmp_path)):
+        assert one.exit_estimators["token_hash"].exits.tolist() == [*before.tolist(), *[last] * 5]
+        ids = torch.tensor([[VOCABULARY + 2, VOCABULARY + 4]])
+        output = one(ids, exit_criterion="token_hash", exit_threshold=0.99)
+        assert set(output.exit_layers.flatten().tolist()) == {last + 1}
+    model.resize_token_embeddings(40, mean_resizing=False)
+    assert torch.equal(model.exit_estimators["token_hash"].exits, before[:40])
+
+
 class TestDecoders:
     """One exit per token, in text that is known and in generation."""
 

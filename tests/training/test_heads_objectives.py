@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import changed, collate, task, tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer, weights
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_cee.exits.losses import exit_losses
 from transformers_cee.exits.policy import all_features, exit_log_distribution
@@ -644,3 +644,29 @@ def test_options_reach_the_objective(tmp_path):
 def test_every_objective_is_documented():
     for cls in HEADS_OBJECTIVES.values():
         assert cls.__doc__ and cls.__doc__ != heads_objectives.HeadsObjective.__doc__
+
+
+@pytest.mark.parametrize("make", [tiny_trainer, tiny_text_trainer])
+def test_the_second_stage_is_judged_by_what_it_can_change(tmp_path, make):
+    """Full depth is frozen: by it, the first epoch would stay the best one and early stopping would stop."""
+    trainer = make(
+        tmp_path,
+        rows=16,
+        phases=["heads"],
+        heads_objective="two_stage",
+        num_train_epochs=4,
+        exit_learning_rate=1e-2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        trainer={"callbacks": [EarlyStoppingCallback(1)]},
+    )
+    trainer.train()
+    found = [one for one in trainer.state.log_history if "eval_loss" in one]
+    assert len(found) == 4 and len({one["eval_loss"] for one in found}) == 1
+    losses = [one["eval_exit_loss"] for one in found]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert trainer.state.best_metric == losses[-1]
+    store = trainer.collect_exits(trainer.eval_dataset)
+    assert losses[-1] == pytest.approx(float(make_heads_objective("two_stage").summary(store.losses)), rel=1e-4)

@@ -9,7 +9,19 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import accuracy, changed, collate, pad, task, tiny_model, tiny_trainer, training_arguments, weights
+from tiny import (
+    accuracy,
+    changed,
+    collate,
+    pad,
+    task,
+    tiny_llama,
+    tiny_model,
+    tiny_text_trainer,
+    tiny_trainer,
+    training_arguments,
+    weights,
+)
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -21,7 +33,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from transformers_cee import ConsistentEETrainer
+from transformers_cee import BertForConsistentEE, ConsistentEETrainer
 from transformers_cee.exits.policy import all_features, exit_log_distribution
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_exact
@@ -116,6 +128,33 @@ class TestRun:
         assert trainer.compute_hardness().shape == (16,)
         assert trainer.train_policy().global_step == 2
         assert list(trainer.train_consistent()) == ["consistent-1-model", "consistent-1-policy"]
+
+    @pytest.mark.parametrize("rows", [None, iter([])])
+    def test_rows_must_come_by_number(self, tmp_path, rows):
+        trainer = tiny_trainer(tmp_path)
+        trainer.train_dataset = rows
+        for call in (trainer.train, trainer.train_heads, trainer.compute_hardness, trainer.train_policy):
+            with pytest.raises(ValueError, match=rf"`train_dataset` of type {type(rows).__name__} must have a length"):
+                call()
+        assert not list(tmp_path.iterdir())
+
+    def test_workers_of_the_heads_are_none_of_the_policies(self, tmp_path):
+        options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+        results = tiny_trainer(tmp_path, rows=8, phases=["policy"], neftune_noise_alpha=5, **options).train()
+        assert results["policy"].global_step == 2
+
+    def test_metrics_of_policies_know_logits_and_labels_only(self, tmp_path):
+        trainer = tiny_trainer(tmp_path, eval_strategy="epoch", include_for_metrics=["inputs"])
+        with pytest.raises(
+            ValueError, match=r"`include_for_metrics`=\['inputs'\] is not supported .* accepted is \[\]"
+        ):
+            trainer.train()
+        assert not list(tmp_path.iterdir())
+
+    def test_several_evaluation_sets(self, tmp_path):
+        data = {"one": task(6, seed=3), "two": task(9, seed=4)}
+        trainer = tiny_trainer(tmp_path, rows=16, eval_strategy="epoch", trainer={"eval_dataset": data})
+        assert trainer.train()["policy"].global_step == 2
 
     def test_learning_pays(self, tmp_path):
         """The losses that the phases minimise go down."""
@@ -406,6 +445,17 @@ class TestHardness:
         assert len(tiny_trainer(tmp_path, model, rows=13).compute_hardness()) == 13
         assert len(calls) == 3
 
+    def test_exits_elsewhere(self, tmp_path):
+        """Weights of exits that share one head do not tell where these are; hardness does depend on it."""
+        found = [
+            tiny_text_trainer(tmp_path, tiny_llama(exit_head="shared", exit_layers=layers), rows=12).compute_hardness()
+            for layers in ([1, 2], [2, 3], [1, 2])
+        ]
+        assert [
+            set(layers.tolist()) <= {*kept, 4} for layers, kept in zip(found, ((1, 2), (2, 3), (1, 2)), strict=True)
+        ]
+        assert 1 in found[0] and 1 not in found[1] and torch.equal(found[0], found[2])
+
     def test_other_tolerance(self, tmp_path):
         """What counts as right in regression belongs to hardness: a new tolerance, a new computation."""
         model = tiny_model(num_hidden_layers=4, num_labels=1)
@@ -655,6 +705,15 @@ class TestEvaluate:
         plain = tiny_trainer(tmp_path)
         first, second = trainer.evaluate(), plain.evaluate()
         assert first["eval_accuracy"] == second["eval_accuracy"] and first["eval_depth"] == second["eval_depth"]
+        # Of stored exits, too.
+        found = []
+        for one in (trainer, plain):
+            recorder = Recorder()
+            one._own_callbacks.append(recorder)
+            one.args.eval_strategy = "epoch"
+            one.train_policy()
+            found.append([metrics["eval_accuracy"] for _, metrics in recorder.metrics])
+        assert found[0] == found[1] and found[0]
 
     def test_predict(self, tmp_path):
         trainer = tiny_trainer(tmp_path)
@@ -699,6 +758,9 @@ class TestKinds:
         )
         before = weights(model)
         results = trainer.train()
+        # As stock models do: without labels nothing else would tell what the logits mean.
+        model.save_pretrained(tmp_path / "model")
+        assert BertForConsistentEE.from_pretrained(tmp_path / "model").config.problem_type == kind
         assert set(results["hardness"].tolist()) <= {1, 2, 3, 4}
         assert any(is_policy(name) for name in changed(before, model.state_dict()))
         assert trainer.evaluate()["eval_shape"] == labels

@@ -582,6 +582,19 @@ BAD_INPUT = {
 }
 
 
+class TestCriteriaToBeFitted:
+    @pytest.mark.parametrize("criterion,threshold", [("learning_to_exit", 0.1), ("state_classifier", 0.5)])
+    def test_all_exits_need_no_criterion(self, criterion, threshold):
+        """What such a criterion is fitted on has to be made before it is fitted."""
+        model = tiny_model(exit_criterion=criterion, exit_threshold=threshold)
+        batch = pad(random_rows(3, seed=1))
+        expected = tiny_model()(**batch, output_all_exits=True).all_exit_logits
+        assert torch.equal(model(**batch, output_all_exits=True).all_exit_logits, expected)
+        assert model.train()(**batch, labels=torch.tensor([0, 1, 2])).loss.isfinite()
+        with pytest.raises(ValueError, match=f"'{criterion}' needs its fitted estimator"):
+            model.eval()(**batch)
+
+
 class TestBadInput:
     @pytest.mark.parametrize("case", BAD_INPUT)
     @pytest.mark.parametrize("training", [True, False])
