@@ -95,8 +95,13 @@ class TestLosses:
                 terms.append((score - target) ** 2)
         assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
-    @pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
-    @pytest.mark.parametrize("name", ["consistency", "state_classifier"])
+    @pytest.mark.parametrize(
+        "name,problem_type",
+        [
+            *((name, kind) for name in ("consistency", "state_classifier") for kind in (SINGLE, MULTI)),
+            ("state_classifier", REGRESSION),
+        ],
+    )
     def test_balanced_cross_entropy(self, name, problem_type):
         model, store = small_model(problem_type), random_store(problem_type=problem_type)
         store.logits[:, 2] = store.logits[:, 3]  # one exit is always consistent
@@ -108,9 +113,13 @@ class TestLosses:
             for row in range(40):
                 now, last = store.logits[row, exit], store.logits[row, 3]
                 same.append(
-                    int(now.argmax()) == int(last.argmax())
-                    if problem_type == SINGLE
-                    else [float(value) > 0 for value in now] == [float(value) > 0 for value in last]
+                    {
+                        SINGLE: lambda now=now, last=last: int(now.argmax()) == int(last.argmax()),
+                        MULTI: lambda now=now, last=last: (
+                            [v > 0 for v in now.tolist()] == [v > 0 for v in last.tolist()]
+                        ),
+                        REGRESSION: lambda now=now, last=last: abs(float(now) - float(last)) <= store.tolerance,
+                    }[problem_type]()
                 )
             total = 0.0
             for row in range(40):
@@ -371,9 +380,26 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             fit_estimators(small_model(), random_store(), names)
 
-    @pytest.mark.parametrize("name", ["consistency", "state_classifier", "calibrated_probability"])
+    @pytest.mark.parametrize("name", ["learning_to_exit", "calibrated_probability"])
+    def test_no_labels(self, name):
+        """Before anything is fitted; what looks at predictions alone needs none."""
+        model, store = small_model(), random_store()
+        known = {
+            one: fit_estimators(small_model(), store, [one], **FAST) for one in ("consistency", "state_classifier")
+        }
+        store.labels = torch.full((40,), math.nan)
+        with pytest.raises(ValueError, match=f"`names` has '{name}', which is fitted on labels"):
+            fit_estimators(model, store, ["consistency", name])
+        assert not model.config.exit_estimators
+        for one, losses in known.items():
+            assert fit_estimators(model, store, [one], **FAST) == losses
+
+    @pytest.mark.parametrize("name", ["consistency", "calibrated_probability"])
     def test_regression(self, name):
-        with pytest.raises(ValueError, match=r"'regression' has no class probabilities"):
+        message = (
+            f"`names` has '{name}': .*'regression' has no class probabilities; accepted are 'learning_to_exit' and"
+        )
+        with pytest.raises(ValueError, match=message):
             fit_estimators(small_model(REGRESSION), random_store(problem_type=REGRESSION), [name])
 
     @pytest.mark.parametrize("options,message", [

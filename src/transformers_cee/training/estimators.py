@@ -54,7 +54,8 @@ def fit_estimators(
 
     Raises:
         ValueError: unknown names, a store of another model, one without entries that can leave, regression where
-            classes are needed, or stored tokens that lack what an estimator looks at. Nothing has been fitted by then.
+            classes are needed, unknown labels where these are, or stored tokens that lack what an estimator looks at.
+            Nothing has been fitted by then.
     """
     model = bare_model(model)
     _check_names(names)
@@ -150,8 +151,10 @@ def _check_store(model: nn.Module, store: ExitStore) -> None:
 
 def _check_fits(name: str, store: ExitStore) -> None:
     """Raises `ValueError` when a store does not hold what an estimator is fitted on."""
-    if name != "learning_to_exit":
-        check_has_classes(store.problem_type, f"`names` has {name!r}", "'learning_to_exit'")
+    if name in ("consistency", "calibrated_probability"):
+        check_has_classes(store.problem_type, f"`names` has {name!r}", "'learning_to_exit' and 'state_classifier'")
+    if name in ("learning_to_exit", "calibrated_probability") and not store.has_labels:
+        raise ValueError(f"`names` has {name!r}, which is fitted on labels; those of the store are not known.")
     if store.logits is not None:
         return
     if name == "calibrated_probability":
@@ -202,11 +205,7 @@ class _Seen:
 
     def consistent(self) -> Tensor:
         """Does each internal exit predict what the last one does? (entries, exits − 1), as numbers."""
-        found = []
-        for batch in torch.arange(len(self.entries)).split(REPORTED_ENTRIES):
-            predictions = self.predictions(batch)
-            found.append((predictions[:, :-1] == predictions[:, -1:]).all(-1).float())
-        return torch.cat(found)
+        return (~self.store.disagrees[self.entries, :-1]).float().to(self.device)
 
     def expected_errors(self) -> Tensor:
         """BERxiT's targets (entries, exits − 1): 1 where an exit is wrong; in regression |tanh(z − y)|, the mean over
