@@ -193,9 +193,10 @@ def calibrate_budget(
         reason = f"the budget of {budget:g} {unit} covers full depth ({float(prices[-1]):g})."
         return exits_off(scores, "budget", levels, method, reason, warn=False)
     if risks is None:
-        risks = scores.losses.double().mean(0)
-        if not bool(risks.isfinite().all()):
+        means = scores.losses.double().mean(0)
+        if not bool(means.isfinite().all()):
             raise ValueError("`risks` must be given where `scores.losses` are unknown: the risk of each exit's head.")
+        risks = means
     if refine:
         spread = math.sqrt(1 / len(scores) + 1 / (batch_rows or len(scores)))
         margin = max(0.0, float(norm.ppf(1 - delta))) * spread
