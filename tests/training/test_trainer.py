@@ -29,8 +29,8 @@ from transformers import (
     BertTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from transformers_cee import BertForConsistentEE, ConsistentEETrainer
@@ -193,7 +193,7 @@ class TestRun:
         with pytest.raises(ValueError, match=r"BertForSequenceClassification.*BertForConsistentEE"):
             ConsistentEETrainer(stock, training_arguments(tmp_path))
         with pytest.raises(ValueError, match=r"args.*ConsistentEETrainingArguments"):
-            ConsistentEETrainer(tiny_model(), Trainer(tiny_model()).args)
+            ConsistentEETrainer(tiny_model(), TrainingArguments(tmp_path))
 
 
 class TestWhatStaysAsItIs:
