@@ -147,9 +147,9 @@ class TaskResults:
             if objective not in WITH_POLICY and criterion not in POLICIES
         ]
 
-    def chosen_variant(self, speedup: float) -> Method | None:
-        """The heads on which the policy has the best mean on dev, over the seeds in which it was judged there on all
-        of them; None before that, or without ConsistentEE."""
+    def policy_on_dev(self, speedup: float) -> dict[str, float]:
+        """Mean metric of the policy on dev by heads, over the seeds in which it was judged there on all of them; empty
+        before that, or without ConsistentEE."""
         on_dev = {
             objective: {
                 seed: value
@@ -161,9 +161,8 @@ class TaskResults:
         }
         shared = set.intersection(*map(set, on_dev.values())) if on_dev else set()
         if REFERENCE not in self.methods or not shared:
-            return None
-        best = max(on_dev, key=lambda objective: statistics.mean(on_dev[objective][seed] for seed in shared))
-        return best, "policy"
+            return {}
+        return {objective: statistics.mean(by_seed[seed] for seed in shared) for objective, by_seed in on_dev.items()}
 
     def difference(self, method: Method, speedup: float) -> PairedDifference | None:
         """ConsistentEE minus another method; None when they share no seed."""
@@ -202,6 +201,17 @@ class TaskResults:
 
 def objective_name(objective: str) -> str:
     return OBJECTIVE_NAMES.get(objective, objective.replace("_", "-"))
+
+
+def chosen_variant(tasks: Sequence[TaskResults], speedup: float) -> Method | None:
+    """The heads on which the policy is best on dev, in the mean over tasks, of those that all these tasks have; None
+    before dev has judged any."""
+    on_dev = [results.policy_on_dev(speedup) for results in tasks]
+    shared = set.intersection(*map(set, on_dev)) if on_dev else set()
+    if not shared:
+        return None
+    best = max(sorted(shared), key=lambda objective: statistics.mean(one[objective] for one in on_dev))
+    return best, "policy"
 
 
 def mean_of_known(values: Sequence[float | None]) -> float | None:

@@ -184,26 +184,26 @@ def judge_on_dev(results, consistentee, layer_weighted):
     ],
 )
 def test_dev_chooses_the_variant(results, consistentee, layer_weighted, chosen):
-    assert results.chosen_variant(2.0) is None
+    assert compare_results.chosen_variant([results], 2.0) is None
     judge_on_dev(results, consistentee, layer_weighted)
-    assert results.chosen_variant(2.0) == (chosen, "policy")
+    assert compare_results.chosen_variant([results], 2.0) == (chosen, "policy")
 
 
 def test_any_heads_may_be_chosen(results):
     judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
     results.runs["two_stage"] = {2: result("two_stage", 2) | {"policy_on_dev": {"2.0": 0.95}}}
     results.runs["two_stage"][2]["at_speedup"] = {"policy": dict.fromkeys(SPEEDUPS, 0.7)}
-    assert results.chosen_variant(2.0) == ("two_stage", "policy")
+    assert compare_results.chosen_variant([results], 2.0) == ("two_stage", "policy")
     results.runs["two_stage"][2]["policy_on_dev"]["2.0"] = 0.89
     # Of seed 2 alone, the only one that all three share.
-    assert results.chosen_variant(2.0) == ("consistentee", "policy")
+    assert compare_results.chosen_variant([results], 2.0) == ("consistentee", "policy")
     del results.runs["consistentee"]
-    assert results.chosen_variant(2.0) is None
+    assert compare_results.chosen_variant([results], 2.0) is None
 
 
 def test_no_variant_without_a_seed_in_common(results):
     judge_on_dev(results, (0.9, None), (None, 0.9))
-    assert results.chosen_variant(2.0) is None
+    assert compare_results.chosen_variant([results], 2.0) is None
     assert compare_report.chosen_section([results]) == ""
 
 
@@ -214,12 +214,24 @@ def test_chosen_variant_against_the_best_baseline(results):
     text = compare_report.chosen_section([results])
     # Of 93, 87, 80 and 84 one is above 91.
     row = ["ConsistentEE, policy by budget", "91.0 ± 1.4", "layer-weighted, margin", "93.0 ± 0.0", "1 of 4"]
-    assert cells(text, "trec") == [row]
+    assert cells(text, "trec") == [row, row], "chosen for the task, and for all tasks"
     assert "At or above it in 0 of 1 tasks" in text
     judge_on_dev(results, (0.8, 0.9), (0.86, 0.86))
     text = compare_report.chosen_section([results])
     assert cells(text, "trec")[0][:2] == ["layer-weighted, policy by budget", "95.5 ± 0.7"]
     assert "At or above it in 1 of 1 tasks" in text
+
+
+def test_a_variant_for_all_tasks(results, wanted, folder):
+    """Each task prefers other heads; in the mean over both, the layer-weighted ones win."""
+    other = compare_results.read_results(wanted, folder)[0][0]
+    judge_on_dev(results, (0.8, 0.8), (0.7, 0.7))
+    judge_on_dev(other, (0.5, 0.5), (0.9, 0.9))
+    text = compare_report.chosen_section([results, other])
+    names = [row[0] for row in cells(text, "trec")]
+    assert names == ["ConsistentEE, policy by budget", *["layer-weighted, policy by budget"] * 3]
+    assert "At or above it in 1 of 2 tasks" in text and "in all tasks: at or above it in 2 of 2" in text
+    assert compare_results.chosen_variant([], 2.0) is None
 
 
 def test_no_baseline_stands_on_heads_that_a_policy_trained(results):
