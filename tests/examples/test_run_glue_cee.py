@@ -202,7 +202,9 @@ def test_pairs_and_regression(checkpoint, tmp_path):
     options |= {"phases": "heads", "regression": True, "label_column": "score", "eval_timing_rows": 0}
     words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
     results = run_glue_cee.main([*words, "--text_columns", "one", "two"])
-    assert list(results["comparisons"]["test"]["curves"]) == ["policy"]
+    # Patience looks at predictions; max_probability and entropy need classes.
+    assert list(results["comparisons"]["test"]["curves"]) == ["policy", "patience"]
+    assert "max_probability, entropy do not apply" in (tmp_path / "out" / "README.md").read_text()
     assert set(results["comparisons"]["test"]["full"].metrics) == {"pearson", "spearmanr"}
 
 

@@ -106,7 +106,7 @@ class TestConfidence:
 
     def test_regression_has_none(self):
         for scores in (confidence_scores, predicted_classes):
-            with pytest.raises(ValueError, match=r"regression.*policy_inputs"):
+            with pytest.raises(ValueError, match=r"`policy_inputs` with.*regression.*accepted are 'state'"):
                 scores(torch.zeros(2, 1), "regression")
 
 

@@ -143,13 +143,14 @@ def score_store(
     if isinstance(risk, str) and risk not in RISKS:
         raise ValueError(f"`risk`={risk!r} is unknown; accepted are {', '.join(RISKS)}, losses, or a function.")
     deciding = store.deciding()
+    scores = score_exits(criterion, store, policies, settings, min_exit_layer)
     losses = _store_losses(store, risk)
     last_scores = None
     if criterion in CONFIDENCE_FEATURES and store.logits is not None:
         last_scores = confidence_scores(store.logits[:, -1], store.problem_type)[CONFIDENCE_FEATURES[criterion]]
     return ExitScores(
         criterion,
-        score_exits(criterion, store, policies, settings, min_exit_layer)[deciding],
+        scores[deciding],
         store.layers,
         store.disagrees[deciding],
         losses[deciding],

@@ -17,7 +17,9 @@ NUM_CONFIDENCE_FEATURES = 5
 _MAX_LOGIT = 30.0
 
 
-def check_has_classes(problem_type: str, asked: str = "Confidence", accepted: str = "") -> None:
+def check_has_classes(
+    problem_type: str, asked: str = "`policy_inputs` with confidence", accepted: str = "'state'"
+) -> None:
     """Raises `ValueError` for a problem whose logits are no scores of classes.
 
     Args:
@@ -26,8 +28,7 @@ def check_has_classes(problem_type: str, asked: str = "Confidence", accepted: st
         accepted (`str`): values of it that do not.
     """
     if problem_type == "regression":
-        accepted = accepted and f"; accepted are {accepted}"
-        raise ValueError(f"{asked}: `problem_type`='regression' has no class probabilities{accepted}.")
+        raise ValueError(f"{asked}: `problem_type`='regression' has no class probabilities; accepted are {accepted}.")
 
 
 def class_probabilities(logits: Tensor, problem_type: str) -> Tensor:
