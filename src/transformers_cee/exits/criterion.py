@@ -131,7 +131,8 @@ class ExitCriterion(ABC):
         policies: ExitPolicies | None = None,
         settings: CriterionSettings | None = None,
     ) -> None:
-        if self.needs_classes:
+        if self.needs_classes and problem_type == "regression":
+            # Made where it fails only: a criterion is built for every walk.
             accepted = sorted(name for name, cls in CRITERIA.items() if not cls.needs_classes)
             check_has_classes(problem_type, f"`exit_criterion`={self.name!r}", ", ".join(accepted))
         self.thresholds = thresholds

@@ -110,8 +110,8 @@ class BertForConsistentEE(BertPreTrainedModel):
             attention_mask (`Tensor` of shape `(batch, time)`, *optional*): 1 at tokens, 0 at padding, on either side.
             labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, indicators or values, by `config.problem_type`, which the first labels settle where it is
-                None. In training mode all exits are trained
-                (layer-weighted) and no row leaves early; in evaluation mode the loss is that of the exits taken.
+                None. In training mode all exits are trained (layer-weighted) and no row leaves early; in evaluation
+                mode the loss is that of the exits taken.
             exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to `config.exit_threshold`):
                 A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
                 all out at the first exit. A list holds one number per exit; a name stands for one of
