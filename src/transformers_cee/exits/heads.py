@@ -11,15 +11,15 @@ def first_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
     """State (rows, hidden) of each row's first unmasked token; column 0 without a mask."""
     if padding_mask is None:
         return hidden_states[:, 0]
-    first = padding_mask.to(torch.int8).argmax(1)
-    return hidden_states[torch.arange(len(first), device=first.device), first]
+    first = (padding_mask != 0).to(torch.int8).argmax(1)
+    return hidden_states[torch.arange(first.shape[0], device=first.device), first]
 
 
 def mean_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
     """Mean (rows, hidden) over each row's unmasked tokens, in float32 inside."""
     if padding_mask is None:
         return hidden_states.mean(1)
-    weights = padding_mask.to(torch.float32).unsqueeze(-1)
+    weights = (padding_mask != 0).to(torch.float32).unsqueeze(-1)
     total = (hidden_states.float() * weights).sum(1)
     return (total / weights.sum(1).clamp_min(1.0)).to(hidden_states.dtype)
 

@@ -88,6 +88,10 @@ class EarlyExitGenerationMixin(GenerationMixin):
             ValueError: an exit argument is out of range, or exits meet a way to generate that does not support them:
                 drafting assistants, static or quantized caches, `use_cache=False`.
         """
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # Transformers counts positions by adding it up.
+            kwargs["attention_mask"] = (mask != 0).long()
         trace = ExitTrace()
         outer = _TRACE.set(trace)
         try:

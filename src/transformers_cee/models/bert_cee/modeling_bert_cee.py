@@ -107,7 +107,8 @@ class BertForConsistentEE(BertPreTrainedModel):
 
         Args:
             input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
-            attention_mask (`Tensor` of shape `(batch, time)`, *optional*): 1 at tokens, 0 at padding, on either side.
+            attention_mask (`Tensor` of shape `(batch, time)`, *optional*):
+                0 at padding, on either side; anything else, of any dtype, at tokens.
             labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, indicators or values, by `config.problem_type`, which the first labels settle where it is
                 None. In training mode all exits are trained (layer-weighted) and no row leaves early; in evaluation
@@ -135,6 +136,9 @@ class BertForConsistentEE(BertPreTrainedModel):
         """
         problem_type = resolve_problem_type(self.config.problem_type, self.num_labels, labels)
         rows = _check_inputs(input_ids, inputs_embeds, attention_mask)
+        if attention_mask is not None:
+            # What is not 0 is a token, whatever its number.
+            attention_mask = attention_mask != 0
         if labels is not None:
             check_labels(labels, rows, self.num_labels, problem_type)
             # As stock BERT does: what logits mean is saved with the model, for whoever has no labels.

@@ -212,7 +212,9 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
 
         Args:
             input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
-            attention_mask (`Tensor` of shape `(batch, past + time)`, *optional*): 1 at tokens, 0 at padding.
+            attention_mask (`Tensor` of shape `(batch, past + time)`, *optional*):
+                0 at padding; anything else, of any dtype, at tokens. Or, but for decode steps with exits, what the
+                attention itself takes, of shape `(batch, 1, time, past + time)`.
             past_key_values (`Cache`, *optional*): of the tokens before; an [`EarlyExitCache`] for decode steps with
                 exits, see `EarlyExitCache.from_cache`.
             labels (`LongTensor` of shape `(batch, time)`, *optional*):
@@ -242,6 +244,9 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
                 missing, or an exit argument out of range. No layer has run by then.
         """
         _check_inputs(input_ids, inputs_embeds, labels, output_all_exits or sample_exits)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            # What is not 0 is a token, whatever its number.
+            attention_mask = attention_mask != 0
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
@@ -393,6 +398,11 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
                 f"`past_key_values` of type {type(cache).__name__} cannot hold tokens that leave early; use "
                 "`EarlyExitCache.from_cache`."
             )
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"`attention_mask` of shape {tuple(attention_mask.shape)} must be (batch, past + 1) in a decode step "
+                "with exits, where rows leave; set `exit_threshold`=1.0 for other masks."
+            )
         decoder = self._as_decoder
         if skipped_kv == "copy":
             complete_waiting(decoder, cache, attention_mask)
@@ -486,10 +496,14 @@ def _may_exit(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Positions (batch, time) that generation would run as decode steps: the text that is to be learnt, but for a
     row's first token, which has nothing before it."""
     may_exit = labels != -100
+    if attention_mask is not None and attention_mask.dim() == 4:
+        # Also of several texts packed into one row.
+        seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        return may_exit & (seen.sum(-1) > 1)
     if attention_mask is None or attention_mask.shape != labels.shape:
         may_exit[:, 0] = False
     else:
-        may_exit.scatter_(1, attention_mask.to(torch.int8).argmax(1, keepdim=True), False)
+        may_exit.scatter_(1, (attention_mask != 0).to(torch.int8).argmax(1, keepdim=True), False)
     return may_exit
 
 
