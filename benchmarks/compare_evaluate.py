@@ -106,7 +106,7 @@ class Evaluation:
         family = {}
         for alpha in alphas:
             set_seed(args.seed)
-            policies = make_policies(config, len(store.layers) - 1)
+            policies = make_policies(config, store.layers.tolist())
             rewards = StoredRewards.of(store, memorized, config, loss=args.reward_loss, alpha=alpha)
             self.train_policies(policies, rewards)
             family[alpha] = policies.eval()
@@ -116,7 +116,7 @@ class Evaluation:
         """Policies for all prices, trained on stored rows."""
         config, args = self.model.config, self.arguments
         set_seed(args.seed)
-        policies = make_policies(config, len(store.layers) - 1)
+        policies = make_policies(config, store.layers.tolist())
         memorized = memorized_layers(store.correct, store.layers)
         rewards = StoredRewards.of(store, memorized, config, loss=args.reward_loss, is_conditioned=True)
         self.train_policies(policies, rewards)

@@ -35,7 +35,7 @@ def slow_logit(policies, state, index, alpha):
 class TestConditionedPolicies:
     def make(self, condition, **options):
         torch.manual_seed(0)
-        return ExitPolicies(3, 8, 4, "gelu", condition=condition, alphas=(0.001, 0.5), **options)
+        return ExitPolicies([1, 2, 3], 8, 4, "gelu", condition=condition, alphas=(0.001, 0.5), **options)
 
     def test_slow_reference(self, condition):
         policies, states = self.make(condition), torch.randn(5, 4, 8)
@@ -77,7 +77,7 @@ class TestConditionedPolicies:
 
 class TestUnconditioned:
     def test_price_changes_nothing(self):
-        policies, states = ExitPolicies(3, 8, 4, "gelu"), torch.randn(5, 4, 8)
+        policies, states = ExitPolicies([1, 2, 3], 8, 4, "gelu"), torch.randn(5, 4, 8)
         assert not policies.is_conditioned
         torch.testing.assert_close(policies(states), policies(states, None, 0.3))
 

@@ -48,7 +48,7 @@ class TestPooling:
 
 class TestNorms:
     def test_one_per_exit(self):
-        norms = ExitNorms("layer_norm", 3, 4, eps=1e-5)
+        norms = ExitNorms("layer_norm", [1, 2, 3], 4, eps=1e-5)
         nn.init.constant_(norms.norms[1].bias, 2.0)
         state = torch.randn(5, 4)
         expected = (state - state.mean(1, keepdim=True)) / (state.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -56,21 +56,21 @@ class TestNorms:
         torch.testing.assert_close(norms(state, 1), expected + 2)
 
     def test_none(self):
-        norms = ExitNorms("none", 3, 4, eps=1e-5)
+        norms = ExitNorms("none", [1, 2, 3], 4, eps=1e-5)
         state = torch.randn(5, 4)
         assert norms(state, 2) is state and not list(norms.parameters())
 
 
 class TestHeads:
     def test_untied(self):
-        heads = ExitHeads(2, 4, 3, dropout=0.0)
+        heads = ExitHeads([1, 2], 4, 3, dropout=0.0)
         state = torch.randn(5, 4)
         for index, head in enumerate(heads.heads):
             torch.testing.assert_close(heads(state, index), state @ head.weight.T + head.bias)
         assert not torch.equal(heads.heads[0].weight, heads.heads[1].weight)
 
     def test_dropout_in_training_only(self):
-        heads = ExitHeads(1, 64, 3, dropout=0.5)
+        heads = ExitHeads([1], 64, 3, dropout=0.5)
         state = torch.randn(2, 64)
         assert not torch.equal(heads(state, 0), heads(state, 0))
         heads.eval()

@@ -12,7 +12,7 @@ from transformers_cee.exits.configuration import LM_EXIT_HEADS
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms, LowRankAdapter
 
 
-def made(kind, internal=3):
+def made(kind, internal=(2, 4, 5)):
     return (
         LMExitNorms(kind, internal, 8, 1e-5, lambda: nn.RMSNorm(8)),
         LMExitHeads(kind, internal, 8, 11, rank=2),
@@ -64,5 +64,5 @@ def test_logits(kind):
 
 @pytest.mark.parametrize("kind", LM_EXIT_HEADS)
 def test_no_internal_exit(kind):
-    exit_norms, exit_heads = made(kind, internal=0)
+    exit_norms, exit_heads = made(kind, internal=())
     assert not list(exit_norms.parameters()) and not list(exit_heads.parameters())

@@ -151,7 +151,7 @@ class TestPolicies:
         assert history.features(torch.zeros(1, 3), "single_label_classification").shape == (1, 5)
 
     def test_no_internal_exit(self):
-        policies = ExitPolicies(0, 8, 4, "gelu")
+        policies = ExitPolicies([], 8, 4, "gelu")
         assert all_features(torch.zeros(3, 1, 2)).shape == (3, 0, 5)
         assert policies(torch.zeros(3, 1, 8), torch.zeros(3, 0, 5)).shape == (3, 0)
         assert policies(torch.zeros(3, 1, 8)).shape == (3, 0)
@@ -172,21 +172,21 @@ class TestPolicies:
     @pytest.mark.parametrize("inputs", ["confidence", "both"])
     def test_features_are_asked_for(self, inputs):
         with pytest.raises(ValueError, match=rf"`policy_inputs`='{inputs}' needs `features`.*None"):
-            ExitPolicies(2, 8, 4, "gelu", inputs)(torch.zeros(3, 3, 8))
+            ExitPolicies([1, 2], 8, 4, "gelu", inputs)(torch.zeros(3, 3, 8))
 
     def test_features_are_left_alone_by_policies_that_look_at_states(self):
-        policies, states = ExitPolicies(2, 8, 4, "gelu"), torch.randn(3, 3, 8)
+        policies, states = ExitPolicies([1, 2], 8, 4, "gelu"), torch.randn(3, 3, 8)
         assert torch.equal(policies(states, torch.randn(3, 2, 5)), policies(states))
 
     @pytest.mark.parametrize("inputs,width", [("state", 8), ("confidence", 5), ("both", 13)])
     def test_shape_of_a_network(self, inputs, width):
-        policies = ExitPolicies(2, 8, 4, "relu", inputs)
+        policies = ExitPolicies([1, 2], 8, 4, "relu", inputs)
         first, activation, second = policies.networks[1]
         assert (first.in_features, first.out_features, second.out_features) == (width, 4, 1)
         assert float(activation(torch.tensor(-1.0))) == 0.0
 
     def test_logits_stay_where_float32_has_numbers(self):
-        policies = ExitPolicies(1, 2, 4, "gelu")
+        policies = ExitPolicies([1], 2, 4, "gelu")
         with torch.no_grad():
             policies.networks[0][-1].bias.fill_(-1e9)
         logit = policies.exit_logit(torch.zeros(1, 2), None, 0)

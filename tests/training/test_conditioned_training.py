@@ -38,7 +38,7 @@ def slow_loss(policies, states, rewards, prices, alphas, num_layers):
 class TestObjective:
     def parts(self, condition):
         torch.manual_seed(0)
-        policies = ExitPolicies(3, 8, 4, "gelu", condition=condition, alphas=(0.01, 1.0))
+        policies = ExitPolicies([1, 2, 3], 8, 4, "gelu", condition=condition, alphas=(0.01, 1.0))
         layers = torch.tensor([2.0, 4.0, 6.0, 8.0])
         prices = layers * torch.rand(5, 1)
         return PolicyObjective(policies, num_layers=8), torch.randn(5, 4, 8), -torch.rand(5, 4), prices
@@ -173,7 +173,7 @@ def test_budgets_of_one_speed_are_refused(tmp_path):
 
 def test_budgets_need_an_open_threshold():
     with pytest.raises(ValueError, match=r"`exit_threshold`=1\.0 must lie in \[0, 1\)"):
-        fit_exit_budgets(ExitPolicies(3, 8, 4, "gelu", condition="film"), None, exit_threshold=1.0)
+        fit_exit_budgets(ExitPolicies([1, 2, 3], 8, 4, "gelu", condition="film"), None, exit_threshold=1.0)
 
 
 def test_a_budget_reaches_every_way_to_ask(tmp_path):

@@ -134,7 +134,7 @@ class TestPolicy:
         trainer = tiny_text_trainer(tmp_path, model, eval_strategy="epoch", policy_entropy_bonus=0.1)
         trainer.train_policy()
         names = changed(before, model.state_dict())
-        assert names and all(name.startswith("exit_policies.networks.2.") for name in names)
+        assert names and all(name.startswith("exit_policies.networks.layer_3.") for name in names)
         assert all(3.0 <= entry.get("eval_depth", 4.0) <= 4.0 for entry in trainer.state.log_history)
 
     def test_user_reward(self, tmp_path):

@@ -57,8 +57,8 @@ class TestFingerprint:
             "bert.embeddings.word_embeddings.weight",
             "bert.encoder.layer.2.output.dense.bias",
             "bert.pooler.dense.weight",
-            "exit_heads.heads.1.weight",
-            "exit_norms.norms.0.bias",
+            "exit_heads.heads.layer_2.weight",
+            "exit_norms.norms.layer_1.bias",
             "classifier.bias",
         ],
     )

@@ -129,7 +129,7 @@ def test_nothing_else_changes():
     fit_exit_heads(model, make_batches())
     assert model.training
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"exit_heads.heads.0.down.weight", "exit_heads.heads.0.up.weight"}
+    assert changed == {"exit_heads.heads.layer_2.down.weight", "exit_heads.heads.layer_2.up.weight"}
 
 
 def test_bad_arguments():

@@ -90,12 +90,12 @@ def test_the_last_exits_own_norm():
         freeze_for_model_step(model, "internal_exits")
         names = trainable(model)
     assert {name for name in names if "norms" in name} == {
-        f"exit_norms.norms.{index}.{part}" for index in range(3) for part in ("weight", "bias")
+        f"exit_norms.norms.layer_{layer}.{part}" for layer in (1, 2, 3) for part in ("weight", "bias")
     }
     freeze_for_model_step(model, "last_exit")
     assert {name for name in trainable(model) if "exit_" in name} == {
-        "exit_norms.norms.3.weight",
-        "exit_norms.norms.3.bias",
+        "exit_norms.norms.layer_4.weight",
+        "exit_norms.norms.layer_4.bias",
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from transformers_cee.exits.by_layer import LayerModules, layer_name
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
 
 
@@ -40,15 +41,27 @@ class ErrorEstimator(nn.Module):
 
 
 class Temperatures(nn.Module):
-    """One temperature per internal exit; all 1 before they are fitted (Schwartz et al. 2020)."""
+    """One temperature per internal exit; all 1 before they are fitted (Schwartz et al. 2020).
 
-    def __init__(self, num_internal_exits: int) -> None:
+    Args:
+        layers (sequence of `int`): layers (1-based) of the internal exits.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
         super().__init__()
-        self.log_temperatures = nn.Parameter(torch.zeros(num_internal_exits))
+        for layer in layers:
+            self.register_parameter(layer_name(layer), nn.Parameter(torch.zeros(1)))
 
     def unfit(self) -> None:
         """Sets all temperatures to 1."""
-        init.zeros_(self.log_temperatures)
+        for log_temperature in self.parameters():
+            init.zeros_(log_temperature)
+
+    @property
+    def log_temperatures(self) -> Tensor:
+        """Logarithms (exits − 1,) of the temperatures."""
+        values = list(self.parameters())
+        return torch.cat(values) if values else torch.zeros(0)
 
     @property
     def temperatures(self) -> Tensor:
@@ -76,7 +89,7 @@ class ConsistencyEstimator(nn.Module):
         super().__init__()
         self.num_labels = num_labels if num_labels <= MAX_ONE_HOT else 0
         self.shares = [layer / layer_numbers[-1] for layer in layer_numbers[:-1]]
-        self.projections = nn.ModuleList([nn.Linear(hidden_size, STATE_PROJECTION) for _ in layer_numbers[:-1]])
+        self.projections = LayerModules(layer_numbers[:-1], lambda: nn.Linear(hidden_size, STATE_PROJECTION))
         self.widen = nn.Linear(STATE_PROJECTION + self.num_labels + 4, STATE_PROJECTION)
         self.narrow = nn.Linear(STATE_PROJECTION, 1)
 
@@ -100,11 +113,16 @@ class ConsistencyEstimator(nn.Module):
 
 class StateEstimator(nn.Module):
     """One linear layer per internal exit that expects from the exit state whether the exit predicts what the last one
-    will (CALM's meta classifier, Schuster et al. 2022)."""
+    will (CALM's meta classifier, Schuster et al. 2022).
 
-    def __init__(self, hidden_size: int, num_internal_exits: int) -> None:
+    Args:
+        hidden_size (`int`): size of an exit state.
+        layers (sequence of `int`): layers (1-based) of the internal exits.
+    """
+
+    def __init__(self, hidden_size: int, layers: Sequence[int]) -> None:
         super().__init__()
-        self.linears = nn.ModuleList([nn.Linear(hidden_size, 1) for _ in range(num_internal_exits)])
+        self.linears = LayerModules(layers, lambda: nn.Linear(hidden_size, 1))
 
     def forward(self, state: Tensor, index: int) -> Tensor:
         """Logits (rows,) of internal exit `index` (0-based) from states (rows, hidden)."""
@@ -143,11 +161,11 @@ def _num_labels(config: Any) -> int:
 # Name of the criterion to a function from a config to its estimator, before it is fitted.
 ESTIMATORS: dict[str, Callable[[Any], nn.Module]] = {
     "learning_to_exit": lambda config: ErrorEstimator(config.hidden_size),
-    "calibrated_probability": lambda config: Temperatures(len(config.exit_layer_numbers) - 1),
+    "calibrated_probability": lambda config: Temperatures(config.exit_layer_numbers[:-1]),
     "consistency": lambda config: ConsistencyEstimator(
         config.hidden_size, _num_labels(config), config.exit_layer_numbers
     ),
-    "state_classifier": lambda config: StateEstimator(config.hidden_size, len(config.exit_layer_numbers) - 1),
+    "state_classifier": lambda config: StateEstimator(config.hidden_size, config.exit_layer_numbers[:-1]),
     "token_hash": lambda config: TokenExits(config.vocab_size, len(config.exit_layer_numbers)),
 }
 

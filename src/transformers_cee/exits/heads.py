@@ -2,9 +2,13 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Pooling of hidden states into exit states, and the exit heads."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from transformers_cee.exits.by_layer import LayerModules
 
 
 def first_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -25,12 +29,19 @@ def mean_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 
 class ExitNorms(nn.Module):
-    """One LayerNorm per exit, or nothing."""
+    """One LayerNorm per exit, or nothing.
 
-    def __init__(self, kind: str, num_exits: int, hidden_size: int, eps: float) -> None:
+    Args:
+        kind (`str`): `exit_norm` of the config.
+        layers (sequence of `int`): layers (1-based) of all exits, the last one included.
+        hidden_size (`int`): size of an exit state.
+        eps (`float`): of the norms.
+    """
+
+    def __init__(self, kind: str, layers: Sequence[int], hidden_size: int, eps: float) -> None:
         super().__init__()
-        count = num_exits if kind == "layer_norm" else 0
-        self.norms = nn.ModuleList([nn.LayerNorm(hidden_size, eps=eps) for _ in range(count)])
+        own = layers if kind == "layer_norm" else ()
+        self.norms = LayerModules(own, lambda: nn.LayerNorm(hidden_size, eps=eps))
 
     def forward(self, state: Tensor, index: int) -> Tensor:
         if not len(self.norms):
@@ -42,13 +53,16 @@ class ExitNorms(nn.Module):
 class ExitHeads(nn.Module):
     """Untied linear heads of the internal exits. The last exit keeps the architecture's own classifier.
 
-    The list sits inside a container so that PEFT's `modules_to_save` accepts it.
+    Args:
+        layers (sequence of `int`): layers (1-based) of the internal exits.
+        hidden_size, num_labels (`int`): sizes of states and of logits.
+        dropout (`float`): share of a state that is dropped in training.
     """
 
-    def __init__(self, num_internal_exits: int, hidden_size: int, num_labels: int, dropout: float) -> None:
+    def __init__(self, layers: Sequence[int], hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.heads = nn.ModuleList([nn.Linear(hidden_size, num_labels) for _ in range(num_internal_exits)])
+        self.heads = LayerModules(layers, lambda: nn.Linear(hidden_size, num_labels))
 
     def forward(self, state: Tensor, index: int) -> Tensor:
         """Logits (rows, labels) of internal exit `index` (0-based) from its state (rows, hidden)."""

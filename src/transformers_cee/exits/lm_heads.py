@@ -2,9 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Norms and LM heads of a language model's internal exits. The last exit keeps the model's own norm and head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
+
+from transformers_cee.exits.by_layer import LayerModules
 
 
 class LMExitNorms(nn.Module):
@@ -12,21 +15,19 @@ class LMExitNorms(nn.Module):
 
     Args:
         kind (`str`): `exit_head` of the config.
-        num_internal_exits (`int`): internal exits.
+        layers (sequence of `int`): layers (1-based) of the internal exits.
         hidden_size (`int`): size of a hidden state.
         eps (`float`): of the norms.
         make_norm (`Callable`): makes a norm of the model's own kind.
     """
 
     def __init__(
-        self, kind: str, num_internal_exits: int, hidden_size: int, eps: float, make_norm: Callable[[], nn.Module]
+        self, kind: str, layers: Sequence[int], hidden_size: int, eps: float, make_norm: Callable[[], nn.Module]
     ) -> None:
         super().__init__()
-        count = 0 if kind == "shared" else num_internal_exits
         if kind == "layernorm_linear":
-            self.norms = nn.ModuleList([nn.LayerNorm(hidden_size, eps=eps) for _ in range(count)])
-        else:
-            self.norms = nn.ModuleList([make_norm() for _ in range(count)])
+            make_norm = partial(nn.LayerNorm, hidden_size, eps=eps)
+        self.norms = LayerModules(() if kind == "shared" else layers, make_norm)
 
     @property
     def is_shared(self) -> bool:
@@ -40,16 +41,14 @@ class LMExitNorms(nn.Module):
 class LMExitHeads(nn.Module):
     """What each internal exit has of its own between its normed state and its logits.
 
-    The list sits inside a container so that PEFT's `modules_to_save` accepts it.
-
     Args:
         kind (`str`): `exit_head` of the config.
-        num_internal_exits (`int`): internal exits.
+        layers (sequence of `int`): layers (1-based) of the internal exits.
         hidden_size, vocab_size (`int`): sizes of states and of logits.
         rank (`int`): of the adapters of `"low_rank"`.
     """
 
-    def __init__(self, kind: str, num_internal_exits: int, hidden_size: int, vocab_size: int, rank: int) -> None:
+    def __init__(self, kind: str, layers: Sequence[int], hidden_size: int, vocab_size: int, rank: int) -> None:
         super().__init__()
         self.kind = kind
         make: Callable[[], nn.Module] | None = {
@@ -57,7 +56,7 @@ class LMExitHeads(nn.Module):
             "untied": lambda: nn.Linear(hidden_size, vocab_size, bias=False),
             "layernorm_linear": lambda: nn.Linear(hidden_size, vocab_size, bias=True),
         }.get(kind)
-        self.heads = nn.ModuleList([] if make is None else [make() for _ in range(num_internal_exits)])
+        self.heads = LayerModules((), nn.Identity) if make is None else LayerModules(layers, make)
 
     @property
     def share_head(self) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from transformers_cee.exits.by_layer import LayerModules
+
 
 NUM_CONFIDENCE_FEATURES = 5
 # Keeps float32 probabilities away from 0, so that a threshold of 0 lets everything out at the first exit.
@@ -117,6 +119,9 @@ class ExitPolicies(nn.Module):
     each row while they train, and asked for in use.
 
     Args:
+        layers (sequence of `int`): layers (1-based) of the internal exits.
+        state_size, hidden_size (`int`): sizes of an exit state and of the hidden layer.
+        activation (`str`): a name of `transformers.activations.ACT2FN`.
         inputs (`str`): `"state"`, `"confidence"` or `"both"`.
         condition (`str`): `"none"`, `"input"` (one more input) or `"film"` (scale and shift of the hidden units, Perez
             et al. 2018).
@@ -126,7 +131,7 @@ class ExitPolicies(nn.Module):
 
     def __init__(
         self,
-        num_internal_exits: int,
+        layers: Sequence[int],
         state_size: int,
         hidden_size: int,
         activation: str,
@@ -144,14 +149,10 @@ class ExitPolicies(nn.Module):
         )
         if condition == "input":
             width += 1
-        self.networks = nn.ModuleList(
-            [
-                nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1))
-                for _ in range(num_internal_exits)
-            ]
+        self.networks = LayerModules(
+            layers, lambda: nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1))
         )
-        films = num_internal_exits if condition == "film" else 0
-        self.films = nn.ModuleList([nn.Linear(1, 2 * hidden_size) for _ in range(films)])
+        self.films = LayerModules(layers if condition == "film" else (), lambda: nn.Linear(1, 2 * hidden_size))
 
     @property
     def needs_logits(self) -> bool:
@@ -254,10 +255,10 @@ class ExitPolicies(nn.Module):
         return torch.stack(columns, dim=1) if columns else states.new_zeros(len(states), 0)
 
 
-def make_policies(config: Any, num_internal_exits: int) -> ExitPolicies:
-    """The policy networks that a config describes."""
+def make_policies(config: Any, layers: Sequence[int]) -> ExitPolicies:
+    """The policy networks that a config describes, for exits after `layers` (1-based), the last exit included."""
     return ExitPolicies(
-        num_internal_exits,
+        layers[:-1],
         config.hidden_size,
         config.policy_hidden_size,
         config.policy_activation,

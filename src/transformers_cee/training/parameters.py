@@ -60,7 +60,7 @@ def freeze_for_model_step(model: nn.Module, trainable: str, policies: bool = Fal
             parameter.requires_grad_(False)
     if trainable in ("last_exit", "internal_exits"):
         bare = bare_model(model)
-        internal, norms = len(bare.layer_numbers) - 1, active_module(bare.exit_norms).norms
+        internal, norms = len(bare.layer_numbers) - 1, list(active_module(bare.exit_norms).norms)
         idle = norms[internal:] if trainable == "internal_exits" else (*norms[:internal], bare.exit_heads)
         for module in idle:
             module.requires_grad_(False)

@@ -226,7 +226,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
         mark = fingerprint(self._exit_model, self.train_dataset)
         for alpha in alphas:
             set_seed(self.args.seed)
-            policies = make_policies(config, len(config.exit_layer_numbers) - 1).to(own)
+            policies = make_policies(config, self._exit_model.layer_numbers).to(own)
             self._policy(self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha, mark)
             family[alpha] = policies.eval()
         return family

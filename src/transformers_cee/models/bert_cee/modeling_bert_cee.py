@@ -49,14 +49,13 @@ class BertForConsistentEE(BertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.layer_numbers = config.exit_layer_numbers
-        internal = len(self.layer_numbers) - 1
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.bert = BertModel(config, add_pooling_layer=config.exit_pooling == "cls")
-        self.exit_norms = ExitNorms(config.exit_norm, internal + 1, config.hidden_size, config.layer_norm_eps)
-        self.exit_heads = ExitHeads(internal, config.hidden_size, config.num_labels, dropout)
+        self.exit_norms = ExitNorms(config.exit_norm, self.layer_numbers, config.hidden_size, config.layer_norm_eps)
+        self.exit_heads = ExitHeads(self.layer_numbers[:-1], config.hidden_size, config.num_labels, dropout)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.exit_policies = make_policies(config, internal)
+        self.exit_policies = make_policies(config, self.layer_numbers)
         self.exit_estimators = make_estimators(config)
         self.post_init()
 

@@ -66,7 +66,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         # Transformers guesses this from the class name, and Trainer counts labels by it.
         self.loss_type = "ForCausalLM"
         self.layer_numbers = config.exit_layer_numbers
-        internal = len(self.layer_numbers) - 1
+        internal = self.layer_numbers[:-1]
         self.vocab_size = config.vocab_size
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -80,7 +80,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         self.exit_heads = LMExitHeads(
             config.exit_head, internal, config.hidden_size, config.vocab_size, config.exit_head_rank
         )
-        self.exit_policies = make_policies(config, internal)
+        self.exit_policies = make_policies(config, self.layer_numbers)
         self.exit_estimators = make_estimators(config)
         self.post_init()
 
