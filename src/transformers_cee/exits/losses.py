@@ -5,10 +5,15 @@
 Logits carry any leading dimensions: (rows, labels) of one exit or (rows, exits, labels) of all.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -21,7 +26,7 @@ def resolve_problem_type(problem_type: str | None, num_labels: int, labels: Tens
         return problem_type
     if num_labels == 1:
         return "regression"
-    if labels is not None and labels.is_floating_point():
+    if labels is not None and (labels.is_floating_point() or (labels.dtype == torch.bool and labels.dim() == 2)):
         return "multi_label_classification"
     return "single_label_classification"
 
@@ -64,7 +69,7 @@ def exit_losses(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         `Tensor` of shape `(rows[, exits])`, float32.
     """
     if problem_type == "single_label_classification":
-        targets = labels.reshape(-1, *(1,) * (logits.dim() - 2)).expand(logits.shape[:-1])
+        targets = labels.long().reshape(-1, *(1,) * (logits.dim() - 2)).expand(logits.shape[:-1])
         losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
         return losses.view(logits.shape[:-1])
     logits, labels = _match(logits, labels)
@@ -88,3 +93,44 @@ def layer_weighted(losses: Tensor) -> Tensor:
     initialisation)."""
     weights = torch.arange(1, losses.shape[-1] + 1, device=losses.device, dtype=losses.dtype)
     return (losses * (weights / weights.sum())).sum(-1).mean()
+
+
+class OwnLoss:
+    """Mixin before a `PreTrainedModel` whose losses are those of its exits: another `loss_function` is refused.
+
+    Raises:
+        ValueError: `model.loss_function = …`.
+    """
+
+    @property
+    def loss_function(self) -> Any:
+        return super().loss_function  # type: ignore[misc]
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        raise ValueError(
+            f"`loss_function`={value!r} would be given one exit's logits, and all exits learn. Make a loss of what "
+            "`output_all_exits`=True returns (a language model takes `token_loss` with it), or call the model without "
+            "`labels` and make one of its `logits`, which trains the last exit alone."
+        )
+
+
+def check_training_without_labels(num_items_in_batch: Any) -> None:
+    """In training mode, without labels and without a word about exits: says once what a loss on `logits` trains.
+
+    Raises:
+        ValueError: labels were there and somebody took them, which Trainer does.
+    """
+    if num_items_in_batch is not None:
+        raise ValueError(
+            f"`labels` is None, but `num_items_in_batch`={num_items_in_batch} counts them: `label_smoothing_factor` "
+            "and `compute_loss_func` of 🤗 Trainer take the labels away and make a loss of `logits`, which trains the "
+            "last exit alone. Train without them, or override `compute_loss` of Trainer with a loss of what "
+            "`output_all_exits`=True returns."
+        )
+    if torch.is_grad_enabled():
+        logger.warning_once(
+            "A model with exits is called in training mode without `labels`: it runs at full depth, and a loss on "
+            "`logits` trains the last exit alone. With `labels`, or with a loss of what `output_all_exits`=True "
+            "returns, all exits learn."
+        )

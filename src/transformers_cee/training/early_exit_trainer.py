@@ -78,11 +78,12 @@ class EarlyExitTrainer(Trainer):
         self._exit_loss: Callable[[Tensor], Tensor] = torch.mean
         self._full_depth: KnownText | None = None
         self._per_token: bool = self._exit_model.exits_per_token
+        # Of an encoder, a phase's loss is a mean over the micro-batch.
+        self.model_accepts_loss_kwargs = self._per_token
         if self._per_token:
             self.data_collator = PlainTextLabels(self.data_collator)
             # Losses are divided by the counted tokens of all micro-batches and processes, see `compute_loss` of
             # `ConsistentEETrainer`; `_get_num_items_in_batch` shifts labels itself.
-            self.model_accepts_loss_kwargs = True
             self._loss_shifts_labels = False
 
     @property

@@ -440,7 +440,7 @@ class TestLosses:
         model = tiny_model(num_labels=num_labels, problem_type=kind, exit_layers=[1, 3, 4]).train()
         rows = random_rows(8, seed=1)
         labels = self.labels(kind, 8, num_labels)
-        output = model(**pad(rows), labels=labels, exit_threshold=0.0)
+        output = model(**pad(rows), labels=labels)
         walks = walks_of(model, rows, "policy", 1.0, problem_type=kind)
         losses = [self.expected(torch.stack([w.all_logits[i] for w in walks]), labels, kind) for i in range(4)]
         torch.testing.assert_close(
@@ -484,7 +484,7 @@ class TestGradients:
         thresholds = reference.spreading_thresholds(plain, rows, "policy")
         calls = {}
         for name, model in (("plain", plain), ("saving", saving)):
-            # Checkpointing acts in training mode only; without labels rows leave early there, too.
+            # Checkpointing acts in training mode only; rows leave early there, too, where they are asked to.
             model.train()
             calls[name] = []
             query = model.bert.encoder.layer[0].attention.self.query
@@ -641,7 +641,7 @@ class TestBadInput:
 
 
 def test_class_declares_what_trainer_and_compile_ask():
-    assert BertForConsistentEE.accepts_loss_kwargs is False
+    assert BertForConsistentEE.accepts_loss_kwargs is True
     assert BertForConsistentEE._can_compile_fullgraph is False
     ignored = set(tiny_model().config.keys_to_ignore_at_inference)
     fields = set(ExitClassifierOutput.__dataclass_fields__)

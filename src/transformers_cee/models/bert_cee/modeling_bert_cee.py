@@ -15,14 +15,21 @@ from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
-from transformers_cee.exits.losses import check_labels, exit_losses, layer_weighted, resolve_problem_type
+from transformers_cee.exits.losses import (
+    OwnLoss,
+    check_labels,
+    check_training_without_labels,
+    exit_losses,
+    layer_weighted,
+    resolve_problem_type,
+)
 from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.policy import all_features, make_policies
 from transformers_cee.exits.runner import ExitRun, RowBatch, run_all_exits, run_exits
 from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
 
 
-class BertForConsistentEE(BertPreTrainedModel):
+class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
     """BERT for sequence classification and regression in which every input leaves at its own layer (ConsistentEE,
     Zeng et al., AAAI 2024).
 
@@ -38,8 +45,8 @@ class BertForConsistentEE(BertPreTrainedModel):
     config: BertCeeConfig
     # A whole row leaves at once.
     exits_per_token = False
-    # The loss is a mean over the rows of one micro-batch: Trainer has to divide it by the accumulation steps.
-    accepts_loss_kwargs = False
+    # Losses are divided by `num_items_in_batch`, which Trainer then gives instead of dividing by accumulation steps.
+    accepts_loss_kwargs = True
     # How deep a batch goes depends on its data.
     _can_compile_fullgraph = False
 
@@ -100,6 +107,7 @@ class BertForConsistentEE(BertPreTrainedModel):
         output_all_exits: bool = False,
         gradient_equilibrium: bool = False,
         output_policies: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> ExitClassifierOutput:
         """Classifies each row at the first exit where the criterion lets it go.
@@ -110,8 +118,9 @@ class BertForConsistentEE(BertPreTrainedModel):
                 0 at padding, on either side; anything else, of any dtype, at tokens.
             labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, indicators or values, by `config.problem_type`, which the first labels settle where it is
-                None. In training mode all exits are trained (layer-weighted) and no row leaves early; in evaluation
-                mode the loss is that of the exits taken.
+                None. The loss is that of the exits taken. In training mode, where no exit argument is given, no row
+                leaves early and the loss is that of all exits (layer-weighted); without labels, `all_exit_logits` are
+                returned there, and a loss on `logits` trains the last exit alone.
             exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to `config.exit_threshold`):
                 A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
                 all out at the first exit. A list holds one number per exit; a name stands for one of
@@ -129,21 +138,30 @@ class BertForConsistentEE(BertPreTrainedModel):
             output_policies (`bool`, *optional*, defaults to `False`):
                 With `output_all_exits`, also return what the policies make of every internal exit, with gradient.
 
+            num_items_in_batch (`int`, *optional*):
+                Divides summed losses instead of the number of rows: all labels, of all micro-batches and processes.
+
         Raises:
             ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, a mask or labels that do not
-                fit, or a threshold that is out of range or of the wrong length. No layer has run by then.
+                fit, labels that Trainer took out, or a threshold that is out of range or of the wrong length. No
+                layer has run by then.
         """
         problem_type = resolve_problem_type(self.config.problem_type, self.num_labels, labels)
         rows = _check_inputs(input_ids, inputs_embeds, attention_mask)
         if attention_mask is not None:
             # What is not 0 is a token, whatever its number.
             attention_mask = attention_mask != 0
+        # In training mode nothing leaves unless it is asked to: the config says how the model is used.
+        asked = any(one is not None for one in (exit_threshold, exit_criterion, exit_budget))
+        all_exits = output_all_exits or (self.training and not asked)
+        output_all_exits = output_all_exits or (all_exits and labels is None)
+        if self.training and not asked and labels is None:
+            check_training_without_labels(num_items_in_batch)
         if labels is not None:
             check_labels(labels, rows, self.num_labels, problem_type)
             # As stock BERT does: what logits mean is saved with the model, for whoever has no labels.
             self.config.problem_type = problem_type
         decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
-        all_exits = output_all_exits or (self.training and labels is not None)
         if all_exits:
             # A criterion that has yet to be fitted, on all exits, is no reason to refuse them.
             check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
@@ -159,7 +177,7 @@ class BertForConsistentEE(BertPreTrainedModel):
         if all_exits and labels is not None:
             losses = exit_losses(run.all_logits, labels, problem_type)
         return ExitClassifierOutput(
-            loss=self._loss(run, losses, labels, problem_type),
+            loss=self._loss(run, losses, labels, problem_type, num_items_in_batch),
             logits=run.logits,
             exit_layers=run.exit_layers,
             exit_probabilities=run.scores,
@@ -200,12 +218,17 @@ class BertForConsistentEE(BertPreTrainedModel):
         # No mask for the layers means that nothing is padded: then pooling needs none either.
         return RowBatch(hidden_states, mask, None if mask is None else attention_mask)
 
-    def _loss(self, run: ExitRun, losses: Tensor | None, labels: Tensor | None, problem_type: str) -> Tensor | None:
+    def _loss(
+        self, run: ExitRun, losses: Tensor | None, labels: Tensor | None, problem_type: str, items: Tensor | int | None
+    ) -> Tensor | None:
         if labels is None:
             return None
-        if self.training and losses is not None:
+        if not self.training or losses is None:
+            losses = exit_losses(run.logits, labels, problem_type).unsqueeze(1)
+        if items is None:
             return layer_weighted(losses)
-        return exit_losses(run.logits, labels, problem_type).mean()
+        # A row of many labels counts as many items.
+        return layer_weighted(losses.sum(0, keepdim=True)) * (labels.numel() // len(losses)) / items
 
 
 def _bind(layer: nn.Module, kwargs: dict):

@@ -26,21 +26,19 @@ from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
-from transformers_cee.exits.losses import layer_weighted
+from transformers_cee.exits.losses import OwnLoss, check_training_without_labels, layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.policy import make_policies
 from transformers_cee.exits.runner import Layer, RowBatch, collect_states, run_token_exits
 from transformers_cee.exits.token_losses import CrossEntropy, TokenLoss, taken_exit_losses, token_exit_losses
+from transformers_cee.exits.token_targets import TokenTargets, token_targets
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, Rotary, complete_waiting, decode_step
 from transformers_cee.generation.mixin import EarlyExitGenerationMixin
 from transformers_cee.models.llama_cee.configuration_llama_cee import LlamaCeeConfig
 
 
-Loss = Tensor | None
-
-
-class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedModel):
+class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTrainedModel):
     """LLaMA for text generation in which every token leaves at its own layer (ConsistentEE, Zeng et al., AAAI 2024).
 
     Loads from its own checkpoints and from any LLaMA checkpoint, GGUF files included (`gguf_file=`). Norms and heads
@@ -203,7 +201,8 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
     ) -> ExitCausalLMOutput:
         """Runs the model: at full depth, to all exits, or each token to its own exit.
 
-        - Without `exit_threshold`: full depth, as the stock model; in training mode with `labels`, all exits.
+        - Without `exit_threshold`: full depth, as the stock model. In training mode with `labels`, the loss is that of
+          all exits, and `logits` are the last exit's; without labels, a loss on `logits` trains the last exit alone.
         - One token per row with `past_key_values` and `exit_threshold`: a decode step. Layers behind a token's exit
           are not executed for it.
         - Several tokens with `exit_threshold`, or `sample_exits`: the text is known, so each token leaves at its own
@@ -218,9 +217,11 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
             past_key_values (`Cache`, *optional*): of the tokens before; an [`EarlyExitCache`] for decode steps with
                 exits, see `EarlyExitCache.from_cache`.
             labels (`LongTensor` of shape `(batch, time)`, *optional*):
-                Tokens of the same positions, shifted inside; −100 where nothing is to be learnt.
+                Tokens of the same positions, shifted inside; −100 where nothing is to be learnt. `shift_labels` (what
+                each position is to predict) and `ignore_index` are taken as by the stock model.
             logits_to_keep (`int` or `LongTensor`, *optional*):
-                Positions from the end whose logits are computed, or which positions; 0 stands for all.
+                Positions from the end whose logits are returned, or which positions; 0 stands for all. The loss is
+                that of all positions.
             exit_threshold (`float`, `list[float]` or `str`, *optional*):
                 A token leaves at the first exit whose score is beyond it; a list holds one number per exit, a name
                 stands for one of `config.exit_operating_points`. `generate` fills in the default of the generation
@@ -241,25 +242,31 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
 
         Raises:
             ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, `labels` that do not fit or are
-                missing, or an exit argument out of range. No layer has run by then.
+                missing, also where Trainer took them out, or an exit argument out of range. No layer has run by then.
         """
-        _check_inputs(input_ids, inputs_embeds, labels, output_all_exits or sample_exits)
+        shape = _check_inputs(input_ids, inputs_embeds)
+        targets = token_targets(labels, shape, kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100))
+        if targets is None and (output_all_exits or sample_exits):
+            raise ValueError("`output_all_exits` and `sample_exits` need `labels`, which say what positions count.")
+        full_depth = exit_threshold is None and exit_budget is None and not sample_exits
+        if self.training and full_depth and targets is None:
+            check_training_without_labels(num_items_in_batch)
         if attention_mask is not None and attention_mask.dim() == 2:
             # What is not 0 is a token, whatever its number.
             attention_mask = attention_mask != 0
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
-        full_depth = exit_threshold is None and exit_budget is None and not sample_exits
-        if output_all_exits or (self.training and labels is not None and full_depth):
-            outputs = self._all_exits(
-                inputs, labels, token_loss or CrossEntropy(), num_items_in_batch, gradient_equilibrium, kwargs
-            )
+        if targets is not None and (output_all_exits or (self.training and full_depth)):
+            # All exits are told from training as Trainer knows it by what they are for: not to hold logits.
+            keep = None if output_all_exits else logits_to_keep
+            loss = token_loss or CrossEntropy()
+            outputs = self._all_exits(inputs, targets, loss, num_items_in_batch, gradient_equilibrium, keep, kwargs)
             if output_policies:
                 outputs.all_policy_logits = self.exit_policies(outputs.all_exit_states, outputs.all_exit_features)
             return outputs
         if full_depth:
-            return self._full_depth(inputs, labels, use_cache, logits_to_keep, num_items_in_batch, kwargs)
+            return self._full_depth(inputs, targets, use_cache, logits_to_keep, num_items_in_batch, kwargs)
         if sample_exits:
             decision = ExitDecision("policy", 1.0)
         else:
@@ -267,17 +274,23 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         first_exit = self._first_exit(min_exit_layer)
         criterion = model_criterion(self, decision, input_ids=input_ids, first_exit=first_exit)
         check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
-        if inputs_embeds.shape[1] == 1 and past_key_values is not None and labels is None:
+        if inputs_embeds.shape[1] == 1 and past_key_values is not None and targets is None:
             return self._decode(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv, kwargs)
         _check_known_text(skipped_kv, past_key_values)
         return self._known_text(
-            inputs, labels, criterion, first_exit, sample_exits, logits_to_keep, num_items_in_batch, kwargs
+            inputs, targets, criterion, first_exit, sample_exits, logits_to_keep, num_items_in_batch, kwargs
         )
 
     # The four ways to run
 
     def _full_depth(
-        self, inputs: tuple, labels: Loss, use_cache: bool | None, logits_to_keep: Any, items: Any, kwargs: dict
+        self,
+        inputs: tuple,
+        targets: TokenTargets | None,
+        use_cache: bool | None,
+        logits_to_keep: Any,
+        items: Any,
+        kwargs: dict,
     ) -> ExitCausalLMOutput:
         inputs_embeds, attention_mask, position_ids, cache = inputs
         if isinstance(cache, EarlyExitCache):
@@ -290,11 +303,11 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        states = outputs.last_hidden_state
+        logits = self.lm_head(_kept(states, logits_to_keep))
         loss = None
-        if labels is not None:
-            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
-            loss = _reduce(losses[labels[:, 1:].flatten() != -100], items)
+        if targets is not None:
+            loss = _reduce(self._last_losses(states, logits, targets), items)
         layers = torch.full(inputs_embeds.shape[:2], self.layer_numbers[-1], device=inputs_embeds.device)
         return ExitCausalLMOutput(
             loss=loss,
@@ -306,36 +319,44 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         )
 
     def _all_exits(
-        self, inputs: tuple, labels: Tensor, token_loss: TokenLoss, items: Any, equilibrium: bool, kwargs: dict
+        self,
+        inputs: tuple,
+        targets: TokenTargets,
+        token_loss: TokenLoss,
+        items: Any,
+        equilibrium: bool,
+        logits_to_keep: Any,
+        kwargs: dict,
     ) -> ExitCausalLMOutput:
-        counted = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
-        tokens = counted.flatten().nonzero().squeeze(1)
-        token_labels = labels.roll(-1, 1).flatten()[tokens]
-        exits = _Exits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, tokens))
+        exits = _Exits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, targets.positions))
         states = torch.stack(collect_states(*self._prepare(inputs, kwargs), exits, equilibrium), dim=1)
         found = token_exit_losses(
-            states, token_labels, self.exit_logits, token_loss, features=self.exit_policies.needs_logits
+            states, targets.tokens, self.exit_logits, token_loss, features=self.exit_policies.needs_logits
         )
-        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
+        logits = None
+        if logits_to_keep is not None:
+            last = len(self.layer_numbers) - 1
+            logits = self.lm_head(self.exit_state(_kept(exits.seen, logits_to_keep), last))
         # Summed first where the divisor is given: a part of a batch may hold nothing that counts.
         sums = found.losses.sum(0, keepdim=True)
         loss = layer_weighted(found.losses) if items is None else layer_weighted(sums) / items
         return ExitCausalLMOutput(
             loss=loss,
-            exit_layers=torch.full(labels.shape, self.layer_numbers[-1], device=labels.device),
+            logits=logits,
+            exit_layers=torch.full(targets.labels.shape, self.layer_numbers[-1], device=states.device),
             all_exit_states=states,
             all_exit_losses=found.losses,
             all_exit_predictions=found.predictions,
             all_exit_features=found.features,
-            token_labels=token_labels,
-            token_rows=rows.flatten()[tokens],
-            may_exit=_may_exit(labels, inputs[1]).flatten()[tokens],
+            token_labels=targets.tokens,
+            token_rows=targets.rows,
+            may_exit=targets.may_exit(inputs[1]).flatten()[targets.positions],
         )
 
     def _known_text(
         self,
         inputs: tuple,
-        labels: Loss,
+        targets: TokenTargets | None,
         criterion: ExitCriterion,
         first_exit: int,
         draw: bool,
@@ -345,7 +366,7 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
     ) -> ExitCausalLMOutput:
         shape, device = inputs[0].shape[:2], inputs[0].device
         may_exit = (
-            torch.ones(shape, dtype=torch.bool, device=device) if labels is None else _may_exit(labels, inputs[1])
+            torch.ones(shape, dtype=torch.bool, device=device) if targets is None else targets.may_exit(inputs[1])
         )
         batch, layers = self._prepare(inputs, kwargs)
         run = run_token_exits(
@@ -360,20 +381,18 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
         )
         taken, states = run.exits.flatten(), run.states
         found: dict[str, Tensor] = {}
-        if labels is not None:
-            tokens = F.pad(labels[:, 1:] != -100, (0, 1), value=False).flatten().nonzero().squeeze(1)
-            targets = labels.roll(-1, 1).flatten()[tokens]
-            num_exits = len(self.layer_numbers)
+        if targets is not None:
+            places, num_exits = targets.positions, len(self.layer_numbers)
             losses, predictions = taken_exit_losses(
-                states[tokens], taken[tokens], targets, self.exit_logits, num_exits
+                states[places], taken[places], targets.tokens, self.exit_logits, num_exits
             )
             found = {
                 "loss": _reduce(losses, items),
                 "token_losses": losses,
                 "token_predictions": predictions,
-                "token_labels": targets,
-                "token_rows": tokens // shape[1],
-                "may_exit": may_exit.flatten()[tokens],
+                "token_labels": targets.tokens,
+                "token_rows": targets.rows,
+                "may_exit": may_exit.flatten()[places],
             }
         logits = None
         if not draw:
@@ -433,6 +452,14 @@ class LlamaForConsistentEECausalLM(EarlyExitGenerationMixin, LlamaPreTrainedMode
 
     # Parts
 
+    def _last_losses(self, states: Tensor, logits: Tensor, targets: TokenTargets) -> Tensor:
+        """Losses (tokens,) of the last exit, from its normed states, or its logits where they are all there."""
+        if logits.shape[:2] == states.shape[:2]:
+            return F.cross_entropy(logits.flatten(0, 1)[targets.positions].float(), targets.tokens, reduction="none")
+        last, places = len(self.layer_numbers) - 1, targets.positions
+        taken = torch.full_like(places, last)
+        return taken_exit_losses(states.flatten(0, 1)[places], taken, targets.tokens, self.exit_logits, last + 1)[0]
+
     def _prepare(self, inputs: tuple, kwargs: dict) -> tuple[RowBatch, list[Layer]]:
         """The embedded batch and the layers bound to masks, positions and cache."""
         inputs_embeds, attention_mask, position_ids, cache = inputs
@@ -483,28 +510,16 @@ class _Exits:
         self.layer_numbers = model.layer_numbers
         self.logits = model.exit_logits
         self._model, self._pick = model, pick
+        # Hidden states (batch, time, hidden) of the last exit that was asked for its state.
+        self.seen: Tensor
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
+        self.seen = hidden_states
         return self._model.exit_state(self._pick(hidden_states), index)
 
 
 def _bind(layer: nn.Module, arguments: dict[str, Any]) -> Layer:
     return lambda batch: layer(batch.hidden_states, attention_mask=batch.attention_mask, **arguments)
-
-
-def _may_exit(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Positions (batch, time) that generation would run as decode steps: the text that is to be learnt, but for a
-    row's first token, which has nothing before it."""
-    may_exit = labels != -100
-    if attention_mask is not None and attention_mask.dim() == 4:
-        # Also of several texts packed into one row.
-        seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
-        return may_exit & (seen.sum(-1) > 1)
-    if attention_mask is None or attention_mask.shape != labels.shape:
-        may_exit[:, 0] = False
-    else:
-        may_exit.scatter_(1, (attention_mask != 0).to(torch.int8).argmax(1, keepdim=True), False)
-    return may_exit
 
 
 def _position_ids(position_ids: Tensor | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
@@ -525,8 +540,8 @@ def _reduce(losses: Tensor, items: Any) -> Tensor:
     return losses.mean() if items is None else losses.sum() / items
 
 
-def _check_inputs(input_ids: Loss, inputs_embeds: Loss, labels: Loss, needs_labels: bool) -> None:
-    """Raises `ValueError` on input that cannot be run."""
+def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, ...]:
+    """(batch, time) of the input; raises `ValueError` on input that cannot be run."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     given = input_ids if inputs_embeds is None else inputs_embeds
@@ -534,10 +549,7 @@ def _check_inputs(input_ids: Loss, inputs_embeds: Loss, labels: Loss, needs_labe
     shape = tuple(given.shape[:2])
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"The input of shape {shape} is empty; (batch, time) with at least one row and token needed.")
-    if labels is None and needs_labels:
-        raise ValueError("`output_all_exits` and `sample_exits` need `labels`, which say what positions count.")
-    if labels is not None and tuple(labels.shape) != shape:
-        raise ValueError(f"`labels` of shape {tuple(labels.shape)} must be (batch, time) = {shape}.")
+    return shape
 
 
 def _check_known_text(skipped_kv: str | None, cache: Cache | None) -> None:
