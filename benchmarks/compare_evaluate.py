@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from calibration_coverage import write_scores
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
@@ -37,6 +36,7 @@ from transformers_cee.training.policy_phase import StoredRewards, run_policy_pha
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from arguments import parse_arguments
+from baselines import settings_for
 from glue_data import Corpus, load_corpus, make_compute_metrics
 from run_glue_cee import tokenize
 
@@ -52,13 +52,6 @@ TIMED = ("policy", "max_probability")
 TIMED_SPEEDUP, TIMED_ROWS, TIMED_BATCHES = 2.0, 32, (1, 32)
 # Criteria whose scores are kept for trials of calibration.
 CALIBRATED = ("policy", "max_probability")
-
-
-def pad_tokens(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask` (rows, time)."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    return ids, (torch.arange(ids.shape[1]) < lengths).long()
 
 
 @dataclass
@@ -95,8 +88,7 @@ class Evaluation:
 
     def settings(self, split: str) -> CriterionSettings:
         """What criteria need besides, for the rows of a split."""
-        ids, mask = pad_tokens(self.splits[split]["input_ids"])
-        return criterion_settings(self.model, input_ids=ids, attention_mask=mask)
+        return settings_for(self.model, self.splits[split]["input_ids"])
 
     def policies_at(self, alphas: Sequence[float]) -> dict[float, ExitPolicies]:
         """Policies trained apart, one set per price of a layer, on the stored training rows."""

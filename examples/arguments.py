@@ -5,11 +5,11 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from common import MATMUL_PRECISIONS, check_positive, options_from_file, parse_dataclasses
+from baselines import ORACLE, check_criteria
+from common import MATMUL_PRECISIONS, check_positive, parse_dataclasses
 from glue_data import DataArguments
 
 from transformers_cee import ConsistentEETrainingArguments
-from transformers_cee.exits.criteria import CRITERIA
 
 
 EXIT_FIELDS = (
@@ -35,6 +35,9 @@ class CheckpointArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a checkpoint, with or without exits."})
     base_model: str | None = field(default=None, metadata={"help": "What the model card calls that checkpoint."})
+    language: str | None = field(
+        default=None, metadata={"help": "Language of the data for the model card, such as en. Default: as known."}
+    )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not that of the checkpoint."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
@@ -86,6 +89,9 @@ class ModelArguments(CheckpointArguments):
     )
     exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
     exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start the heads anew where the checkpoint's are for another number of classes."}
+    )
 
 
 @dataclass
@@ -95,7 +101,7 @@ class EvaluationArguments:
     operating_points: int = field(default=6, metadata={"help": "How many depths, from 1/4 of the layers upwards."})
     baselines: list[str] = field(
         default_factory=lambda: ["max_probability", "entropy", "patience"],
-        metadata={"help": "Exit criteria that ConsistentEE is compared with."},
+        metadata={"help": "Exit criteria that ConsistentEE is compared with. Those that need it are fitted on dev."},
     )
     policy_alphas: list[float] = field(
         default_factory=list,
@@ -114,10 +120,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self):
-        unknown = [name for name in self.baselines if name not in CRITERIA or name == "policy"]
-        if unknown:
-            accepted = sorted(set(CRITERIA) - {"policy"})
-            raise ValueError(f"`baselines` must be among {', '.join(accepted)}; got {unknown[0]!r}.")
+        check_criteria("baselines", self.baselines, left_out=("policy", ORACLE))
         check_positive(self, ("operating_points", "early_stopping_patience"))
         if not self.timing_batch_sizes or min(self.timing_batch_sizes) < 1:
             raise ValueError(f"`timing_batch_sizes` must be numbers of at least 1; got {self.timing_batch_sizes}.")
@@ -137,4 +140,4 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return parse_dataclasses(types, argv, "Fine-tunes a BERT with exits and measures accuracy against speed.")
 
 
-__all__ = ["CheckpointArguments", "EvaluationArguments", "ModelArguments", "options_from_file", "parse_arguments"]
+__all__ = ["CheckpointArguments", "EvaluationArguments", "ModelArguments", "parse_arguments"]

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from arguments import CheckpointArguments
+from baselines import NOT_GENERATED, check_criteria
 from clm_data import TextArguments
 from common import check_positive, parse_dataclasses
 
 from transformers_cee import ConsistentEETrainingArguments
-from transformers_cee.exits.criteria import CRITERIA
 
 
 LM_EXIT_FIELDS = (
@@ -83,7 +83,7 @@ class GenerationArguments:
 
     criteria: list[str] = field(
         default_factory=lambda: ["policy", "max_probability", "margin"],
-        metadata={"help": "Exit criteria to compare; policy is ConsistentEE."},
+        metadata={"help": "Exit criteria to compare; policy is ConsistentEE. Those that need it are fitted on dev."},
     )
     operating_points: int = field(
         default=4, metadata={"help": "Depths per criterion, evenly between the first exit and the last."}
@@ -112,9 +112,9 @@ class GenerationArguments:
     )
 
     def __post_init__(self):
-        unknown = [name for name in self.criteria if name not in CRITERIA]
-        if unknown or not self.criteria:
-            raise ValueError(f"`criteria` must be among {', '.join(sorted(CRITERIA))}; got {self.criteria}.")
+        if not self.criteria:
+            raise ValueError("`criteria` must name at least one exit criterion; got [].")
+        check_criteria("criteria", self.criteria, left_out=NOT_GENERATED)
         names = ("operating_points", "max_eval_prompts", "max_new_tokens", "timing_prompts")
         check_positive(self, (*names, "bertscore_num_layers", "early_stopping_patience"))
         if not self.eval_batch_sizes or min(self.eval_batch_sizes) < 1:

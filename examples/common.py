@@ -2,10 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What the training scripts share: options from the command line or a file, checks, logging, upload."""
 
+import difflib
 import json
 import logging
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import HfApi
+from huggingface_hub.repocard import metadata_load
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerCallback, TrainingArguments
+
+from transformers_cee.files import read_json
 
 
 # What a run leaves in its folder for itself and not for a reader.
@@ -23,28 +28,82 @@ NOT_PUBLISHED = ("hardness.safetensors",)
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
+# Longest configuration file, in bytes.
+LONGEST_CONFIGURATION = 2**20
+
+
 def parse_dataclasses(types: Iterable[type], argv: list[str], description: str) -> tuple[Any, ...]:
-    """Command line to dataclasses; a leading .yaml or .json file stands for the options in it."""
-    parser = HfArgumentParser(tuple(types), description=description)
+    """Command line to dataclasses; a leading .yaml or .json file stands for the options in it.
+
+    Raises:
+        ValueError: a file that cannot be read, or an unknown option; the message names the nearest known one.
+    """
+    types = tuple(types)
+    parser = HfArgumentParser(types, description=description)
+    known = [one.name for kind in types for one in fields(kind) if one.init]
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = options_from_file(Path(argv[0])) + argv[1:]
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        path = Path(argv[0])
+        options = read_options(path)
+        for name in options:
+            _check_option(name, known, f"{path}: ")
+        argv = _words(path, options) + argv[1:]
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    for word in rest:
+        if word.startswith("--"):
+            _check_option(word.removeprefix("--").partition("=")[0], known, "")
+    if rest:
+        raise ValueError(f"Words that belong to no option: {' '.join(rest)}.")
+    return tuple(parsed)
 
 
-def options_from_file(path: Path) -> list[str]:
-    """The options in a .yaml or .json file as command-line words, so that later words override them."""
+def _check_option(name: str, known: list[str], where: str) -> None:
+    if str(name).replace("-", "_") not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1)
+        meant = f"did you mean {nearest[0]!r}?" if nearest else "see --help for what is accepted."
+        raise ValueError(f"{where}unknown option {name!r}; {meant}")
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a .yaml or .json file by name.
+
+    Raises:
+        ValueError: no such file, too large, damaged, with aliases, or no `name: value` pairs.
+    """
     if not path.is_file():
         raise ValueError(f"No such configuration file: {str(path)!r}.")
-    text = path.read_text(encoding="utf-8")
-    options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if path.stat().st_size > LONGEST_CONFIGURATION:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes; a configuration has at most {LONGEST_CONFIGURATION}.")
+    if path.suffix == ".json":
+        options = read_json(path, "A configuration holds one object: names with values.")
+    else:
+        options = _read_yaml(path)
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected `name: value` pairs; got {type(options).__name__}.")
+    return options
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        # A few aliases of aliases stand for billions of values.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("aliases (`*name`) are not accepted")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{path}: the configuration cannot be read: {told}.") from error
+
+
+def _words(path: Path, options: dict[str, Any]) -> list[str]:
+    """Options as command-line words, so that later words override them."""
     words = []
     for name, value in options.items():
         if isinstance(value, list):
+            if any(isinstance(one, list | dict) or one is None for one in value):
+                raise ValueError(f"{path}: `{name}` has {value!r:.80}; accepted are lists of texts and numbers.")
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            words.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     return words
 
 
@@ -117,6 +176,50 @@ def set_up_logging(logger: logging.Logger, args: TrainingArguments) -> None:
 def resume_argument(args: TrainingArguments) -> bool | str | None:
     """`--resume_from_checkpoint` as `Trainer.train` takes it."""
     return True if args.resume_from_checkpoint in ("true", "True") else args.resume_from_checkpoint
+
+
+def fitting_length(wanted: int, tokenizer: Any, config: Any, logger: logging.Logger) -> int:
+    """`--max_seq_length`, or as many positions as tokenizer and model have; says so where these are fewer."""
+    limit = min(int(tokenizer.model_max_length), config.max_position_embeddings)
+    if wanted > limit:
+        logger.warning(f"--max_seq_length {wanted} is more than the model's {limit} positions; {limit} is used.")
+    return min(wanted, limit)
+
+
+def can_draw(logger: logging.Logger) -> bool:
+    """Is matplotlib there? Says so where it is not: everything but the pictures is made without it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        logger.warning("No pictures will be drawn: matplotlib is missing (pip install 'transformers-cee[plots]').")
+        return False
+    return True
+
+
+def earlier_training(args: TrainingArguments, logger: logging.Logger) -> dict[str, Any]:
+    """What an earlier run in the same folder wrote down about its training; an evaluation alone keeps it."""
+    path = Path(args.output_dir) / "results.json"
+    if args.do_train or not path.is_file():
+        return {}
+    try:
+        before = read_json(path, "It is written anew, without what it said of training.")
+    except ValueError as error:
+        logger.warning(str(error))
+        return {}
+    before = before if isinstance(before, dict) else {}
+    return {name: before[name] for name in ("fitted_heads", "train", "train_seconds") if name in before}
+
+
+def card_language(given: str | None, checkpoint: str, known: str | None = None) -> str | list[str] | None:
+    """Language of a model card: as given, that of the data where it is known, or what the card of a checkpoint on this
+    machine says; None where nobody says."""
+    card = Path(checkpoint) / "README.md"
+    if given or known or not card.is_file():
+        return given or known
+    try:
+        return (metadata_load(card) or {}).get("language")
+    except (ValueError, yaml.YAMLError):
+        return None
 
 
 def push(folder: Path, args: TrainingArguments) -> None:

@@ -8,17 +8,16 @@ numbers come from `test`. Where a corpus has no labelled test split, one is made
 `Corpus.notes` says so.
 """
 
-import csv
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from class_labels import class_id, class_names, label_list, label_text, target_value
 from common import check_files, check_positive, check_split_shares
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from data_files import Row, cell_text, read_rows
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
 from prepare_data import stratified_rows
 from transformers import EvalPrediction
 
@@ -85,11 +84,16 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Training rows: csv, tsv, json or jsonl."})
     validation_file: str | None = field(default=None, metadata={"help": "Dev rows, same format and columns."})
     test_file: str | None = field(default=None, metadata={"help": "Labelled test rows, same format and columns."})
-    text_columns: list[str] = field(
-        default_factory=lambda: ["sentence"],
-        metadata={"help": "One text column, or two for pairs, of the files given by --train_file and its siblings."},
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One text column, or two for pairs, of the files given by --train_file and its siblings. Default: "
+            "sentence1 and sentence2, sentence, text, or the only one beside the labels."
+        },
     )
-    label_column: str = field(default="label", metadata={"help": "Label column of those files."})
+    label_column: str = field(
+        default="label", metadata={"help": "Label column of those files; of json, lists are several labels per row."}
+    )
     regression: bool = field(default=False, metadata={"help": "The labels of those files are numbers to predict."})
     validation_split: float = field(
         default=0.1, metadata={"help": "Share of the training rows that becomes dev when there is no dev file."}
@@ -126,7 +130,7 @@ class DataArguments:
         self._check_numbers()
 
     def _check_numbers(self):
-        if not 1 <= len(self.text_columns) <= 2:
+        if self.text_columns is not None and not 1 <= len(self.text_columns) <= 2:
             raise ValueError(f"`text_columns` must name one or two columns; got {self.text_columns!r}.")
         check_split_shares(self)
         check_positive(self, ("max_train_samples", "max_eval_samples", "max_test_samples", "max_seq_length"))
@@ -142,6 +146,7 @@ class Corpus:
         label_names: class names in the order of their ids; empty for regression.
         metrics: metric names, the headline first.
         notes: one sentence for every split that is not the publisher's own.
+        multi_label: a row may have several labels, or none; `label` is then an indicator (0.0 or 1.0) per class.
     """
 
     name: str
@@ -149,14 +154,46 @@ class Corpus:
     label_names: list[str]
     metrics: tuple[str, ...]
     notes: list[str]
+    multi_label: bool = False
 
     @property
     def is_regression(self) -> bool:
         return not self.label_names
 
     @property
+    def problem_type(self) -> str:
+        """As a config names it."""
+        if self.multi_label:
+            return "multi_label_classification"
+        return "regression" if self.is_regression else "single_label_classification"
+
+    @property
     def text_columns(self) -> list[str]:
         return [column for column in PAIR if column in self.splits["train"].column_names]
+
+    def relabel(self, names: Sequence[str], ids: Sequence[int]) -> None:
+        """Takes other classes, in place.
+
+        Args:
+            names: the classes in the order of their new ids.
+            ids: new id of each class so far.
+        """
+        if list(names) == self.label_names:
+            return
+
+        def encode(rows: dict[str, list]) -> dict[str, list]:
+            if not self.multi_label:
+                return {"label": [ids[label] for label in rows["label"]]}
+            labels = np.zeros((len(rows["label"]), len(names)), dtype=np.float32)
+            labels[:, list(ids)] = rows["label"]
+            return {"label": labels.tolist()}
+
+        for split, rows in self.splits.items():
+            features = Features({**rows.features, "label": _label_feature(names, self.multi_label)})
+            # Ids are cast by number: `map` would look at the names.
+            plain = rows.cast_column("label", Value("int64")) if not self.multi_label else rows
+            self.splits[split] = plain.map(encode, batched=True, features=features, desc="Match labels")
+        self.label_names = list(names)
 
 
 def load_corpus(args: DataArguments) -> Corpus:
@@ -261,24 +298,19 @@ def _labelled_test_file(folder: Path, task: Task) -> Path | None:
         path = folder / name
         if not path.is_file() or (task.tsv_header and name == "test.tsv"):
             continue
-        if task.tsv_header or task.tsv_label in _header(path):
+        if task.tsv_header or task.tsv_label in next(read_rows(path, suffix=".tsv", broken=[]), (0, {}))[1]:
             return path
     return None
 
 
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return lines.readline().rstrip("\r\n").split("\t")
-
-
 def _read_glue_file(path: Path, task: Task, notes: list[str]) -> Dataset:
     """One of GLUE's tsv files; QQP's hold a few broken lines, which are dropped and counted in `notes`."""
-    rows = _read_tsv(path, list(task.tsv_header) or None)
-    _check_columns(path, rows, [*task.tsv_columns, task.tsv_label])
-    complete = [row for row in rows if all(row[column] is not None for column in (*task.tsv_columns, task.tsv_label))]
-    if len(complete) < len(rows):
-        notes.append(f"{path.name}: {len(rows) - len(complete)} of {len(rows)} lines lack cells and were dropped.")
-    return _to_dataset(path, complete, list(task.tsv_columns), task.tsv_label, list(task.labels))
+    broken: list[int] = []
+    rows = list(read_rows(path, suffix=".tsv", header=task.tsv_header or None, broken=broken))
+    if broken:
+        total = len(broken) + len(rows)
+        notes.append(f"{path.name}: {len(broken)} of {total} lines have too few or too many cells and were dropped.")
+    return _to_dataset(path, rows, list(task.tsv_columns), task.tsv_label, list(task.labels))
 
 
 def _names_in(folder: Path) -> str:
@@ -288,108 +320,109 @@ def _names_in(folder: Path) -> str:
 def _corpus_from_files(args: DataArguments) -> Corpus:
     """csv, tsv, json or jsonl files; class names are the distinct labels of the training file."""
     paths = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    raw = {name: (Path(path), _read_rows(Path(path))) for name, path in paths.items() if path is not None}
+    raw = {name: (Path(path), list(read_rows(Path(path)))) for name, path in paths.items() if path is not None}
+    train_path, train_rows = raw["train"]
+    _check_rows(train_path, train_rows)
+    columns = args.text_columns or guess_text_columns(train_path, list(train_rows[0][1]), args.label_column)
     for path, rows in raw.values():
-        _check_columns(path, rows, [*args.text_columns, args.label_column])
-    label_names = [] if args.regression else _label_names(*raw["train"], args.label_column)
+        _check_columns(path, rows, [*columns, args.label_column])
+    labels = [(number, row[args.label_column]) for number, row in train_rows]
+    multi_label = not args.regression and any(isinstance(label, list) for _, label in labels)
+    names = [] if args.regression else class_names(train_path, labels, args.label_column, multi_label)
     splits = {
-        name: _to_dataset(path, rows, args.text_columns, args.label_column, label_names)
+        name: _to_dataset(path, rows, columns, args.label_column, names, multi_label)
         for name, (path, rows) in raw.items()
     }
     notes = _complete_splits(splits, args)
     splits = {name: splits[name] for name in ("train", "validation", "test")}
-    metrics = ("pearson", "spearmanr") if args.regression else ("accuracy",)
-    train_path = Path(args.train_file)
+    metrics = ("f1_micro", "accuracy") if multi_label else ("accuracy",)
     name = train_path.parent.name if train_path.stem == "train" else train_path.stem
-    return Corpus(name or train_path.stem, DatasetDict(splits), label_names, metrics, notes)
+    return Corpus(
+        name or train_path.stem,
+        DatasetDict(splits),
+        names,
+        ("pearson", "spearmanr") if args.regression else metrics,
+        notes,
+        multi_label,
+    )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".tsv":
-        return _read_tsv(path)
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            return list(csv.DictReader(lines))
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: neither a json list of objects nor one json object per line ({error}).") from error
+def guess_text_columns(path: Path, names: list[str], label_column: str) -> list[str]:
+    """The columns of texts where nobody named them: known names, or the only column beside the labels.
+
+    Raises:
+        ValueError: several columns could be it.
+    """
+    for known in (list(PAIR), ["sentence"], ["text"]):
+        if set(known) <= set(names):
+            return known
+    others = [name for name in names if name != label_column]
+    if label_column in names and len(others) == 1:
+        return others
+    raise ValueError(
+        f"{path}: the columns are {', '.join(map(repr, names))}; name those of the texts by `text_columns` and that of "
+        f"the labels by `label_column` (now {label_column!r})."
+    )
 
 
-def _read_tsv(path: Path, header: list[str] | None = None) -> list[dict[str, Any]]:
-    """Tab-separated rows in which quotation marks are ordinary characters; missing cells are None."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, fieldnames=header, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return list(reader)
-
-
-def _check_columns(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+def _check_rows(path: Path, rows: list[Row]) -> None:
     if not rows:
         raise ValueError(f"{path}: no rows.")
-    if not isinstance(rows[0], dict):
-        raise ValueError(f"{path}: expected rows with named columns; got {type(rows[0]).__name__}.")
-    missing = [column for column in columns if column not in rows[0]]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(map(str, rows[0]))}.")
 
 
-def _label_names(path: Path, rows: list[dict[str, Any]], column: str) -> list[str]:
-    """The distinct labels, sorted: as numbers if all are whole numbers, as text otherwise."""
-    names = {str(row[column]).strip() for row in rows}
-    if len(names) < 2:
-        raise ValueError(f"{path}: column {column!r} has only the label {names.pop()!r}; two classes are needed.")
-    if all(_is_whole_number(name) for name in names):
-        return sorted(names, key=int)
-    if all(_is_number(name) for name in names):
-        raise ValueError(f"{path}: the labels in {column!r} are fractional numbers; `--regression` predicts such.")
-    return sorted(names)
-
-
-def _is_whole_number(text: str) -> bool:
-    return text.lstrip("-").isdecimal()
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _check_columns(path: Path, rows: list[Row], columns: list[str]) -> None:
+    """Raises `ValueError` where a row, of json, lacks one of the columns."""
+    _check_rows(path, rows)
+    first = rows[0][1]
+    missing = next((column for column in columns if column not in first), None)
+    if missing is not None:
+        raise ValueError(f"{path}: no column {missing!r}; the columns are {', '.join(map(str, first))}.")
+    for number, row in rows:
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"{path}: row {number} has no {column!r}; it has {', '.join(map(repr, row)) or 'nothing'}.")
 
 
 def _to_dataset(
-    path: Path, rows: list[dict[str, Any]], text_columns: list[str], label_column: str, label_names: list[str]
+    path: Path,
+    rows: list[Row],
+    text_columns: list[str],
+    label_column: str,
+    label_names: list[str],
+    multi_label: bool = False,
 ) -> Dataset:
-    """Rows of a file as a dataset with `sentence1`[, `sentence2`] and `label` (class id, or number for regression)."""
+    """Rows of a file as a dataset with `sentence1`[, `sentence2`] and `label` (class id, indicators of the classes, or
+    number for regression)."""
     _check_columns(path, rows, [*text_columns, label_column])
     ids = {name: index for index, name in enumerate(label_names)}
     columns: dict[str, list] = {new: [] for new, _ in zip(PAIR, text_columns, strict=False)} | {"label": []}
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows:
         for new, old in zip(PAIR, text_columns, strict=False):
-            if row[old] is None:
-                raise ValueError(f"{path}: row {number} has no {old!r}; its cells are {list(row.values())}.")
-            columns[new].append(str(row[old]))
-        columns["label"].append(_parse_label(path, number, row[label_column], ids))
-    label_type = ClassLabel(names=label_names) if label_names else Value("float32")
-    features = {name: Value("string") for name in columns if name != "label"} | {"label": label_type}
-    return Dataset.from_dict(columns, features=Features(features))
+            text = cell_text(path, number, old, row[old])
+            if text is None:
+                raise ValueError(f"{path}: row {number} has no text in {old!r}; its cells are {list(row.values())}.")
+            columns[new].append(text)
+        columns["label"].append(_parse_label(path, number, row[label_column], ids, multi_label))
+    features = {name: Value("string") for name in columns if name != "label"}
+    return Dataset.from_dict(columns, Features({**features, "label": _label_feature(label_names, multi_label)}))
 
 
-def _parse_label(path: Path, number: int, value: Any, ids: dict[str, int]) -> int | float:
-    """Class id of a label given by name or by number (GLUE uses both); the number itself for regression."""
-    text = "" if value is None else str(value).strip()
-    if not ids and _is_number(text):
-        return float(text)
-    if text in ids:
-        return ids[text]
-    if _is_whole_number(text) and 0 <= int(text) < len(ids) and not all(_is_whole_number(name) for name in ids):
-        return int(text)
-    accepted = ", ".join(ids) if ids else "a number"
-    raise ValueError(f"{path}: row {number} has the label {text!r}; accepted: {accepted}.")
+def _label_feature(names: Sequence[str], multi_label: bool) -> Any:
+    if multi_label:
+        return List(Value("float32"))
+    return ClassLabel(names=list(names)) if names else Value("float32")
+
+
+def _parse_label(path: Path, number: int, value: Any, ids: dict[str, int], multi_label: bool) -> Any:
+    """Class id of a label, indicators of a list of labels, or the number itself for regression."""
+    if not ids:
+        return target_value(path, number, value)
+    if not multi_label:
+        return class_id(path, number, label_text(path, number, value), ids)
+    indicators = [0.0] * len(ids)
+    for name in label_list(path, number, value):
+        indicators[class_id(path, number, name, ids)] = 1.0
+    return indicators
 
 
 def _metric_functions() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
@@ -399,20 +432,23 @@ def _metric_functions() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
     return {
         "accuracy": accuracy_score,
         "f1": f1_score,
+        "f1_micro": lambda labels, predictions: f1_score(labels, predictions, average="micro", zero_division=0.0),
         "matthews_correlation": matthews_corrcoef,
         "pearson": lambda labels, predictions: pearsonr(labels, predictions)[0],
         "spearmanr": lambda labels, predictions: spearmanr(labels, predictions)[0],
     }
 
 
-METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
+METRICS = ("accuracy", "f1", "f1_micro", "matthews_correlation", "pearson", "spearmanr")
 
 
 def make_compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
     """A `compute_metrics` for `Trainer` that needs no network.
 
     Args:
-        names: metrics out of [`METRICS`]. `pearson` and `spearmanr` read the first logit, the others its arg max.
+        names: metrics out of [`METRICS`]. `pearson` and `spearmanr` read the first logit, the others the arg max; of
+            labels (rows, classes), each logit above 0 is a predicted label, and `accuracy` counts rows that are right
+            in all of them.
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
@@ -422,11 +458,16 @@ def make_compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], dic
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
-        labels = np.asarray(prediction.label_ids).reshape(-1)
+        labels = np.asarray(prediction.label_ids)
+        multi_label = labels.ndim == 2 and labels.shape[1] > 1
+        labels = labels.astype(int) if multi_label else labels.reshape(-1)
         result = {}
         for name in names:
             predictions = logits.reshape(len(labels), -1)
-            predictions = predictions[:, 0] if name in ("pearson", "spearmanr") else predictions.argmax(-1)
+            if multi_label:
+                predictions = (predictions > 0).astype(int)
+            else:
+                predictions = predictions[:, 0] if name in ("pearson", "spearmanr") else predictions.argmax(-1)
             result[name] = float(functions[name](labels, predictions))
         return result
 

@@ -25,7 +25,19 @@ from typing import Any
 import datasets
 import torch
 from arguments import EXIT_FIELDS, Arguments, EvaluationArguments, ModelArguments, parse_arguments
-from common import check_stages, push, resume_argument, set_up_logging, training_callbacks
+from baselines import fit_criteria, settings_for
+from class_labels import match_labels
+from common import (
+    can_draw,
+    card_language,
+    check_stages,
+    earlier_training,
+    fitting_length,
+    push,
+    resume_argument,
+    set_up_logging,
+    training_callbacks,
+)
 from glue_data import Corpus, load_corpus, make_compute_metrics
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
@@ -35,11 +47,14 @@ from transformers_cee.evaluation.comparison import Comparison, compare_criteria,
 from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
 from transformers_cee.evaluation.report import matched_depth_table, method_name, operating_points_table, write_results
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
 
 
 logger = logging.getLogger("run_glue_cee")
 
+RESULTS = "results.json"
+CURVE = "curve.png"
 CARD_ARGUMENTS = (
     "phases",
     "heads_objective",
@@ -58,22 +73,52 @@ CARD_ARGUMENTS = (
 )
 
 
-def load_model(args: ModelArguments, corpus: Corpus) -> BertForConsistentEE:
-    """The checkpoint with exits, and with the corpus' labels in its config."""
-    names = corpus.label_names
-    labels = {"num_labels": 1} if corpus.is_regression else {"id2label": dict(enumerate(names))}
-    if not corpus.is_regression:
-        labels["label2id"] = {name: index for index, name in enumerate(names)}
+def load_config(args: ModelArguments) -> BertCeeConfig:
+    """The checkpoint's config with the exits that were asked for."""
     source = {"cache_dir": args.cache_dir, "revision": args.model_revision}
-    config = BertCeeConfig.from_pretrained(
-        args.model_name_or_path,
-        problem_type="regression" if corpus.is_regression else "single_label_classification",
-        **labels,
-        **source,
-        **args.exit_options(),
-    )
+    return BertCeeConfig.from_pretrained(args.model_name_or_path, **source, **args.exit_options())
+
+
+def match_corpus(corpus: Corpus, config: BertCeeConfig, args: ModelArguments, trains: bool) -> bool:
+    """Gives corpus and config the same classes, those of the checkpoint where it knows them; says what is new.
+
+    Returns:
+        Do the heads start anew, for another number of classes?
+    """
+    match = match_labels(corpus.label_names, corpus.problem_type, config, trains, args.ignore_mismatched_sizes)
+    if match.note:
+        corpus.notes.append(match.note)
+    if match.is_new:
+        # Fitted to the heads that go.
+        named = isinstance(config.exit_threshold, str)
+        if named:
+            raise ValueError(
+                f"`exit_threshold` of the checkpoint is the operating point {config.exit_threshold!r}, which holds for "
+                "its own classes only; pass a number as `--exit_threshold`."
+            )
+        config.exit_estimators, config.exit_operating_points, config.exit_budgets = [], {}, []
+        config.exit_budget = None
+    if corpus.is_regression:
+        config.num_labels = 1
+    else:
+        corpus.relabel(match.names, match.ids)
+        config.id2label = dict(enumerate(match.names))
+        config.label2id = {name: index for index, name in enumerate(match.names)}
+    config.problem_type = corpus.problem_type
+    return match.is_new
+
+
+def load_model(args: ModelArguments, config: BertCeeConfig, new_heads: bool) -> BertForConsistentEE:
+    """The checkpoint with exits."""
     # Training needs float32 weights, also from a checkpoint saved in half precision; --bf16 and --fp16 autocast.
-    return BertForConsistentEE.from_pretrained(args.model_name_or_path, config=config, dtype=torch.float32, **source)
+    return BertForConsistentEE.from_pretrained(
+        args.model_name_or_path,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=new_heads,
+        cache_dir=args.cache_dir,
+        revision=args.model_revision,
+    )
 
 
 def tokenize(corpus: Corpus, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
@@ -92,6 +137,7 @@ def compare_on_test(
 ) -> dict[str, Comparison]:
     """One comparison of the exit criteria per test split; thresholds come from dev."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    config, tokenizer = model.config, trainer.processing_class
     stores = {name: trainer.collect_exits(rows, name) for name, rows in splits.items() if name != "train"}
     dev = stores.pop("validation")
     family = trainer.train_policies_at(args.policy_alphas) if args.policy_alphas else {}
@@ -99,20 +145,32 @@ def compare_on_test(
     left_out = [name for name in args.baselines if name not in baselines]
     if left_out:
         corpus.notes.append(f"regression has no class probabilities: {', '.join(left_out)} do not apply.")
-    return {
+    # What the model does when nothing is asked for; a named operating point brings criterion and thresholds.
+    own = resolve_decision(config)
+    criteria = list(dict.fromkeys(["policy", *baselines, own.criterion]))
+    rows = splits["train"]["input_ids"]
+    fit_criteria(model, criteria, dev, rows, tokenizer.all_special_ids, keep=not trainer.args.do_train)
+    comparisons = {
         name: compare_criteria(
-            ["policy", *baselines],
+            criteria,
             dev,
             test,
             policies=model.exit_policies,
             metrics=trainer.compute_metrics,
             metric=corpus.metrics[0],
-            depths=args.target_depths(model.config.num_hidden_layers),
-            own=(model.config.exit_criterion, model.config.exit_threshold),
+            depths=args.target_depths(config.num_hidden_layers),
+            own=(own.criterion, own.threshold),
             more_policies={"policies_by_alpha": family} if family else None,
+            settings=tuple(settings_for(model, splits[split]["input_ids"]) for split in ("validation", name)),
         )
         for name, test in stores.items()
     }
+    if config.exit_budget is None and isinstance(config.exit_threshold, str):
+        for comparison in comparisons.values():
+            for point in comparison.curves[own.criterion]:
+                if point.exit_threshold == own.threshold:
+                    point.exit_threshold = config.exit_threshold
+    return comparisons
 
 
 def time_on_test(
@@ -152,27 +210,39 @@ def print_tables(corpus: Corpus, comparisons: dict[str, Comparison], timed: dict
 
 
 def write_card(
-    corpus: Corpus, comparison: Comparison, timing: str | None, arguments: Arguments, config: BertCeeConfig
+    corpus: Corpus,
+    comparisons: dict[str, Comparison],
+    timing: str | None,
+    arguments: Arguments,
+    config: BertCeeConfig,
+    figure: str | None,
 ) -> None:
     """README.md of the model folder, from what was measured."""
     model_args, data_args, _, training_args = arguments
+    comparison = comparisons["test"]
     examples = [list(corpus.splits["validation"][column][:2]) for column in corpus.text_columns]
     # Policies conditioned on the price of a layer are asked for a speed: the model's own, or half of the layers.
     budget = config.exit_budget if config.exit_budget is not None or not config.exit_budgets else 0.5
-    online = data_args.task_name is not None
+    in_glue = data_args.task_name is not None
     EarlyExitCard(
         model_name=Path(training_args.output_dir).name,
         repo_id=training_args.hub_model_id or training_args.output_dir,
         num_layers=config.num_hidden_layers,
         dataset_name=corpus.name,
-        dataset_id="nyu-mll/glue" if online else None,
+        dataset_id="nyu-mll/glue" if in_glue else None,
         dataset_config=data_args.task_name,
         metric_name=corpus.metrics[0],
         curves=comparison.curves,
+        other_sets={
+            f"{name} rows": [other.full, *(point for curve in other.curves.values() for point in curve)]
+            for name, other in comparisons.items()
+            if name != "test"
+        },
         full_depth=comparison.full,
         exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
         exit_threshold=config.exit_threshold,
         exit_budget=budget,
+        figure=figure,
         base_model=model_args.base_model or model_args.model_name_or_path,
         data_notes=" ".join(corpus.notes),
         timing=timing,
@@ -180,33 +250,49 @@ def write_card(
         | {name: getattr(config, name) for name in EXIT_FIELDS},
         seeds=[training_args.seed],
         examples=examples[0] if len(examples) == 1 else list(zip(*examples, strict=True)),
-        regression=corpus.is_regression,
+        problem_type=corpus.problem_type,
+        language=card_language(model_args.language, model_args.model_name_or_path, "en" if in_glue else None),
     ).save(training_args.output_dir)
 
 
-def evaluate(trainer: ConsistentEETrainer, splits: datasets.DatasetDict, corpus: Corpus, arguments: Arguments) -> dict:
-    """Compares, times, and writes curve.png, exits.png and the card; returns what goes to results.json."""
+def draw(corpus: Corpus, test: Comparison, timing: str | None, num_layers: int, folder: Path) -> None:
+    """curve.png and exits.png."""
+    curves = {method_name(name): curve for name, curve in test.curves.items()}
+    title = f"{corpus.name}, test. {timing or ''}"
+    plot_curves(curves, corpus.metrics[0], folder / CURVE, test.full, test.oracle, title)
+    nearest = {name: min(curve, key=lambda point: abs(point.depth - num_layers / 2)) for name, curve in curves.items()}
+    histograms = {f"{name}, depth {point.depth:.1f}": point.exit_histogram for name, point in nearest.items()}
+    plot_exit_histogram(histograms, folder / "exits.png", f"{corpus.name}, test: exits at about half depth")
+
+
+def evaluate(
+    trainer: ConsistentEETrainer,
+    splits: datasets.DatasetDict,
+    corpus: Corpus,
+    arguments: Arguments,
+    results: dict[str, Any],
+    draws: bool,
+) -> None:
+    """Compares and times into `results`, which is written after each, then writes the card and draws the pictures."""
     eval_args, output = arguments[2], Path(trainer.args.output_dir)
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    metric, half = corpus.metrics[0], config.num_hidden_layers / 2
     comparisons = compare_on_test(trainer, splits, corpus, eval_args)
     if not trainer.is_world_process_zero():
-        return {}
+        return
+    results["comparisons"] = {name: vars(comparison) for name, comparison in comparisons.items()}
+    write_results(results, output / RESULTS)
     test = comparisons["test"]
     timed = time_on_test(trainer, splits["test"], test, eval_args.timing_batch_sizes)
     threads = torch.get_num_threads()
     hardware = f"{trainer.args.device.type}, {threads} thread{'s' if threads > 1 else ''}"
     rows = min(len(splits["test"]), trainer.args.eval_timing_rows)
     timing = f"Timed on {rows} test rows, batch size {eval_args.timing_batch_sizes[0]}, {hardware}." if timed else None
-    curves = {method_name(name): curve for name, curve in test.curves.items()}
-    plot_curves(curves, metric, output / "curve.png", test.full, test.oracle, f"{corpus.name}, test. {timing or ''}")
-    nearest = {name: min(curve, key=lambda point: abs(point.depth - half)) for name, curve in curves.items()}
-    histograms = {f"{name}, depth {point.depth:.1f}": point.exit_histogram for name, point in nearest.items()}
-    plot_exit_histogram(histograms, output / "exits.png", f"{corpus.name}, test: exits at about half depth")
-    write_card(corpus, test, timing, arguments, config)
+    results |= {"executed": timed, "timing": timing}
+    write_results(results, output / RESULTS)
     print_tables(corpus, comparisons, timed, config.num_hidden_layers)
-    tests = {name: vars(comparison) for name, comparison in comparisons.items()}
-    return {"comparisons": tests, "executed": timed, "timing": timing}
+    write_card(corpus, comparisons, timing, arguments, config, CURVE if draws else None)
+    if draws:
+        draw(corpus, test, timing, config.num_hidden_layers, output)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -216,10 +302,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # The folder is uploaded once, when everything is in it.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
     set_up_logging(logger, training_args)
+    draws = training_args.do_eval and can_draw(logger)
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):
         corpus = load_corpus(data_args)
+        config = load_config(model_args)
+        new_heads = match_corpus(corpus, config, model_args, training_args.do_train)
     sizes = {name: len(rows) for name, rows in corpus.splits.items()}
     logger.info(f"{corpus.name}: {sizes}. {' '.join(corpus.notes)}")
     tokenizer = AutoTokenizer.from_pretrained(
@@ -227,9 +316,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         cache_dir=model_args.cache_dir,
         revision=model_args.model_revision,
     )
-    model = load_model(model_args, corpus)
+    model = load_model(model_args, config, new_heads)
+    max_length = fitting_length(data_args.max_seq_length, tokenizer, config, logger)
     with training_args.main_process_first(desc="tokenization"):
-        splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
+        splits = tokenize(corpus, tokenizer, max_length)
 
     trainer = ConsistentEETrainer(
         model=model,
@@ -241,26 +331,28 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compute_metrics=make_compute_metrics(corpus.metrics),
         callbacks=training_callbacks(model_args.float32_matmul_precision, eval_args.early_stopping_patience),
     )
-    results: dict[str, Any] = {"corpus": vars(corpus) | {"splits": sizes}, "versions": installed_versions()}
+    results: dict[str, Any] = earlier_training(training_args, logger)
+    results |= {"corpus": vars(corpus) | {"splits": sizes}, "versions": installed_versions()}
     results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
     results["arguments"] |= training_args.to_sanitized_dict()
+    output = Path(training_args.output_dir)
     if training_args.do_train:
         start = time.perf_counter()
         steps = trainer.train(resume_from_checkpoint=resume_argument(training_args))
         results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
         results["train_seconds"] = time.perf_counter() - start
         trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_results(results, output / RESULTS)
     if eval_args.save_exits:
         for name, rows in splits.items():
             store = trainer.collect_exits(rows, name)
             if trainer.is_world_process_zero():
-                store.save(Path(training_args.output_dir) / f"exits-{name}.safetensors")
+                store.save(output / f"exits-{name}.safetensors")
     if training_args.do_eval:
-        results |= evaluate(trainer, splits, corpus, arguments)
-    if trainer.is_world_process_zero():
-        write_results(results, Path(training_args.output_dir) / "results.json")
-        if pushes:
-            push(Path(training_args.output_dir), training_args)
+        evaluate(trainer, splits, corpus, arguments, results, draws)
+    if trainer.is_world_process_zero() and pushes:
+        push(output, training_args)
     return results
 
 

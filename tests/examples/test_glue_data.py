@@ -91,7 +91,7 @@ def test_incomplete_lines_are_dropped_and_counted(sst2):
         file.write("no label here\n")
     corpus = load_corpus(DataArguments(task_name="sst2", data_dir=str(sst2)))
     assert len(corpus.splits["train"]) == 20
-    assert "train.tsv: 1 of 21 lines lack cells and were dropped." in corpus.notes
+    assert "train.tsv: 1 of 21 lines have too few or too many cells and were dropped." in corpus.notes
 
 
 def test_dev_is_halved_without_labelled_test_and_says_so(sst2):
@@ -212,7 +212,7 @@ def test_missing_dev_file_names_what_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["text,label", "a,1"], "no column 'sentence'; the columns are text, label"),
+        (["sentence,class", "a,1"], "no column 'label'; the columns are sentence, class"),
         (["sentence,label"], "no rows"),
         (["sentence,label", "a,1", "b,1"], "only the label '1'"),
     ],
@@ -231,7 +231,7 @@ def test_label_that_training_does_not_know(train_csv, tmp_path):
 
 def test_broken_json(tmp_path):
     path = write(tmp_path / "train.jsonl", ['{"sentence": "a", "label": 1}', "{"])
-    with pytest.raises(ValueError, match=r"train\.jsonl: neither a json list"):
+    with pytest.raises(ValueError, match=r"train\.jsonl: row 2 cannot be read .*neither a json list"):
         load_corpus(DataArguments(train_file=str(path)))
 
 

@@ -11,7 +11,8 @@ import pytest
 import run_glue_cee
 import torch
 import yaml
-from arguments import EvaluationArguments, ModelArguments, options_from_file, parse_arguments
+from arguments import EvaluationArguments, ModelArguments, parse_arguments
+from common import read_options
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -248,10 +249,10 @@ def test_unknown_option_in_the_file(checkpoint, questions, tmp_path):
 
 def test_configuration_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"No such configuration file: .*missing\.yaml"):
-        options_from_file(tmp_path / "missing.yaml")
+        read_options(tmp_path / "missing.yaml")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="expected `name: value` pairs; got list"):
-        options_from_file(tmp_path / "list.yaml")
+        read_options(tmp_path / "list.yaml")
 
 
 @pytest.mark.parametrize(

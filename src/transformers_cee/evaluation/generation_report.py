@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers_cee.evaluation import plots
-from transformers_cee.evaluation.report import _threshold, markdown_table, method_name, operating_points_table
+from transformers_cee.evaluation.report import (
+    _threshold,
+    escape_markdown,
+    markdown_table,
+    method_name,
+    operating_points_table,
+)
 from transformers_cee.exits.criteria import CRITERIA
 
 
@@ -48,7 +54,7 @@ def speed_table(points: Sequence[GenerationPoint]) -> str:
     header = ["criterion", "batch size", "depth", "tokens/s", "speed-up", "tokens/s without prompt", "speed-up "]
     rows = [
         [
-            method_name(point.criterion),
+            escape_markdown(method_name(point.criterion)),
             size,
             f"{point.depth:.2f}",
             f"{speed.tokens_per_second:.1f} ({speed.full_tokens_per_second:.1f})",

@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
-import json
+import html
 import math
+import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers_cee.files import write_json
 
 
 if TYPE_CHECKING:
     from .operating_points import OperatingPoint
 
 __all__ = [
+    "escape_markdown",
     "markdown_table",
     "matched_depth_table",
     "method_name",
@@ -29,9 +33,19 @@ METHOD_NAMES = {"policy": "ConsistentEE (policy)", "max_probability": "maximum p
 METHOD_NAMES |= {"policies_by_alpha": "ConsistentEE, one policy per α"}
 
 
+# What Markdown reads as more than a character. An underscore within a word is none of it.
+MARKUP = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^\s*(?:[-+#]|\d+[.)])(?=\s)")
+
+
 def method_name(criterion: str) -> str:
     """What tables and pictures call a criterion."""
     return METHOD_NAMES.get(criterion, criterion.replace("_", " "))
+
+
+def escape_markdown(text: Any) -> str:
+    """A name or a note as one line of Markdown that shows as it is written: no HTML, no markup, no cell of a table."""
+    line = " ".join(str(text).split())
+    return html.escape(MARKUP.sub(lambda found: found[0][:-1] + "\\" + found[0][-1], line), quote=False)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -56,7 +70,7 @@ def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[s
     header = ["criterion", "threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", *metrics]
     rows = [
         [
-            method_name(point.criterion),
+            escape_markdown(method_name(point.criterion)),
             _threshold(point.exit_threshold) if point.exit_budget is None else f"budget {point.exit_budget:.4g}",
             f"{point.depth:.2f}",
             f"{point.saved_layers:.1%}",
@@ -66,7 +80,7 @@ def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[s
         ]
         for point in points
     ]
-    return markdown_table([name.replace("_", " ") for name in header], rows)
+    return markdown_table([escape_markdown(name.replace("_", " ")) for name in header], rows)
 
 
 def matched_depth_table(values: Mapping[str, Mapping[float, float | None]], metric: str, num_layers: int) -> str:
@@ -78,9 +92,9 @@ def matched_depth_table(values: Mapping[str, Mapping[float, float | None]], metr
         num_layers: layers of the model, for the heading.
     """
     depths = sorted({depth for by_depth in values.values() for depth in by_depth})
-    header = [f"{metric.replace('_', ' ')} at depth (of {num_layers})", *(f"{depth:.2f}" for depth in depths)]
+    header = [f"{escape_markdown(metric.replace('_', ' '))} at depth (of {num_layers})", *(f"{depth:.2f}" for depth in depths)]
     rows = [
-        [method_name(method), *(_number(by_depth.get(depth)) for depth in depths)]
+        [escape_markdown(method_name(method)), *(_number(by_depth.get(depth)) for depth in depths)]
         for method, by_depth in values.items()
     ]
     return markdown_table(header, rows)
@@ -142,7 +156,8 @@ def spread_table(
 
 
 def write_results(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Writes nested results as JSON: operating points become dictionaries, NaN and infinities null.
+    """Writes nested results as JSON in the place of what the file held: operating points become dictionaries, NaN and
+    infinities null.
 
     Returns:
         `path`.
@@ -151,10 +166,7 @@ def write_results(results: Mapping[str, Any], path: str | Path) -> Path:
         TypeError: a value is neither a number, a text, a container of them nor an operating point.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_json(path, _plain(results))
     return path
 
 
@@ -181,7 +193,7 @@ def _threshold(value: float | Sequence[float] | str | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
-        return value
+        return escape_markdown(value)
     if isinstance(value, int | float):
         # A threshold just below 1 must not look like exits switched off.
         return f"{value:.4g}" if value == 1 or f"{value:.4g}" != "1" else f"{value:.9g}"

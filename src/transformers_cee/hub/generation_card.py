@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from transformers_cee.evaluation.generation_report import generation_table, speed_table
+from transformers_cee.evaluation.report import escape_markdown
 from transformers_cee.hub import model_card
 from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
 
@@ -50,9 +51,9 @@ class GenerationCard(EarlyExitCard):
             "base_model": self.base_model if model_card._is_hub_name(self.base_model) else None,
             "datasets": [self.dataset_id] if self.dataset_id else None,
             "license": self.license,
+            "language": self.language,
         }
         return ModelCardData(
-            language=self.language,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["early-exit", "transformers-cee", "consistentee"],
@@ -66,10 +67,8 @@ class GenerationCard(EarlyExitCard):
         return ModelCard.from_template(
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
-            title=self.model_name,
-            base_sentence=model_card._sentence(
-                "{} with early exits.", self.base_model, "A language model with early exits."
-            ),
+            title=escape_markdown(self.model_name),
+            base_sentence=self._base_sentence("A language model with early exits."),
             method=self._method(),
             num_layers=self.num_layers,
             exit_layers=model_card._and(self.exit_layers or ()),
@@ -77,11 +76,11 @@ class GenerationCard(EarlyExitCard):
             chat=self.chat,
             prompt=repr(self.prompt),
             usage={name: repr(value) for name, value in self.usage.items()},
-            data_sentence=" ".join(filter(None, [f"Trained and measured on {self.dataset_name}.", self.data_notes])),
+            data_sentence=self._data_sentence(),
             points_sentence=self._points_sentence(),
-            points_table=generation_table(self.points),  # type: ignore[arg-type]
+            points_table=self._tables(generation_table),  # type: ignore[arg-type]
             speeds_table=speed_table(timed) if timed else "",  # type: ignore[arg-type]
-            timing=self.timing,
+            timing=self.timing and escape_markdown(self.timing),
             figure=self.figure,
             arguments_table=model_card._two_columns("argument", self.training_arguments) or "Not recorded.",
             seeds_sentence=model_card._sentence(

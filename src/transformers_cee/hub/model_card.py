@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from transformers_cee.evaluation.report import markdown_table, method_name, operating_points_table
+from transformers_cee.evaluation.report import escape_markdown, markdown_table, method_name, operating_points_table
+from transformers_cee.files import replacing
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class EarlyExitCard:
         dataset_config (`str`, *optional*): configuration of the data set, such as `"sst2"`.
         split (`str`, *optional*, defaults to `"test"`): rows that the operating points were measured on.
         data_notes (`str`, *optional*): how the splits were made.
+        other_sets (`dict[str, list[OperatingPoint]]`, *optional*): points measured on further rows, by what these are.
         full_depth (`OperatingPoint`, *optional*): the same model with exits off.
         exit_layers (`list[int]`, *optional*): layers (1-based) with an exit, where not every layer has one.
         exit_threshold (`float` or `list[float]`, *optional*, defaults to 0.5): the published threshold of the policy.
@@ -67,8 +69,8 @@ class EarlyExitCard:
         limits (`list[str]`): limits of this model, before the general ones.
         library_versions (`dict[str, str]`, *optional*): defaults to what is installed.
         examples (`list[str]` or list of pairs of `str`): texts, or pairs of texts, of the usage snippet.
-        regression (`bool`, *optional*, defaults to `False`): the model gives one number and not labels.
-        language (`str`, *optional*, defaults to `"en"`), license (`str`, *optional*): for the metadata.
+        problem_type (`str`, *optional*, defaults to `"single_label_classification"`): what logits mean, as in a config.
+        language (`str` or `list[str]`, *optional*), license (`str`, *optional*): for the metadata, where they are known.
 
     Raises:
         ValueError: no operating points, a point without the metric, or no examples.
@@ -85,6 +87,7 @@ class EarlyExitCard:
     dataset_config: str | None = None
     split: str = "test"
     data_notes: str | None = None
+    other_sets: Mapping[str, Sequence[OperatingPoint]] = field(default_factory=dict)
     full_depth: OperatingPoint | None = None
     exit_layers: Sequence[int] | None = None
     exit_threshold: float | Sequence[float] = 0.5
@@ -99,8 +102,8 @@ class EarlyExitCard:
         "A film with a heart.",
         "Not a single joke lands, and the plot is worse.",
     )
-    regression: bool = False
-    language: str = "en"
+    problem_type: str = "single_label_classification"
+    language: str | list[str] | None = None
     license: str | None = None
 
     def __post_init__(self) -> None:
@@ -136,10 +139,10 @@ class EarlyExitCard:
             "base_model": self.base_model if _is_hub_name(self.base_model) else None,
             "datasets": [self.dataset_id] if self.dataset_id else None,
             "license": self.license,
+            "language": self.language,
         }
         results = self._results()
         return ModelCardData(
-            language=self.language,
             library_name="transformers",
             pipeline_tag="text-classification",
             tags=["early-exit", "transformers-cee", "consistentee"],
@@ -157,10 +160,8 @@ class EarlyExitCard:
         return ModelCard.from_template(
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
-            title=self.model_name,
-            base_sentence=_sentence(
-                "{} with early exits.", self.base_model, "A transformer encoder with early exits."
-            ),
+            title=escape_markdown(self.model_name),
+            base_sentence=self._base_sentence("A transformer encoder with early exits."),
             method=self._method(),
             num_layers=self.num_layers,
             exit_layers=_and(self.exit_layers or ()),
@@ -169,13 +170,13 @@ class EarlyExitCard:
             pairs=not isinstance(self.examples[0], str),
             exit_threshold=repr(self.exit_threshold),
             exit_budget=self.exit_budget,
-            regression=self.regression,
-            data_sentence=" ".join(filter(None, [f"Trained and measured on {self.dataset_name}.", self.data_notes])),
+            problem_type=self.problem_type,
+            data_sentence=self._data_sentence(),
             points_sentence=self._points_sentence(),
-            points_table=operating_points_table(self.points, names),
-            metric_name=self.metric_name,
+            points_table=self._tables(lambda points: operating_points_table(points, names)),
+            metric_name=escape_markdown(self.metric_name),
             figure=self.figure,
-            timing=self.timing,
+            timing=self.timing and escape_markdown(self.timing),
             arguments_table=_two_columns("argument", self.training_arguments) or "Not recorded.",
             seeds_sentence=_sentence("Seeds: {}.", ", ".join(map(str, self.seeds)), "The seed was not recorded."),
             limits="\n".join(f"- {limit}" for limit in (*self.limits, *GENERAL_LIMITS)),
@@ -185,18 +186,31 @@ class EarlyExitCard:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the card as `README.md` into a folder, which is made when missing, and returns the file."""
         path = Path(folder) / "README.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.render().save(path)
+        card = self.render()
+        with replacing(path) as beside:
+            card.save(beside)
         return path
+
+    def _base_sentence(self, otherwise: str) -> str:
+        return f"{escape_markdown(self.base_model)} with early exits." if self.base_model else otherwise
+
+    def _data_sentence(self) -> str:
+        notes = escape_markdown(self.data_notes or "")
+        return f"Trained and measured on {escape_markdown(self.dataset_name)}. {notes}".strip()
+
+    def _tables(self, table: Callable[[list[OperatingPoint]], str]) -> str:
+        """The table of the points, and that of each further set under its name."""
+        others = [f"On {escape_markdown(name)}:\n\n{table(list(points))}" for name, points in self.other_sets.items()]
+        return "\n\n".join([table(self.points), *others])
 
     def _method(self) -> str:
         phases = self.training_arguments.get("phases") or tuple(PHASE_SENTENCES)
         return " ".join(PHASE_SENTENCES[phase] for phase in PHASE_SENTENCES if phase in phases)
 
     def _points_sentence(self) -> str:
-        methods = _and([method_name(method) for method in self.curves])
+        methods = _and([escape_markdown(method_name(method)) for method in self.curves])
         shared = ", all on the exits and heads of this model" if len(self.curves) > 1 else ""
-        return f"Measured on the {self.split} rows; exit criteria: {methods}{shared}."
+        return f"Measured on the {escape_markdown(self.split)} rows; exit criteria: {methods}{shared}."
 
     def _results(self) -> list[EvalResult] | None:
         point = self.published_point
@@ -235,7 +249,7 @@ def _is_hub_name(name: str | None) -> bool:
 
 
 def _two_columns(header: str, values: Mapping[str, Any]) -> str:
-    rows = [[f"`{name}`", str(value).replace("|", "\\|").replace("\n", " ")] for name, value in values.items()]
+    rows = [[f"`{name}`", escape_markdown(value)] for name, value in values.items()]
     return markdown_table([header, "value"], rows) if rows else ""
 
 

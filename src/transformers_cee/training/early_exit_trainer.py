@@ -205,8 +205,8 @@ class EarlyExitTrainer(Trainer):
             figure=None,
             training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
             seeds=[self.args.seed],
-            regression=self._problem_type() == "regression",
-            language=language or "en",
+            problem_type=self._problem_type(),
+            language=language,
             license=license,
         ).save(self.args.output_dir)
         return None
