@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from calibration_coverage import write_scores
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 

@@ -90,7 +90,8 @@ class ModelArguments(CheckpointArguments):
     exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
     exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start the heads anew where the checkpoint's are for another number of classes."}
+        default=False,
+        metadata={"help": "Start the heads anew where the checkpoint has some for another number of classes."},
     )
 
 

@@ -129,7 +129,9 @@ class LabelMatch:
     note: str | None = None
 
 
-def match_labels(names: Sequence[str], problem_type: str, config: Any, trains: bool, replace_heads: bool) -> LabelMatch:
+def match_labels(
+    names: Sequence[str], problem_type: str, config: Any, trains: bool, replace_heads: bool
+) -> LabelMatch:
     """Finds the classes of a corpus among those of a checkpoint, by name where names match.
 
     Args:
@@ -151,8 +153,8 @@ def match_labels(names: Sequence[str], problem_type: str, config: Any, trains: b
     known_type = "regression" if len(known) == 1 else config.problem_type
     if not trains and known_type not in (None, problem_type):
         raise ValueError(
-            f"The checkpoint is for {known_type} ({shown}), the data for {problem_type} ({wanted}): there is nothing to "
-            "evaluate. Pass `--do_train` to learn from the data."
+            f"The checkpoint is for {known_type} ({shown}), the data for {problem_type} ({wanted}): there is nothing "
+            "to evaluate. Pass `--do_train` to learn from the data."
         )
     found = _find(names, known)
     if found is not None:
@@ -174,8 +176,8 @@ def match_labels(names: Sequence[str], problem_type: str, config: Any, trains: b
         )
     if not replace_heads:
         raise ValueError(
-            f"The checkpoint's heads are for {shown}, the data has {wanted}. Pass `--ignore_mismatched_sizes` to start "
-            "the heads anew."
+            f"The checkpoint's heads are for {shown}, the data has {wanted}. Pass `--ignore_mismatched_sizes` to "
+            "start the heads anew."
         )
     note = f"the checkpoint's heads were for {shown}: classifier and exit heads start anew, for {wanted}."
     return LabelMatch(own.names, own.ids, is_new=True, note=note)

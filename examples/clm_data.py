@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common import check_files, check_positive, check_split_shares
-from datasets import Dataset, DatasetDict, load_dataset
+from data_files import column_names, read_texts
+from datasets import Dataset, DatasetDict, Value, load_dataset
 
 
 FILE_TYPES = (".csv", ".json", ".jsonl", ".txt")
@@ -126,9 +127,22 @@ class TextArguments:
         check_positive(self, ("max_train_samples", "max_eval_samples", "max_test_samples", "text_prompt_length"))
         self._check_lengths()
 
+    def limit_lengths(self, positions: int) -> None:
+        """Cuts rows to as many tokens as the model has positions; prompts keep their share of them.
+
+        Raises:
+            ValueError: `max_prompt_length` leaves no room for an answer.
+        """
+        if positions < self.max_seq_length:
+            if self._default_prompt_length:
+                self.max_prompt_length = None
+            self.max_seq_length = positions
+            self._check_lengths()
+
     def _check_lengths(self):
         if self.max_seq_length < 2:
             raise ValueError(f"`max_seq_length` must be at least 2; got {self.max_seq_length}.")
+        self._default_prompt_length = self.max_prompt_length is None
         if self.max_prompt_length is None:
             self.max_prompt_length = max(1, self.max_seq_length * 3 // 4)
         if not 1 <= self.max_prompt_length < self.max_seq_length:
@@ -175,13 +189,12 @@ def load_text_corpus(args: TextArguments, tokenizer: Any) -> TextCorpus:
     """Reads, splits, samples, formats and tokenises what `args` describes.
 
     Raises:
-        ValueError: a column is missing or no known set of columns is there, a row has no answer, the tokenizer has no
+        ValueError: a file is damaged (the message names file and row), a column is missing or no known set of columns is there, a row has no answer, the tokenizer has no
             chat template or no end-of-sequence token, or a split would be empty.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-sequence token, which answers end with.")
-    raw = _read(args)
-    columns = find_columns(raw["train"].column_names, args.columns)
+    raw, columns = _read(args)
     notes = [note for name in raw for note in _drop_empty(raw, name, columns)]
     notes += complete_splits(raw, args)
     if columns.text is None:
@@ -202,19 +215,30 @@ def load_text_corpus(args: TextArguments, tokenizer: Any) -> TextCorpus:
     return TextCorpus(name, splits, notes, columns.text is not None, prompt_format)
 
 
-def _read(args: TextArguments) -> dict[str, Dataset]:
+def _read(args: TextArguments) -> tuple[dict[str, Dataset], Columns]:
+    """The splits there are, with the columns to read."""
     if args.dataset_name is not None:
         raw = dict(load_dataset(args.dataset_name, args.dataset_config_name))
         if "train" not in raw:
             raise ValueError(f"`dataset_name` {args.dataset_name!r} has no train split; it has {', '.join(raw)}.")
-        return {name: rows for name, rows in raw.items() if name in ("train", "validation", "test")}
+        columns = find_columns(raw["train"].column_names, args.columns)
+        raw = {name: rows for name, rows in raw.items() if name in ("train", "validation", "test")}
+        for name in columns.names:
+            if not isinstance(raw["train"].features[name], Value):
+                raise ValueError(f"Column {name!r} holds {raw['train'].features[name]}; accepted are texts.")
+        return raw, columns
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    files = {name: path for name, path in files.items() if path is not None}
-    builder = {".csv": "csv", ".txt": "text"}.get(Path(args.train_file).suffix, "json")
-    return dict(load_dataset(builder, data_files=files))
+    paths = {name: Path(path) for name, path in files.items() if path is not None}
+    names = {name: column_names(path) for name, path in paths.items()}
+    columns = find_columns(names["train"], args.columns, f"{paths['train']}: ")
+    # What goes with the prompt may be there in some rows, and so in some files, only.
+    needed = Columns(columns.prompt, None, columns.answer, columns.text)
+    for name, path in paths.items():
+        find_columns(names[name], needed if needed.names else columns, f"{path}: ")
+    return {name: read_texts(path, columns.names) for name, path in paths.items()}, columns
 
 
-def find_columns(names: Sequence[str], wanted: Columns | None = None) -> Columns:
+def find_columns(names: Sequence[str], wanted: Columns | None = None, where: str = "") -> Columns:
     """The columns to read: those that were asked for, or the first known set that is there.
 
     Raises:
@@ -223,24 +247,37 @@ def find_columns(names: Sequence[str], wanted: Columns | None = None) -> Columns
     if wanted is not None:
         missing = [name for name in wanted.names if name not in names]
         if missing:
-            raise ValueError(f"No column {missing[0]!r}; the columns are {', '.join(names)}.")
+            raise ValueError(f"{where}No column {missing[0]!r}; the columns are {', '.join(names)}.")
         return wanted
     for columns in KNOWN_COLUMNS:
         if set(columns.names) <= set(names):
             return columns
     raise ValueError(
-        f"None of the known sets of columns is among {', '.join(names)}; name them by `prompt_column`, "
+        f"{where}None of the known sets of columns is among {', '.join(names)}; name them by `prompt_column`, "
         "`input_column` and `answer_column`, or by `text_column`."
     )
 
 
 def _drop_empty(raw: dict[str, Dataset], name: str, columns: Columns) -> list[str]:
-    """Takes rows without answer (or text) out of a split, in place; returns the notes to print."""
-    needed = columns.text or columns.answer
-    rows = raw[name].filter(lambda row: bool((row[needed] or "").strip()))
-    dropped, raw[name] = len(raw[name]) - len(rows), rows
-    # Empty lines of a text file are how it is laid out.
-    return [f"{name}: {dropped} rows without {needed!r} were dropped."] if dropped and columns.text is None else []
+    """Takes rows without answer (or text), or without anything to answer, out of a split, in place; returns the notes
+    to print."""
+    notes = []
+    asked = [column for column in (columns.prompt, columns.input) if column is not None]
+    for needed in ([columns.text or columns.answer], asked):
+        rows = raw[name].filter(_has_text, fn_kwargs={"columns": needed}) if needed else raw[name]
+        dropped, raw[name] = len(raw[name]) - len(rows), rows
+        # Empty lines of a text file are how it is laid out.
+        if dropped and columns.text is None:
+            notes.append(f"{name}: {dropped} rows without {' and '.join(map(repr, needed))} were dropped.")
+    return notes
+
+
+def _has_text(row: dict[str, Any], columns: Sequence[str]) -> bool:
+    return any(_text(row[column]) for column in columns)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
 
 
 def complete_splits(splits: dict[str, Dataset], args: TextArguments) -> list[str]:
@@ -343,14 +380,19 @@ def format_pairs(
     """Prompts and answers as rows of token ids; `notes` gets what was cut."""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        instruction = args.instruction if columns.prompt is None else str(row[columns.prompt] or "").strip()
-        text = "" if columns.input is None else str(row[columns.input] or "").strip()
+        instruction = args.instruction if columns.prompt is None else _text(row[columns.prompt])
+        text = "" if columns.input is None else _text(row[columns.input])
         prompt, cut = fit_prompt(tokenizer, prompt_format, instruction, text, args.max_prompt_length)
-        answer = tokenizer(str(row[columns.answer]).strip(), add_special_tokens=False)["input_ids"]
+        answer = tokenizer(_text(row[columns.answer]), add_special_tokens=False)["input_ids"]
         made = encode_pair(prompt, answer, tokenizer.eos_token_id, args.max_seq_length, args.loss_on_prompt)
         return {**made, "cut": [cut, len(prompt) + len(answer) + 1 > args.max_seq_length]}
 
-    formatted = raw.map(encode, remove_columns=raw["train"].column_names, desc="Format and tokenize")
+    formatted = DatasetDict(
+        {
+            name: rows.map(encode, remove_columns=rows.column_names, desc="Format and tokenize")
+            for name, rows in raw.items()
+        }
+    )
     for name, rows in formatted.items():
         for part, limit, flags in zip(
             ("prompts", "answers"),
@@ -376,7 +418,7 @@ def cut_text(raw: DatasetDict, column: str, tokenizer: Any, args: TextArguments)
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         made: dict[str, list] = {"input_ids": [], "labels": [], "prompt_length": []}
-        for ids in tokenizer([_clean(text) for text in rows[column]])["input_ids"]:
+        for ids in tokenizer([_clean(_text(text)) for text in rows[column]])["input_ids"]:
             for start in range(0, len(ids), args.max_seq_length):
                 part = ids[start : start + args.max_seq_length]
                 if len(part) > args.text_prompt_length:

@@ -2,9 +2,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Rows of csv, tsv, json, jsonl and txt files, one reader for all scripts.
 
-Nothing is guessed: a cell of a table is the text that stands there, a value of JSON what JSON says (`datasets`' readers
-make numbers of "007", missing values of "NA" and timestamps of texts that look like a date). What is damaged is refused
-with the file and the row; rows are counted from 1, the header of a table not among them.
+Nothing is guessed: a cell of a table is the text that stands there, a value of JSON what JSON says. (The readers of
+`datasets` make numbers of "007", missing values of "NA" and timestamps of texts that look like a date.) What is
+damaged is refused with the file and the row; rows are counted from 1, the header of a table not among them.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ def read_rows(
 def column_names(path: Path) -> list[str]:
     """The columns of a file's rows in the order in which they first come; walks, and so checks, the whole file."""
     names: dict[str, None] = {}
-    count = 0
-    for count, row in read_rows(path):
+    is_empty = True
+    for _, row in read_rows(path):
+        is_empty = False
         names.update(dict.fromkeys(row))
-    if count == 0:
+    if is_empty:
         raise ValueError(f"{path}: no rows.")
     return list(names)
 
@@ -81,7 +82,9 @@ def cell_text(path: Path, number: int, column: str, value: Any) -> str | None:
     """
     if isinstance(value, list | dict):
         kind = "a list" if isinstance(value, list) else "an object"
-        raise ValueError(f"{path}: row {number} has {kind} in {column!r}; accepted are texts and numbers: {value!r:.80}.")
+        raise ValueError(
+            f"{path}: row {number} has {kind} in {column!r}; accepted are texts and numbers: {_short(value)}."
+        )
     return None if value is None or value != value else str(value)
 
 
@@ -116,7 +119,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                         raise ValueError(f"{path}: the file is {kind}; accepted is text in UTF-8.")
                 raw = raw.removeprefix(BYTE_ORDER_MARK)
             if b"\0" in raw:
-                raise ValueError(f"{path}: line {number} holds a NUL byte; accepted is text in UTF-8 (is it in UTF-16?).")
+                raise ValueError(
+                    f"{path}: line {number} holds a NUL byte; accepted is text in UTF-8 (is this UTF-16?)."
+                )
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -149,8 +154,8 @@ def _cells(path: Path, delimiter: str, header: Sequence[str] | None, broken: lis
                 way_out = "a cell that holds the delimiter needs quotation marks" if len(cells) > len(names) else ""
                 way_out = way_out or f"no cell for {names[len(cells)]!r}"
                 raise ValueError(
-                    f"{path}: row {number} (line {reader.line_num}) has {len(cells)} cells, {cells!r:.200}, but the "
-                    f"header {len(names)} ({', '.join(names)}): {way_out}."
+                    f"{path}: row {number} (line {reader.line_num}) has {len(cells)} cells, {_short(cells, 200)}, but "
+                    f"the header {len(names)} ({', '.join(names)}): {way_out}."
                 )
             else:
                 broken.append(number)
@@ -189,7 +194,12 @@ def _items(path: Path, text: str) -> Iterator[Row]:
         position += 1
     rest = text[position + 1 :].strip()
     if rest:
-        raise ValueError(f"{path}: the list ends after row {number}, but more follows: {rest!r:.40}.")
+        raise ValueError(f"{path}: the list ends after row {number}, but more follows: {_short(rest)}.")
+
+
+def _short(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _after_space(text: str, position: int) -> int:
@@ -206,7 +216,7 @@ def _object(path: Path, number: int, text: str, position: int) -> tuple[dict[str
     try:
         value, end = _DECODER.raw_decode(text, _after_space(text, position))
         if position == 0 and text[end:].strip():
-            raise ValueError(f"more follows: {text[end:].strip()!r:.40}")
+            raise ValueError(f"more follows: {_short(text[end:].strip())}")
         if "\\u" in text[position:end]:
             # Half of a pair of surrogates is no character.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -217,8 +227,8 @@ def _object(path: Path, number: int, text: str, position: int) -> tuple[dict[str
         raise ValueError(f"{path}: row {number} holds {half}, which is no character by itself.") from error
     except ValueError as error:
         raise ValueError(
-            f"{path}: row {number} cannot be read ({error}); neither a json list of objects nor one json object per line."
+            f"{path}: row {number} cannot be read ({error}); neither a json list of objects nor one object per line."
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: row {number} is {value!r:.40}; accepted are objects: names with values.")
+        raise ValueError(f"{path}: row {number} is {_short(value)}; accepted are objects: names with values.")
     return value, end

@@ -360,8 +360,8 @@ def guess_text_columns(path: Path, names: list[str], label_column: str) -> list[
     if label_column in names and len(others) == 1:
         return others
     raise ValueError(
-        f"{path}: the columns are {', '.join(map(repr, names))}; name those of the texts by `text_columns` and that of "
-        f"the labels by `label_column` (now {label_column!r})."
+        f"{path}: the columns are {', '.join(map(repr, names))}; name those of the texts by `text_columns` and that "
+        f"of the labels by `label_column` (now {label_column!r})."
     )
 
 
@@ -380,7 +380,9 @@ def _check_columns(path: Path, rows: list[Row], columns: list[str]) -> None:
     for number, row in rows:
         for column in columns:
             if column not in row:
-                raise ValueError(f"{path}: row {number} has no {column!r}; it has {', '.join(map(repr, row)) or 'nothing'}.")
+                raise ValueError(
+                    f"{path}: row {number} has no {column!r}; it has {', '.join(map(repr, row)) or 'nothing'}."
+                )
 
 
 def _to_dataset(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import check_fitted, fit_criteria
 from clm_arguments import (
     LM_EXIT_FIELDS,
     LanguageModelArguments,
@@ -32,7 +33,17 @@ from clm_arguments import (
     parse_arguments,
 )
 from clm_data import TextCorpus, load_text_corpus
-from common import check_stages, push, resume_argument, set_up_logging, training_callbacks
+from common import (
+    can_draw,
+    card_language,
+    check_stages,
+    earlier_training,
+    fitting_length,
+    push,
+    resume_argument,
+    set_up_logging,
+    training_callbacks,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -49,6 +60,7 @@ from transformers_cee.evaluation.operating_points import thresholds_for_depths
 from transformers_cee.evaluation.report import method_name, write_results
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.evaluation.text_metrics import text_metrics
+from transformers_cee.files import replacing
 from transformers_cee.hub.generation_card import GenerationCard
 from transformers_cee.hub.model_card import installed_versions
 from transformers_cee.training.least_squares import fit_exit_heads
@@ -74,6 +86,8 @@ CARD_ARGUMENTS = (
     "consistent_num_train_epochs",
     "consistent_objective",
 )
+RESULTS = "results.json"
+CURVE = "curve.png"
 CURVE_METRICS = ("agreement", "rougeL")
 
 
@@ -91,14 +105,22 @@ def load_tokenizer(args: LanguageModelArguments) -> Any:
     return tokenizer
 
 
-def load_model(args: LanguageModelArguments, tokenizer: Any) -> LlamaForConsistentEECausalLM:
-    """The checkpoint with exits."""
+def load_config(args: LanguageModelArguments) -> LlamaCeeConfig:
+    """The checkpoint's config with the exits that were asked for."""
+    return LlamaCeeConfig.from_pretrained(args.model_name_or_path, **_source(args), **args.exit_options())
+
+
+def _source(args: LanguageModelArguments) -> dict[str, Any]:
     source = {"cache_dir": args.cache_dir, "revision": args.model_revision}
-    if args.gguf_file:
-        source["gguf_file"] = args.gguf_file
-    config = LlamaCeeConfig.from_pretrained(args.model_name_or_path, **source, **args.exit_options())
+    return source | ({"gguf_file": args.gguf_file} if args.gguf_file else {})
+
+
+def load_model(args: LanguageModelArguments, config: LlamaCeeConfig, tokenizer: Any) -> LlamaForConsistentEECausalLM:
+    """The checkpoint with exits."""
     dtype = getattr(torch, args.dtype)
-    model = LlamaForConsistentEECausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype, **source)
+    model = LlamaForConsistentEECausalLM.from_pretrained(
+        args.model_name_or_path, config=config, dtype=dtype, **_source(args)
+    )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, name) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
@@ -202,7 +224,7 @@ def make_benchmark(
 def write_answers(benchmark: GenerationBenchmark, path: Path) -> None:
     """All answers so far, one prompt per line."""
     prompts = benchmark.decode(benchmark.prompts)
-    with path.open("w", encoding="utf-8") as lines:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as lines:
         for number, (prompt, reference) in enumerate(zip(prompts, benchmark.references, strict=True)):
             answers = {" ".join(point): texts[number] for point, texts in benchmark.texts.items()}
             row = {"prompt": prompt, "reference": reference, "answers": answers}
@@ -210,15 +232,21 @@ def write_answers(benchmark: GenerationBenchmark, path: Path) -> None:
 
 
 def evaluate(
-    trainer: ConsistentEETrainer, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments, results: dict[str, Any]
+    trainer: ConsistentEETrainer,
+    tokenizer: Any,
+    corpus: TextCorpus,
+    arguments: LMArguments,
+    results: dict[str, Any],
+    draws: bool,
 ) -> None:
-    """Measures all operating points into `results`, which is written after each, then draws curve.png and the card."""
+    """Measures all operating points into `results`, which is written after each, then writes the card and draws."""
     args, output = arguments[2], Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     depths = args.target_depths(model.layer_numbers)
     dev = trainer.collect_exits(corpus.splits["validation"], "validation")
     if not trainer.is_world_process_zero():
         return
+    fit_criteria(model, args.criteria, dev, keep=not trainer.args.do_train)
     # Policies conditioned on the price of a layer have a budget for every depth, other criteria a threshold.
     by_budget = "policy" in args.criteria and model.exit_policies.is_conditioned
     budgets = pick_budgets(dev, depths) if by_budget else []
@@ -241,13 +269,14 @@ def evaluate(
         speed = f"{point.wall_clock_speedup:.2f}x tokens/s, agreement {point.metrics['agreement']:.3f}"
         name = setting_name(criterion, threshold, budget)
         logger.info(f"{number}/{len(points)} {name}: depth {point.depth:.2f}, {speed}")
-        write_results(results, output / "results.json")
+        write_results(results, output / RESULTS)
         write_answers(benchmark, output / "answers.jsonl")
-    methods = {method_name(name): curve for name, curve in curves.items()}
-    title = f"{corpus.name}, {len(benchmark.prompts)} test prompts. {results['timing']}"
-    plot_generation(methods, curve_metrics(results["curves"]), output / "curve.png", full, title)
-    write_card(corpus, results, arguments, model.config)
     print_tables(corpus, results)
+    write_card(corpus, results, arguments, model.config, CURVE if draws else None)
+    if draws:
+        methods = {method_name(name): curve for name, curve in curves.items()}
+        title = f"{corpus.name}, {len(benchmark.prompts)} test prompts. {results['timing']}"
+        plot_generation(methods, curve_metrics(results["curves"]), output / CURVE, full, title)
 
 
 def curve_metrics(curves: dict[str, list[GenerationPoint]]) -> list[str]:
@@ -271,7 +300,9 @@ def print_tables(corpus: TextCorpus, results: dict[str, Any]) -> None:
     print("\n".join(["", *corpus.notes]))
 
 
-def write_card(corpus: TextCorpus, results: dict[str, Any], arguments: LMArguments, config: LlamaCeeConfig) -> None:
+def write_card(
+    corpus: TextCorpus, results: dict[str, Any], arguments: LMArguments, config: LlamaCeeConfig, figure: str | None
+) -> None:
     """README.md of the model folder, from what was measured."""
     model_args, data_args, _, training_args = arguments
     shown = next(iter(results["curves"].values()))
@@ -287,6 +318,8 @@ def write_card(corpus: TextCorpus, results: dict[str, Any], arguments: LMArgumen
         full_depth=results["full"],
         exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
         exit_threshold=config.exit_threshold,
+        figure=figure,
+        language=card_language(model_args.language, model_args.model_name_or_path),
         base_model=model_args.base_model or model_args.model_name_or_path,
         data_notes=" ".join(corpus.notes),
         timing=results["timing"],
@@ -328,15 +361,6 @@ def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, resu
     trainer.save_model()
 
 
-def earlier_training(args: Any) -> dict[str, Any]:
-    """What an earlier run in the same folder wrote down about its training; an evaluation alone keeps it."""
-    path = Path(args.output_dir) / "results.json"
-    if args.do_train or not path.is_file():
-        return {}
-    before = json.loads(path.read_text(encoding="utf-8"))
-    return {name: before[name] for name in ("fitted_heads", "train", "train_seconds") if name in before}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     model_args, data_args, eval_args, training_args = arguments
@@ -349,18 +373,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_up_logging(logger, training_args)
     set_seed(training_args.seed)
 
+    draws = training_args.do_eval and can_draw(logger)
+    config = load_config(model_args)
+    if training_args.do_eval:
+        eval_args.target_depths(config.exit_layer_numbers)
+        check_fitted("criteria", eval_args.criteria, config)
     tokenizer = load_tokenizer(model_args)
+    data_args.limit_lengths(fitting_length(data_args.max_seq_length, tokenizer, config, logger))
     with training_args.main_process_first(desc="data"):
         corpus = load_text_corpus(data_args, tokenizer)
     sizes = {name: len(rows) for name, rows in corpus.splits.items()}
     tokens = {name: sum(map(len, rows["input_ids"])) for name, rows in corpus.splits.items()}
     logger.info(f"{corpus.name}: rows {sizes}, tokens {tokens}. {' '.join(corpus.notes)}")
-    model = load_model(model_args, tokenizer)
-    eval_args.target_depths(model.layer_numbers)
+    model = load_model(model_args, config, tokenizer)
     tuner = add_lora(model, model_args, training_args.seed) if training_args.do_train else None
     trainer = make_trainer(model, tokenizer, corpus, arguments)
 
-    results: dict[str, Any] = earlier_training(training_args)
+    results: dict[str, Any] = earlier_training(training_args, logger)
     results["corpus"] = vars(corpus) | {"splits": sizes, "tokens": tokens}
     results["versions"] = installed_versions()
     results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
@@ -368,13 +397,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if training_args.do_train:
         train(trainer, tuner, model_args.fit_heads_tokens, results)
     if trainer.is_world_process_zero():
-        write_results(results, Path(training_args.output_dir) / "results.json")
+        write_results(results, Path(training_args.output_dir) / RESULTS)
     if training_args.do_eval:
-        evaluate(trainer, tokenizer, corpus, arguments, results)
-    if trainer.is_world_process_zero():
-        write_results(results, Path(training_args.output_dir) / "results.json")
-        if pushes:
-            push(Path(training_args.output_dir), training_args)
+        evaluate(trainer, tokenizer, corpus, arguments, results, draws)
+    if trainer.is_world_process_zero() and pushes:
+        push(Path(training_args.output_dir), training_args)
     return results
 
 

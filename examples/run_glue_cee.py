@@ -90,11 +90,10 @@ def match_corpus(corpus: Corpus, config: BertCeeConfig, args: ModelArguments, tr
         corpus.notes.append(match.note)
     if match.is_new:
         # Fitted to the heads that go.
-        named = isinstance(config.exit_threshold, str)
-        if named:
+        if isinstance(config.exit_threshold, str):
             raise ValueError(
-                f"`exit_threshold` of the checkpoint is the operating point {config.exit_threshold!r}, which holds for "
-                "its own classes only; pass a number as `--exit_threshold`."
+                f"`exit_threshold` of the checkpoint is the operating point {config.exit_threshold!r}, which holds "
+                "for its own classes only; pass a number as `--exit_threshold`."
             )
         config.exit_estimators, config.exit_operating_points, config.exit_budgets = [], {}, []
         config.exit_budget = None

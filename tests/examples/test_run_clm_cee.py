@@ -228,7 +228,7 @@ def test_thresholds_hit_the_wanted_depths(run, rows):
     arguments = parse_arguments(words(make_options(output, rows, output)))
     tokenizer = run_clm_cee.load_tokenizer(arguments[0])
     corpus = run_clm_cee.load_text_corpus(arguments[1], tokenizer)
-    model = run_clm_cee.load_model(arguments[0], tokenizer)
+    model = run_clm_cee.load_model(arguments[0], run_clm_cee.load_config(arguments[0]), tokenizer)
     trainer = run_clm_cee.make_trainer(model, tokenizer, corpus, arguments)
     dev = trainer.collect_exits(corpus.splits["validation"])
     found = run_clm_cee.pick_thresholds(model, dev, ["max_probability"], [2.0, 3.0])["max_probability"]
@@ -280,7 +280,9 @@ def test_bad_model_arguments(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criteria": ["luck"]}, r"`criteria` must be among .*policy.*; got \['luck'\]"),
+        ({"criteria": ["luck"]}, "`criteria` must be among .*policy.*; got 'luck'"),
+        ({"criteria": []}, r"`criteria` must name at least one exit criterion; got \[\]"),
+        ({"criteria": ["oracle"]}, "`criteria` must be among .*policy.*; got 'oracle'"),
         ({"operating_points": 0}, "`operating_points` must be at least 1; got 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1; got 0"),
         ({"eval_batch_sizes": []}, r"`eval_batch_sizes` must be numbers of at least 1; got \[\]"),

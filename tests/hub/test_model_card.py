@@ -147,7 +147,8 @@ def test_usage_runs_as_pasted(tmp_path, saved, regression, pairs):
     examples = ["a film with heart", 'not a "single" joke\nlands']
     if pairs:
         examples = [(text, "a joke") for text in examples]
-    text = make(repo_id=str(folder), exit_threshold=0.0, examples=examples, regression=regression).render().text
+    problem_type = "regression" if regression else "single_label_classification"
+    text = make(repo_id=str(folder), exit_threshold=0.0, examples=examples, problem_type=problem_type).render().text
     (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     done = run_python(snippet)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from transformers_cee.files import replacing
+
 from .curves import Axis, curve_values
 
 
@@ -321,10 +323,15 @@ def _finish(figure: Any, legend_axis: Any, path: str | Path, title: str | None) 
         # Two columns fit into the width of a large panel: long labels in small print.
         columns = min(max(1, round(figure.get_figwidth() / 2.6)), len(labels))
         size = 7.5 if columns > 1 and max(map(len, labels)) > LONG_LABEL else None
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size)
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     if title is not None:
-        figure.suptitle(title, fontsize=11)
+        # A name may hold dollar signs, which are no formula.
+        figure.suptitle(title, fontsize=11, parse_math=False)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=150)
     return path

@@ -92,7 +92,10 @@ def matched_depth_table(values: Mapping[str, Mapping[float, float | None]], metr
         num_layers: layers of the model, for the heading.
     """
     depths = sorted({depth for by_depth in values.values() for depth in by_depth})
-    header = [f"{escape_markdown(metric.replace('_', ' '))} at depth (of {num_layers})", *(f"{depth:.2f}" for depth in depths)]
+    header = [
+        f"{escape_markdown(metric.replace('_', ' '))} at depth (of {num_layers})",
+        *(f"{depth:.2f}" for depth in depths),
+    ]
     rows = [
         [escape_markdown(method_name(method)), *(_number(by_depth.get(depth)) for depth in depths)]
         for method, by_depth in values.items()

@@ -69,8 +69,9 @@ class EarlyExitCard:
         limits (`list[str]`): limits of this model, before the general ones.
         library_versions (`dict[str, str]`, *optional*): defaults to what is installed.
         examples (`list[str]` or list of pairs of `str`): texts, or pairs of texts, of the usage snippet.
-        problem_type (`str`, *optional*, defaults to `"single_label_classification"`): what logits mean, as in a config.
-        language (`str` or `list[str]`, *optional*), license (`str`, *optional*): for the metadata, where they are known.
+        problem_type (`str`, *optional*, defaults to `"single_label_classification"`): what logits mean, as a config
+            names it.
+        language (`str` or `list[str]`, *optional*), license (`str`, *optional*): for the metadata, where known.
 
     Raises:
         ValueError: no operating points, a point without the metric, or no examples.

@@ -72,8 +72,8 @@ class EarlyExitTrainer(Trainer):
         _check_arguments(model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         self._exit_arguments: dict[str, Any] = {}
-        self._points: list[OperatingPoint] = []
-        self._full_point: OperatingPoint | None = None
+        # What the last `evaluate()` measured, by evaluation set (None: the only one): operating points, full depth.
+        self._measured: dict[str | None, tuple[list[OperatingPoint], OperatingPoint | None]] = {}
         self._in_phase = False
         self._exit_loss: Callable[[Tensor], Tensor] = torch.mean
         self._full_depth: KnownText | None = None
@@ -182,25 +182,28 @@ class EarlyExitTrainer(Trainer):
     ) -> None:
         """Writes the card of an early-exit model, with the operating points of the last `evaluate()`; before any, that
         of 🤗 Trainer. Arguments as in Trainer."""
-        if not self._points:
+        if not self._measured:
             return super().create_model_card(
                 language, license, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset, **kwargs
             )
         if not self.is_world_process_zero():
             return None
         config = self._exit_model.config
-        names = [name for name in self._points[0].metrics if name != "loss"]
+        (first, (points, full)), *others = self._measured.items()
+        names = [name for name in points[0].metrics if name != "loss"]
+        where = "the evaluation set" if first is None else "the evaluation sets"
         EarlyExitCard(
             model_name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
             repo_id=self.hub_model_id if self.args.push_to_hub else self.args.output_dir,
             num_layers=config.num_hidden_layers,
-            dataset_name=(dataset if isinstance(dataset, str) else ", ".join(dataset or ())) or "the evaluation set",
+            dataset_name=(dataset if isinstance(dataset, str) else ", ".join(dataset or ())) or where,
             metric_name=names[0] if names else "loss",
-            curves={"policy": sorted(self._points, key=lambda point: point.depth)},
-            split="evaluation",
+            curves={"policy": sorted(points, key=lambda point: point.depth)},
+            split="evaluation" if first is None else first,
+            other_sets={f"the {name} rows": card_points(*measured) for name, measured in others},
             exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
             exit_threshold=config.exit_threshold,
-            full_depth=self._full_point,
+            full_depth=full,
             base_model=finetuned_from,
             figure=None,
             training_arguments={name: getattr(self.args, name) for name in CARD_ARGUMENTS},
@@ -235,8 +238,18 @@ class EarlyExitTrainer(Trainer):
             `token_accuracy` over all counted tokens, `agreement` with the last exit over those that may leave, and
             `full_depth`, the operating point without exits.
         """
-        if self._in_phase or isinstance(eval_dataset or self.eval_dataset, dict):
+        if self._in_phase:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        several = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(several, dict):
+            results, measured = {}, {}
+            for name, rows in several.items():
+                results |= self.evaluate(
+                    name if eval_dataset is None else rows, ignore_keys, f"{metric_key_prefix}_{name}"
+                )
+                measured[name] = self._measured[None]
+            self._measured = measured
+            return results
         loader = self.get_eval_dataloader(eval_dataset)
         run = (loader, ignore_keys, metric_key_prefix)
         try:
@@ -246,7 +259,7 @@ class EarlyExitTrainer(Trainer):
             points += [self._run_point("policy", threshold, *run) for threshold in self.args.eval_exit_thresholds]
         finally:
             self._full_depth = None
-        self._points, self._full_point = points, full
+        self._measured = {None: (points, full)}
         extra: dict[str, Any] = {"exit_histogram": points[0].exit_histogram}
         if full is None:
             self._time_points(loader, points)
@@ -309,6 +322,11 @@ class EarlyExitTrainer(Trainer):
         speedups = measure_wall_clock(self.accelerator.unwrap_model(self.model), batches, settings)
         for point, speedup in zip(points, speedups, strict=True):
             point.wall_clock_speedup = speedup
+
+
+def card_points(points: list[OperatingPoint], full: OperatingPoint | None) -> list[OperatingPoint]:
+    """Points as a table shows them: full depth first, then by rising depth."""
+    return [*filter(None, [full]), *sorted(points, key=lambda point: point.depth)]
 
 
 def _check_arguments(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
