@@ -189,8 +189,8 @@ def load_text_corpus(args: TextArguments, tokenizer: Any) -> TextCorpus:
     """Reads, splits, samples, formats and tokenises what `args` describes.
 
     Raises:
-        ValueError: a file is damaged (the message names file and row), a column is missing or no known set of columns is there, a row has no answer, the tokenizer has no
-            chat template or no end-of-sequence token, or a split would be empty.
+        ValueError: a file is damaged (the message names file and row), a column is missing or no known set of columns
+            is there, the tokenizer has no chat template or no end-of-sequence token, or a split would be empty.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-sequence token, which answers end with.")
