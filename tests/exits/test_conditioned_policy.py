@@ -55,14 +55,11 @@ class TestConditionedPolicies:
         assert policies.default_alpha == 0.5, "clipped to what is learned"
         torch.testing.assert_close(policies(states), policies(states, None, 0.5))
 
-    def test_table_of_one_price(self, condition):
-        if condition == "input":
-            pytest.skip("has no table")
+    def test_price_of_a_walk(self, condition):
         policies, states = self.make(condition, default_alpha=0.3).eval(), torch.randn(5, 8)
         for alpha in (0.001, 0.02, None):
-            table = policies.film_table(alpha)
             for index in range(3):
-                found = policies.exit_logit(states, None, index, alpha, table)
+                found = policies.exit_logit(states, None, index, alpha)
                 expected = [slow_logit(policies, state, index, alpha or 0.3) for state in states]
                 torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
 

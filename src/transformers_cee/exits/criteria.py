@@ -50,7 +50,6 @@ class Policy(ExitCriterion):
             check_has_classes(self.problem_type, f"`policy_inputs`={self.policies.inputs!r}", "'state'")
         self.networks: ExitPolicies = self.policies
         self.alpha: Tensor | float | None = self.settings.alpha
-        self.films: tuple[Tensor, Tensor] | None = None
         self.has_memory = self.policies.needs_logits
         self.history = ExitHistory()
 
@@ -63,10 +62,7 @@ class Policy(ExitCriterion):
         if self.alpha is None and self.networks.is_conditioned and self.networks.training:
             # One draw per row, which holds for all exits.
             self.alpha = self.networks.draw_alphas(len(step.state), step.state.device)
-        if self.films is None and self.networks.condition == "film" and not isinstance(self.alpha, Tensor):
-            # One price for the whole walk.
-            self.films = self.networks.film_table(self.alpha)
-        return self.networks.exit_logit(step.state, features, step.index, self.alpha, self.films).sigmoid()
+        return self.networks.exit_logit(step.state, features, step.index, self.alpha).sigmoid()
 
     def select(self, kept: Tensor) -> None:
         self.history.select(kept)

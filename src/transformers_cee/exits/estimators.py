@@ -24,7 +24,11 @@ MAX_LOG_TEMPERATURE = 5.0
 
 def _apply(linear: nn.Linear, inputs: Tensor) -> Tensor:
     """A linear layer in its own precision, its result in float32."""
-    return linear(inputs.to(linear.weight.dtype)).float()
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        inputs = inputs.to(weight.dtype)
+    # Otherwise it is quantized and knows best.
+    return linear(inputs).float()
 
 
 class ErrorEstimator(nn.Module):

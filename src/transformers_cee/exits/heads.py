@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from transformers_cee.exits.by_layer import LayerModules
 
@@ -46,8 +45,7 @@ class ExitNorms(nn.Module):
     def forward(self, state: Tensor, index: int) -> Tensor:
         if not len(self.norms):
             return state
-        norm = self.norms[index]
-        return F.layer_norm(state, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return self.norms[index](state)
 
 
 class ExitHeads(nn.Module):

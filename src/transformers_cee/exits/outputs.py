@@ -31,6 +31,11 @@ class ExitClassifierOutput(ModelOutput):
             Loss of each row at every exit, with `output_all_exits=True` and labels.
         all_policy_logits (`torch.Tensor` of shape `(batch, exits − 1)`, *optional*):
             The policies' logits of leaving at the internal exits, with `output_policies=True`.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(batch, time, hidden)`, *optional*):
+            With `output_hidden_states=True`, embeddings and the output of every layer: layers + 1 entries, rows in
+            their order. NaN where a row had left before the layer; 0 at padding that no remaining row needed.
+        attentions (`tuple` of `torch.Tensor` of shape `(batch, heads, time, time)`, *optional*):
+            With `output_attentions=True` and eager attention, one entry per layer, with NaN and 0 likewise.
     """
 
     loss: torch.Tensor | None = None
@@ -56,7 +61,8 @@ class ExitCausalLMOutput(ModelOutput):
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned with `labels`):
             Mean over counted positions: of the exits taken, or with `output_all_exits=True` layer-weighted over all.
         logits (`torch.Tensor` of shape `(batch, kept, vocabulary)`, *optional*):
-            Logits of each position's own exit; None with `output_all_exits=True`, where they are never held at once.
+            Logits of each position's own exit, in training mode with labels of the last one; None with
+            `output_all_exits=True` and `sample_exits=True`, where they are never held at once.
         past_key_values (`Cache`, *optional*): keys and values of all layers.
         exit_layers (`torch.LongTensor` of shape `(batch, time)`): layer (1-based) at which each position left.
         exit_probabilities (`torch.FloatTensor` of shape `(batch, time, exits)`, *optional*):
@@ -77,6 +83,11 @@ class ExitCausalLMOutput(ModelOutput):
         token_losses (`torch.Tensor` of shape `(tokens,)`, *optional*):
             Cross-entropy of each counted position at its own exit, with `exit_threshold` on known text with labels.
         token_predictions (`torch.LongTensor` of shape `(tokens,)`, *optional*): its own exit's token, likewise.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(batch, time, hidden)`, *optional*):
+            With `output_hidden_states=True`, embeddings and the output of every layer, the last one normed: layers + 1
+            entries. NaN where a token had left before the layer.
+        attentions (`tuple` of `torch.Tensor` of shape `(batch, heads, time, keys)`, *optional*):
+            With `output_attentions=True` and eager attention, one entry per layer, with NaN likewise.
     """
 
     loss: torch.Tensor | None = None

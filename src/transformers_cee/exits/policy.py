@@ -174,28 +174,16 @@ class ExitPolicies(nn.Module):
         return torch.empty(rows, device=device).uniform_(low, high).exp()
 
     def _condition(self, state: Tensor, alpha: Tensor | float | None) -> Tensor:
-        """log α (rows, 1), scaled to [−1, 1] over the range that is learned."""
+        """log α, scaled to [−1, 1] over the range that is learned: (rows, 1), or (1, 1) of one price for all rows."""
         if alpha is None:
             alpha = self.draw_alphas(len(state), state.device) if self.training else self.default_alpha
         if isinstance(alpha, Tensor):
             return self._scaled(alpha.to(state.device).log()).to(state.dtype).view(-1, 1)
-        return state.new_full((len(state), 1), self._scaled(math.log(alpha)))
+        return state.new_full((1, 1), self._scaled(math.log(alpha)))
 
     def _scaled(self, log_alpha: Any) -> Any:
         low, high = (math.log(bound) for bound in self.alphas)
         return (2 * log_alpha - low - high) / (high - low)
-
-    def film_table(self, alpha: float | None = None) -> tuple[Tensor, Tensor]:
-        """Scales and shifts of the hidden units, both (exits − 1, hidden units), at one price for all rows.
-
-        Args:
-            alpha (`float`, *optional*): price of a layer, the default by default.
-        """
-        condition = self._scaled(math.log(self.default_alpha if alpha is None else alpha))
-        weights = torch.stack([film.weight for film in self.films]).squeeze(-1)
-        biases = torch.stack([film.bias for film in self.films])
-        scales, shifts = torch.add(biases, weights, alpha=condition).chunk(2, dim=1)
-        return 1 + scales, shifts
 
     def exit_logit(
         self,
@@ -203,7 +191,6 @@ class ExitPolicies(nn.Module):
         features: Tensor | None,
         index: int,
         alpha: Tensor | float | None = None,
-        films: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logit (rows,) in float32 of leaving at internal exit `index` (0-based).
 
@@ -211,7 +198,6 @@ class ExitPolicies(nn.Module):
             alpha (`Tensor` of shape `(rows,)` or `float`, *optional*):
                 Price of a layer, of conditioned policies. None draws one per row in training mode and stands for the
                 default in evaluation mode.
-            films (pair of `Tensor`, *optional*): `film_table` of the price, where it is the same for all rows.
         """
         parts = []
         if self.inputs != "confidence":
@@ -219,16 +205,14 @@ class ExitPolicies(nn.Module):
         if features is not None:
             parts.append(features.to(state.dtype))
         if self.condition == "input":
-            parts.append(self._condition(state, alpha))
+            parts.append(self._condition(state, alpha).expand(state.shape[0], 1))
         inputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         # Called one by one: a container costs as much as the layers themselves on a single row.
         widen, activation, narrow = self.networks[index]
         hidden = widen(inputs)
-        if films is not None:
-            hidden = torch.addcmul(films[1][index], hidden, films[0][index])
-        elif self.condition == "film":
+        if self.condition == "film":
             scale, shift = self.films[index](self._condition(state, alpha)).chunk(2, dim=-1)
-            hidden = hidden * (1 + scale) + shift
+            hidden = torch.addcmul(shift, hidden, 1 + scale)
         return narrow(activation(hidden)).squeeze(-1).float().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
     def forward(self, states: Tensor, features: Tensor | None = None, alpha: Tensor | float | None = None) -> Tensor:

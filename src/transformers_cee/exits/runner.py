@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transformers_cee.exits.criteria import ExitCriterion, ExitStep
+from transformers_cee.exits.recording import Place
 
 
 @dataclass
@@ -24,6 +25,7 @@ class RowBatch:
         padding_mask (`Tensor` of shape `(rows, time)`, *optional*): non-zero at tokens, 0 at padding.
         index (`LongTensor` of shape `(rows,)`, *optional*): number of each row in the original batch.
         spans (`LongTensor` of shape `(rows, 3)`, *optional*): first token, last token, number of tokens of each row.
+        start (`int`): column of the original batch that the first position stands in.
     """
 
     hidden_states: Tensor
@@ -31,6 +33,12 @@ class RowBatch:
     padding_mask: Tensor | None = None
     index: Tensor | None = None
     spans: Tensor | None = None
+    start: int = 0
+
+    @property
+    def size(self) -> int:
+        """Rows, which an exported graph may leave open."""
+        return self.hidden_states.shape[0]
 
     def select(self, kept: Tensor, columns: slice, dense: bool) -> "RowBatch":
         """Rows `kept` (remaining rows,) and token positions `columns`; without masks when no padding is left."""
@@ -55,12 +63,13 @@ class RowBatch:
             None
             if dense or self.spans is None
             else self.spans.index_select(0, kept) - self.spans.new_tensor((columns.start, columns.start, 0)),
+            self.start + columns.start,
         )
 
 
 def _spans(padding_mask: Tensor | None) -> Tensor | None:
     """First token, last token and number of tokens of each row, (rows, 3), on the device; None without padding."""
-    if padding_mask is None or len(padding_mask) == 1:
+    if padding_mask is None or padding_mask.shape[0] == 1:
         return None
     real = padding_mask != 0
     last = real.shape[1] - 1 - real.flip(1).to(torch.int8).argmax(1)
@@ -136,7 +145,7 @@ def run_all_exits(
     """`collect_states`, and every exit head asked: one pass gives all exits' logits."""
     states = collect_states(batch, layers, exits, gradient_equilibrium)
     logits = [exits.logits(state, index) for index, state in enumerate(states)]
-    run = _full_depth(logits[-1], len(batch.hidden_states), exits)
+    run = _full_depth(logits[-1], batch.size, exits)
     run.all_logits, run.all_states = torch.stack(logits, dim=1), torch.stack(states, dim=1)
     return run
 
@@ -149,6 +158,7 @@ def run_exits(
     first_exit: int = 0,
     leaving: Leaving | None = None,
     score_closed: bool = True,
+    places: list[Place] | None = None,
 ) -> ExitRun:
     """Walks the layers and lets rows leave where the criterion says so.
 
@@ -165,18 +175,21 @@ def run_exits(
             Told of rows that leave before the last exit: their numbers (rows,), hidden states (rows, time, hidden) and
             layer (1-based).
         score_closed (`bool`): also ask for scores at exits that a threshold closes, unless all exits are closed.
+        places (`list[Place]`, *optional*): gets, for each layer that runs, where its rows stand in the batch.
     """
-    rows, last = len(batch.hidden_states), len(exits.layer_numbers) - 1
+    rows, last = batch.size, len(exits.layer_numbers) - 1
     device = batch.hidden_states.device
-    off = criterion.is_off or first_exit >= last
-    spans = None if off else _spans(batch.padding_mask)
-    batch = replace(batch, index=torch.arange(rows, device=device), spans=spans)
+    if criterion.is_off or first_exit >= last:
+        return _run_whole(batch, layers, exits, places)
+    batch = replace(batch, index=torch.arange(rows, device=device), spans=_spans(batch.padding_mask))
     record = _Record(rows, last + 1, device)
     exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
     for number, layer in enumerate(layers, start=1):
+        if places is not None:
+            places.append(Place(None if batch.size == rows else batch.index, batch.start))
         batch = replace(batch, hidden_states=layer(batch))
         index = exit_of.get(number)
-        if index is None or (off and index < last):
+        if index is None:
             continue
         may_leave = index == last or (index >= first_exit and criterion.can_exit(index))
         unasked = index < first_exit or not score_closed
@@ -194,6 +207,17 @@ def run_exits(
             if batch is None:
                 break
     return record.finish()
+
+
+def _run_whole(batch: RowBatch, layers: Sequence[Layer], exits: Exits, places: list[Place] | None) -> ExitRun:
+    """All layers for all rows, and the last exit. Nothing here depends on numbers of rows or tokens."""
+    for layer in layers:
+        if places is not None:
+            places.append(Place())
+        batch = replace(batch, hidden_states=layer(batch))
+    last = len(exits.layer_numbers) - 1
+    state = exits.state(batch.hidden_states, batch.padding_mask, last)
+    return _full_depth(exits.logits(state, last), batch.size, exits)
 
 
 def _compact(
@@ -255,14 +279,14 @@ class _Record:
         self.logits: list[Tensor] = []
 
     def keep_scores(self, rows: Tensor, exit_index: int, scores: Tensor) -> None:
-        if len(rows) == self.shape[0]:
+        if rows.shape[0] == self.shape[0]:
             self.columns.append(scores)
             self.whole.append(exit_index)
         else:
             self.scores.append((rows, exit_index, scores))
 
     def leave(self, rows: Tensor, logits: Tensor, layer: int) -> None:
-        if len(rows) == self.shape[0]:
+        if rows.shape[0] == self.shape[0]:
             self.exit_layers.fill_(layer)
         else:
             self.exit_layers[rows] = layer

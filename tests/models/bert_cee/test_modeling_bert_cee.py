@@ -532,26 +532,6 @@ class TestPrecision:
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-class TestHiddenStates:
-    @torch.no_grad()
-    def test_one_per_layer_that_ran(self):
-        model = tiny_model()
-        batch = pad(random_rows(5, seed=1))
-        off = model(**batch, exit_threshold=1.0, output_hidden_states=True)
-        assert [tuple(state.shape) for state in off.hidden_states] == [(5, batch["input_ids"].shape[1], 32)] * 7
-        second = model(**batch, exit_threshold=[1.0, 0.0, 1.0, 1.0, 1.0, 1.0], output_hidden_states=True)
-        assert len(second.hidden_states) == 3
-        assert torch.equal(second.hidden_states[2], off.hidden_states[2])
-        assert model(**batch).hidden_states is None
-
-    @torch.no_grad()
-    def test_attentions(self):
-        model = tiny_model(attn_implementation="eager")
-        output = model(**pad(random_rows(5, seed=1)), exit_threshold=1.0, output_attentions=True)
-        assert len(output.attentions) == 6
-        torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones_like(output.attentions[0].sum(-1)))
-
-
 IDS = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(0))
 BAD_INPUT = {
     "nothing": ({}, "input_ids"),

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """BERT with exits: `transformers`' own BERT stack, walked by the early-exit loop."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from transformers_cee.exits.losses import (
 )
 from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.policy import all_features, make_policies
+from transformers_cee.exits.recording import Place, restore_attentions, restore_states, wants_states
 from transformers_cee.exits.runner import ExitRun, RowBatch, run_all_exits, run_exits
+from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
 
 
@@ -91,7 +94,6 @@ class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
             return self.classifier(self.dropout(state))
         return self.exit_heads(state, index)
 
-    @capture_outputs
     @can_return_tuple
     def forward(
         self,
@@ -138,6 +140,7 @@ class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
             output_policies (`bool`, *optional*, defaults to `False`):
                 With `output_all_exits`, also return what the policies make of every internal exit, with gradient.
 
+            kwargs: `output_hidden_states` and `output_attentions` as in the stock model, see `ExitClassifierOutput`.
             num_items_in_batch (`int`, *optional*):
                 Divides summed losses instead of the number of rows: all labels, of all micro-batches and processes.
 
@@ -167,12 +170,23 @@ class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
             check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
         else:
             criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask)
+            if not criterion.is_off:
+                check_rows_can_leave(self.config, self.bert.encoder.layer)
         batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
-        if all_exits:
-            run = run_all_exits(batch, layers, self, gradient_equilibrium)
-        else:
-            run = run_exits(batch, layers, self, criterion)
+        places: list[Place] = []
+
+        def walk() -> ExitRun:
+            if all_exits:
+                return run_all_exits(batch, layers, self, gradient_equilibrium)
+            return run_exits(batch, layers, self, criterion, places=places)
+
+        found = self._captured(walk, **wants_states(self.config, kwargs), return_dict=True)
+        if not all_exits:
+            for name, restore in (("hidden_states", restore_states), ("attentions", restore_attentions)):
+                if name in found:
+                    found[name] = restore(found[name], places, self.config.num_hidden_layers)
+        run: ExitRun = found["run"]
         losses = None
         if all_exits and labels is not None:
             losses = exit_losses(run.all_logits, labels, problem_type)
@@ -185,7 +199,14 @@ class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
             all_exit_states=run.all_states if output_all_exits else None,
             all_exit_losses=losses if output_all_exits else None,
             all_policy_logits=self._policy_logits(run, problem_type) if output_all_exits and output_policies else None,
+            hidden_states=found.get("hidden_states"),
+            attentions=found.get("attentions"),
         )
+
+    @capture_outputs
+    def _captured(self, walk: Callable[[], ExitRun], **kwargs: Any) -> dict[str, Any]:
+        """A walk's result as `run`, and what its layers gave that `kwargs` ask for."""
+        return {"run": walk()}
 
     def _policy_logits(self, run: ExitRun, problem_type: str) -> Tensor:
         features = None

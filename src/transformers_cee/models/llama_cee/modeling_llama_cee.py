@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
@@ -29,7 +31,9 @@ from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import OwnLoss, check_training_without_labels, layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.policy import make_policies
-from transformers_cee.exits.runner import Layer, RowBatch, collect_states, run_token_exits
+from transformers_cee.exits.recording import hide_left, wants_states
+from transformers_cee.exits.runner import Layer, RowBatch, TokenRun, collect_states, run_token_exits
+from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.exits.token_losses import CrossEntropy, TokenLoss, taken_exit_losses, token_exit_losses
 from transformers_cee.exits.token_targets import TokenTargets, token_targets
 from transformers_cee.generation.cache import EarlyExitCache
@@ -329,7 +333,9 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
         kwargs: dict,
     ) -> ExitCausalLMOutput:
         exits = _Exits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, targets.positions))
-        states = torch.stack(collect_states(*self._prepare(inputs, kwargs), exits, equilibrium), dim=1)
+        batch, layers = self._prepare(inputs, kwargs)
+        captured = self._captured(lambda: collect_states(batch, layers, exits, equilibrium), kwargs)
+        states = torch.stack(captured.pop("run"), dim=1)
         found = token_exit_losses(
             states, targets.tokens, self.exit_logits, token_loss, features=self.exit_policies.needs_logits
         )
@@ -351,6 +357,7 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
             token_labels=targets.tokens,
             token_rows=targets.rows,
             may_exit=targets.may_exit(inputs[1]).flatten()[targets.positions],
+            **captured,
         )
 
     def _known_text(
@@ -369,7 +376,8 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
             torch.ones(shape, dtype=torch.bool, device=device) if targets is None else targets.may_exit(inputs[1])
         )
         batch, layers = self._prepare(inputs, kwargs)
-        run = run_token_exits(
+        walk = partial(
+            run_token_exits,
             batch,
             layers,
             _Exits(self, lambda hidden_states: hidden_states),
@@ -379,6 +387,12 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
             copy_states=self.config.copy_exit_states or not draw,
             draw=draw,
         )
+        captured = self._captured(walk, kwargs)
+        run: TokenRun = captured.pop("run")
+        exit_layers = torch.tensor(self.layer_numbers, device=device)[run.exits]
+        for first, name in enumerate(("hidden_states", "attentions")):
+            if name in captured:
+                captured[name] = hide_left(captured[name], exit_layers, first)
         taken, states = run.exits.flatten(), run.states
         found: dict[str, Tensor] = {}
         if targets is not None:
@@ -404,8 +418,9 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
             **found,
             logits=logits,
             past_key_values=inputs[3],
-            exit_layers=torch.tensor(self.layer_numbers, device=device)[run.exits],
+            exit_layers=exit_layers,
             exit_probabilities=run.scores,
+            **captured,
         )
 
     def _decode(
@@ -422,6 +437,8 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
                 f"`attention_mask` of shape {tuple(attention_mask.shape)} must be (batch, past + 1) in a decode step "
                 "with exits, where rows leave; set `exit_threshold`=1.0 for other masks."
             )
+        if not criterion.is_off:
+            check_rows_can_leave(self.config, self._layers)
         decoder = self._as_decoder
         if skipped_kv == "copy":
             complete_waiting(decoder, cache, attention_mask)
@@ -451,6 +468,19 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
         )
 
     # Parts
+
+    def _captured(self, walk: Callable[[], Any], arguments: dict) -> dict[str, Any]:
+        """A walk's result as `run`, and what its layers gave that the arguments or the config ask for. The last hidden
+        states are normed, as the stock model has them."""
+        found = self._with_captured(walk, **wants_states(self.config, arguments), return_dict=True)
+        states = found.get("hidden_states")
+        if states and states[-1] is not None:
+            found["hidden_states"] = (*states[:-1], self.model.norm(states[-1]))
+        return found
+
+    @capture_outputs
+    def _with_captured(self, walk: Callable[[], Any], **kwargs: Any) -> dict[str, Any]:
+        return {"run": walk()}
 
     def _last_losses(self, states: Tensor, logits: Tensor, targets: TokenTargets) -> Tensor:
         """Losses (tokens,) of the last exit, from its normed states, or its logits where they are all there."""

@@ -1,0 +1,44 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What rows cannot leave under: ways to run a model that need to know beforehand which layers run for which rows."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+_WAY_OUT = "Switch exits off with `exit_threshold`=1.0 (0.0 for a criterion whose smaller scores leave)"
+
+
+def check_rows_can_leave(config: Any, layers: Iterable[nn.Module]) -> None:
+    """Called where rows may leave, before any layer runs.
+
+    Raises:
+        ValueError: the model is being exported, its attention is `flex_attention`, or FSDP has its layers one by one.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise ValueError(
+            "A model cannot be exported or traced with exits on: which layers run depends on the input, and a graph "
+            f"holds one way for all. {_WAY_OUT}: the graph of the whole model."
+        )
+    if getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise ValueError(
+            "`attn_implementation`='flex_attention' makes masks that rows cannot be taken out of; accepted with exits "
+            f"on are 'sdpa', 'eager' and flash attention. {_WAY_OUT} to use it."
+        )
+    kinds = _sharded_kinds()
+    if kinds and any(isinstance(layer, kinds) for layer in layers):
+        raise ValueError(
+            "FSDP shards single layers of this model, and to put one together all processes must run it; "
+            f"with exits they would wait for each other for ever. {_WAY_OUT}, or shard the model as one unit."
+        )
+
+
+def _sharded_kinds() -> tuple[type, ...]:
+    """Classes of layers that FSDP shards, if anybody has loaded it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    return () if fsdp is None else tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
