@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 
 from transformers_cee.evaluation.operating_points import (
     OperatingPoint,
@@ -20,6 +20,7 @@ from transformers_cee.exits.configuration import ExitConfigMixin
 from transformers_cee.exits.deciding import default_arguments, resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.hub.model_card import EarlyExitCard
+from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.heads_objectives import check_heads_objective
 from transformers_cee.training.parameters import bare_model
 from transformers_cee.training.token_evaluation import (
@@ -51,7 +52,7 @@ CARD_ARGUMENTS = (
 )
 
 
-class EarlyExitTrainer(Trainer):
+class EarlyExitTrainer(ResumableTrainer):
     """Evaluates early-exit models where they leave. [`ConsistentEETrainer`] adds the training.
 
     Args:

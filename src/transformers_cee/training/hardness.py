@@ -3,13 +3,23 @@
 """Hardness of training rows: the memorized layer, and the fingerprint that says when it is out of date."""
 
 import hashlib
+import os
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from transformers_cee.files import replacing
 from transformers_cee.training.parameters import ESTIMATORS, POLICIES
+
+
+logger = logging.get_logger(__name__)
+
+HARDNESS_FILE = "hardness.safetensors"
 
 
 def memorized_layers(correct: Tensor, layers: Tensor) -> Tensor:
@@ -43,6 +53,27 @@ def fingerprint(model: nn.Module, dataset: Any) -> str:
             digest.update(name.encode())
             _update(digest, row[name])
     return digest.hexdigest()
+
+
+def read_hardness(folder: str, about: dict[str, str]) -> Tensor | None:
+    """Memorized layers that `write_hardness` kept in a folder, or None: there are none, they are about something else,
+    or the file is damaged, which a warning says; they can be computed again."""
+    path = os.path.join(folder, HARDNESS_FILE)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            layers = file.get_tensor("memorized_layers") if (file.metadata() or {}) == about else None
+    except (OSError, SafetensorError) as error:
+        logger.warning(f"{path} cannot be read ({error}): hardness is computed again.")
+        return None
+    return layers
+
+
+def write_hardness(folder: str, layers: Tensor, about: dict[str, str]) -> None:
+    """Keeps memorized layers (entries,) in a folder, with what they are about."""
+    with replacing(os.path.join(folder, HARDNESS_FILE)) as beside:
+        save_file({"memorized_layers": layers}, beside, metadata=about)
 
 
 def _update(digest: Any, value: Any) -> None:

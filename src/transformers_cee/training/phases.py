@@ -2,33 +2,70 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Which phases of a run are finished, where their checkpoints lie, and how a run goes on after a stop."""
 
-import json
+from __future__ import annotations
+
+import math
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from safetensors.torch import load_model
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from transformers_cee.files import read_json, write_json
+from transformers_cee.training.checkpoints import Needs, check_checkpoint, newest_readable, weights_damage
 
 
 logger = logging.get_logger(__name__)
 
+# The step that leaves the model as it is.
+HARDNESS = "hardness"
+WAY_OUT = "Restore it, or begin anew without `resume_from_checkpoint`; what is there is then moved aside."
+
 
 @dataclass
 class PhaseLog:
-    """Bookkeeping of a run in `output_dir/phases`: one folder per step, and the list of finished steps.
+    """Bookkeeping of a run in `output_dir/phases`: one folder per step, and the finished steps with their results.
 
     Args:
         directory (`str`): `output_dir/phases`.
         writes (`bool`): False in all processes but one.
+        finished (`dict[str, dict | None]`): fields of the `TrainOutput` of each finished step, in order; None of
+            `hardness`.
+        named (`str`, *optional*): the checkpoint to go on from, where one is named.
     """
 
     directory: str
     writes: bool = True
-    finished: list[str] = field(default_factory=list)
+    finished: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    named: str | None = None
+
+    @classmethod
+    def of(cls, output_dir: str, resume_from_checkpoint: bool | str | None, writes: bool = True) -> PhaseLog:
+        """The log of a run in `output_dir`, or of the one whose folder or checkpoint is named.
+
+        Raises:
+            ValueError: a name that is neither.
+        """
+        if not isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            return cls(os.path.join(output_dir, "phases"), writes)
+        root = os.fspath(resume_from_checkpoint).rstrip(os.sep)
+        parts = root.split(os.sep)
+        if os.path.isdir(root):
+            if len(parts) > 2 and parts[-3] == "phases":
+                return cls(os.sep.join(parts[:-2]), writes, named=root)
+            if os.path.isdir(os.path.join(root, "phases")) or not parts[-1].startswith(PREFIX_CHECKPOINT_DIR):
+                return cls(os.path.join(root, "phases"), writes)
+        raise ValueError(
+            f"`resume_from_checkpoint`={root!r} must be True, the `output_dir` of a run, or a checkpoint in its "
+            "`phases`."
+        )
 
     @property
     def _path(self) -> str:
@@ -45,8 +82,8 @@ class PhaseLog:
     @property
     def last_weights(self) -> str | None:
         """Folder of the model as the last finished step left it."""
-        folders = [self.weights_folder(step) for step in self.finished]
-        return next((folder for folder in reversed(folders) if os.path.isdir(folder)), None)
+        steps = [step for step in self.finished if step != HARDNESS]
+        return self.weights_folder(steps[-1]) if steps else None
 
     def start(self) -> None:
         """Begins a new run; an earlier one in the same place is moved aside, not deleted."""
@@ -55,33 +92,125 @@ class PhaseLog:
             logger.warning(f"{self.directory} holds an earlier run; moved to {aside}.")
             shutil.move(self.directory, aside)
 
-    def resume(self) -> None:
+    def resume(self, steps: Collection[str]) -> None:
         """Reads what an earlier run finished.
 
+        Args:
+            steps (collection of `str`): names that a step of the run may have.
+
         Raises:
-            ValueError: there is nothing to resume.
+            ValueError: the list of finished steps cannot be read or names others, weights of the last one are missing
+                or damaged, or the step of the named checkpoint is finished.
         """
-        if not os.path.isdir(self.directory):
-            raise ValueError(f"`resume_from_checkpoint`: no run to resume in {self.directory}.")
         if os.path.isfile(self._path):
-            with open(self._path) as file:
-                self.finished = json.load(file)
+            read = read_json(self._path, WAY_OUT)
+            wrong = _wrong(read, steps)
+            if wrong:
+                raise ValueError(f"{self._path} {wrong}. {WAY_OUT}")
+            self.finished = read
+        if self.last_weights is not None:
+            reason = weights_damage(self.last_weights)
+            if reason is not None:
+                raise ValueError(f"`resume_from_checkpoint`: {reason}, which {self._path} calls finished. {WAY_OUT}")
+        if self.named is not None and self._step_of_named in self.finished:
+            raise ValueError(
+                f"`resume_from_checkpoint`={self.named!r} is of a finished step; name the folder of the run to go on "
+                "after it."
+            )
 
-    def finish(self, step: str) -> None:
-        """Notes that a step is done, and lets go of the model as earlier ones left it."""
+    def load(self, model: nn.Module, load_adapters: Callable[[str, nn.Module], None]) -> None:
+        """Gives a model the weights that the last finished step left.
+
+        Args:
+            load_adapters (`Callable`): loads a folder without weights of a whole model.
+
+        Raises:
+            ValueError: the weights are those of another model.
+        """
+        if self.last_weights is None:
+            return
+        path = os.path.join(self.last_weights, SAFE_WEIGHTS_NAME)
+        try:
+            if os.path.isfile(path):
+                # Strict, and knows of weights that are tied and stored once.
+                load_model(model, path)
+            else:
+                load_adapters(self.last_weights, model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {self.last_weights} holds weights of another model ({error}). Resume with "
+                "the model that the run began with."
+            ) from error
+
+    @property
+    def _step_of_named(self) -> str | None:
+        return None if self.named is None else os.path.basename(os.path.dirname(self.named))
+
+    def result(self, step: str) -> TrainOutput | None:
+        """What a finished step returned, but for hardness."""
+        stored = self.finished[step]
+        if stored is None:
+            return None
+        metrics = {name: _number(value) for name, value in stored["metrics"].items()}
+        return TrainOutput(stored["global_step"], _number(stored["training_loss"]), metrics)
+
+    def finish(self, step: str, result: Any = None) -> None:
+        """Notes that a step is done and what it returned, and lets go of the model as earlier ones left it."""
         before = self.last_weights
-        self.finished.append(step)
+        stored = None
+        if isinstance(result, TrainOutput):
+            metrics = {name: _stored(value) for name, value in result.metrics.items()}
+            stored = {
+                "global_step": result.global_step,
+                "training_loss": _stored(result.training_loss),
+                "metrics": metrics,
+            }
+        self.finished[step] = stored
         if self.writes:
-            os.makedirs(self.directory, exist_ok=True)
-            with open(self._path + ".part", "w") as file:
-                json.dump(self.finished, file)
-            os.replace(self._path + ".part", self._path)
+            write_json(self._path, self.finished)
             if before is not None and self.last_weights != before:
-                shutil.rmtree(before)
+                shutil.rmtree(before, ignore_errors=True)
 
-    def checkpoint(self, step: str) -> str | None:
-        """The last complete checkpoint of a step, if it has one; a kill may have left a newer one half-written."""
-        # Trainer writes its state last.
-        written = Path(self.folder(step)).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-        complete = sorted((path.parent for path in written), key=lambda path: int(path.name.rpartition("-")[2]))
-        return str(complete[-1]) if complete else None
+    def checkpoint(self, step: str, needs: Needs) -> str | None:
+        """The checkpoint from which a step goes on: the named one, or the newest that can be read in full, if the step
+        has one.
+
+        Args:
+            needs ([`Needs`]): what a resumed training needs.
+
+        Raises:
+            ValueError: the named checkpoint cannot be read.
+        """
+        if self.named is not None and self._step_of_named == step:
+            check_checkpoint(self.named, needs)
+            return self.named
+        return newest_readable(self.folder(step), needs)
+
+
+def _wrong(read: Any, steps: Collection[str]) -> str | None:
+    """What is wrong with the content of a list of finished steps."""
+    if not isinstance(read, dict):
+        return f"holds a {type(read).__name__}, not the finished steps by name"
+    # What comes from a file must not be taken for a path.
+    other = [step for step in read if step not in steps and not re.fullmatch(r"consistent-\d+-(model|policy)", step)]
+    if other:
+        return f"names {other[0]!r}, which is no step of this run; its steps are {', '.join(steps)}"
+    for step, result in read.items():
+        if result is None and step == HARDNESS:
+            continue
+        try:
+            _number(result["training_loss"]), result["global_step"] + 0
+            [_number(value) for value in result["metrics"].values()]
+        except (TypeError, KeyError, ValueError, AttributeError):
+            return f"holds no result of the step {step!r}"
+    return None
+
+
+def _stored(value: Any) -> Any:
+    """A number as JSON can hold it."""
+    value = value.item() if hasattr(value, "item") else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

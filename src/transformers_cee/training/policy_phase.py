@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
 
 from transformers_cee.evaluation.operating_points import hindsight_point, score_exits
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.objectives import closed_before, policy_loss
 from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
@@ -156,7 +156,7 @@ def as_fetched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-class PolicyPhaseTrainer(Trainer):
+class PolicyPhaseTrainer(ResumableTrainer):
     """🤗 Trainer on stored states. Its evaluation says what the policies earn on the stored evaluation set.
 
     Args:

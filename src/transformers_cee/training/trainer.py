@@ -9,19 +9,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import nested_numpify
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.policy import ExitPolicies, make_policies
+from transformers_cee.training.checkpoints import needs_of
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
-from transformers_cee.training.hardness import fingerprint, memorized_layers
+from transformers_cee.training.hardness import fingerprint, memorized_layers, read_hardness, write_hardness
 from transformers_cee.training.model_step import (
     ModelPhase,
     consistent_phase,
@@ -37,15 +36,13 @@ from transformers_cee.training.parameters import (
     keeping_requires_grad,
     split_exit_groups,
 )
-from transformers_cee.training.phases import PhaseLog
+from transformers_cee.training.phases import HARDNESS, PhaseLog
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
 from transformers_cee.training.rewards import RewardFunction
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
 logger = logging.get_logger(__name__)
-
-HARDNESS_FILE = "hardness.safetensors"
 
 
 class ConsistentEETrainer(EarlyExitTrainer):
@@ -101,37 +98,54 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*):
-                `True` goes on with the run in `args.output_dir`: finished phases are not repeated, an interrupted one
-                goes on from its last checkpoint. A path names another run's `output_dir`, or a checkpoint inside it.
+                `True` goes on with the run in `args.output_dir`, if there is one: finished phases are not repeated, an
+                interrupted one goes on from its newest checkpoint that can be read in full. A path names another
+                run's `output_dir`, or a checkpoint inside it.
 
         Returns:
-            `dict[str, Any]`: result of each step by name, a `TrainOutput` or, for hardness, the memorized layers.
+            `dict[str, Any]`: result of each step by name, a `TrainOutput` or, for hardness that was not finished
+            before, the memorized layers.
 
         Raises:
-            ValueError: nothing to resume, nothing to train, or arguments that Trainer's `train` takes and phases do
-                not.
+            ValueError: a run that cannot be resumed, nothing to train, or arguments that Trainer's `train` takes and
+                phases do not.
         """
         if kwargs:
             raise ValueError(f"`train` got {sorted(kwargs)}; only `resume_from_checkpoint` is accepted.")
         self._check_run()
-        log = PhaseLog(self._phases_directory(resume_from_checkpoint), self.args.should_save)
-        if resume_from_checkpoint:
-            log.resume()
-            self._load_finished(log)
+        log = PhaseLog.of(self.args.output_dir, resume_from_checkpoint, self.args.should_save)
+        if self.resumes(resume_from_checkpoint):
+            log.resume(self._step_names)
+            log.load(self.accelerator.unwrap_model(self.model), self._load_from_checkpoint)
         else:
+            if resume_from_checkpoint:
+                logger.warning(f"`resume_from_checkpoint`: {log.directory} holds nothing to resume; starting anew.")
             with self.accelerator.main_process_first():
                 log.start()
-        results = {}
+        results: dict[str, Any] = {step: log.result(step) for step in log.finished if step != HARDNESS}
         for number, (step, run) in enumerate(self._steps().items()):
             if step not in log.finished:
                 # Each step draws its own random numbers, so that a resumed run draws the same.
                 set_seed(self.args.seed + number)
-                results[step] = run(log.folder(step), log.checkpoint(step) if resume_from_checkpoint else None)
-                self._keep(log, step)
+                results[step] = run(log.folder(step), log.checkpoint(step, needs_of(self)))
+                self._keep(log, step, results[step])
         self._renew_budgets()
         if self.args.push_to_hub:
             self.save_model()
         return results
+
+    def resumes(self, resume_from_checkpoint: bool | str | None) -> bool:
+        """Does `train(resume_from_checkpoint)` go on with weights that an earlier run left? What prepares the model
+        for a new run, such as `fit_exit_heads`, is not to be repeated then.
+
+        Raises:
+            ValueError: a run that cannot be resumed.
+        """
+        if not resume_from_checkpoint:
+            return False
+        log = PhaseLog.of(self.args.output_dir, resume_from_checkpoint)
+        log.resume(self._step_names)
+        return bool(log.finished) or log.checkpoint(next(iter(self._steps())), needs_of(self)) is not None
 
     def train_heads(self, resume_from_checkpoint: str | None = None) -> Any:
         """Phase `heads`: the whole model learns with `args.heads_objective` over all exits.
@@ -172,22 +186,15 @@ class ConsistentEETrainer(EarlyExitTrainer):
         }
         if self.args.policy_max_tokens is not None:
             about["tokens"] = f"{self.args.policy_max_tokens} of {self.args.policy_holdout}, seed {self._data_seed}"
-        path = os.path.join(self.args.output_dir, HARDNESS_FILE)
         stored = self._stores.get("train")
-        if os.path.isfile(path):
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}) == about:
-                    layers = file.get_tensor("memorized_layers")
-                    # The collator, which the mark does not know of, may count other tokens now.
-                    if stored is None or stored[0] != mark or len(stored[1]) == len(layers):
-                        return layers
+        kept = read_hardness(self.args.output_dir, about)
+        # The collator, which the mark does not know of, may count other tokens now.
+        if kept is not None and (stored is None or stored[0] != mark or len(stored[1]) == len(kept)):
+            return kept
         store = self._store("train", self.train_dataset, mark)
         layers = memorized_layers(store.correct, store.layers)
         if self.args.should_save:
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            # In one move: another process may be looking for the file.
-            save_file({"memorized_layers": layers}, path + ".part", metadata=about)
-            os.replace(path + ".part", path)
+            write_hardness(self.args.output_dir, layers, about)
         self.log({"memorized_layer": float(layers[store.may_exit].float().mean())})
         return layers
 
@@ -282,6 +289,11 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def _heads_steps(self) -> dict[str, Callable[[str, str | None], Any]]:
         return {stage: partial(self._heads, stage) for stage in self.args.make_heads_objective().stages}
+
+    @property
+    def _step_names(self) -> tuple[str, ...]:
+        """Steps of all phases, those of a run before this one included."""
+        return (*self._heads_steps(), HARDNESS, "policy", *self._rounds())
 
     def _rounds(self) -> dict[str, Callable[[str, str | None], Any]]:
         steps: dict[str, Callable[[str, str | None], Any]] = {}
@@ -502,33 +514,14 @@ class ConsistentEETrainer(EarlyExitTrainer):
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _folder(self, step: str) -> str:
-        return PhaseLog(self._phases_directory(None)).folder(step)
+        return PhaseLog.of(self.args.output_dir, None).folder(step)
 
-    def _phases_directory(self, resume_from_checkpoint: bool | str | None) -> str:
-        root = self.args.output_dir
-        if isinstance(resume_from_checkpoint, str):
-            root = resume_from_checkpoint.rstrip(os.sep)
-            parts = root.split(os.sep)
-            if len(parts) > 2 and parts[-3] == "phases":
-                return os.sep.join(parts[:-2])
-        return os.path.join(root, "phases")
-
-    def _keep(self, log: PhaseLog, step: str) -> None:
+    def _keep(self, log: PhaseLog, step: str, result: Any) -> None:
         """Saves the model as the step left it, so that a resumed run starts from there."""
-        if step != "hardness":
+        if step != HARDNESS:
             self.save_model(log.weights_folder(step), _internal_call=True)
         self.accelerator.wait_for_everyone()
-        log.finish(step)
-
-    def _load_finished(self, log: PhaseLog) -> None:
-        if log.last_weights is None:
-            return
-        path = os.path.join(log.last_weights, SAFE_WEIGHTS_NAME)
-        if os.path.isfile(path):
-            # Strict, and knows of weights that are tied and stored once.
-            load_model(self.accelerator.unwrap_model(self.model), path)
-        else:
-            self._load_from_checkpoint(log.last_weights, self.accelerator.unwrap_model(self.model))
+        log.finish(step, result)
 
     # Hooks of Trainer
 

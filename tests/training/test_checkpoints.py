@@ -1,0 +1,279 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Which checkpoints a training goes on from after kills, and what it reports then."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from tiny import changed, tiny_model, tiny_trainer, weights
+from transformers import TrainerCallback
+
+from transformers_cee.training.checkpoints import Needs, damage, newest_readable
+
+
+OPTIONS = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "policy_num_train_epochs": 4}
+LAST = "checkpoint-8"
+
+
+class Kill(Exception):
+    """Stands for a process that is stopped."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, phase: str, step: int) -> None:
+        self.phase, self.step = phase, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.phase) and state.global_step == self.step:
+            raise Kill
+
+
+def run(folder, *callbacks, seed=0, **fields):
+    options = {**OPTIONS, "phases": ["heads", "policy"], **fields}
+    model = tiny_model(seed, num_hidden_layers=4, hidden_dropout_prob=0.1)
+    return tiny_trainer(folder, model, rows=40, trainer={"callbacks": list(callbacks)}, **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trainer = run(tmp_path_factory.mktemp("whole"))
+    results = trainer.train()
+    return weights(trainer.model), results
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed in `heads`, one step behind its last checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.raises(Kill):
+        run(folder, KillAt("heads", 9)).train()
+    return folder
+
+
+@pytest.fixture
+def stopped(killed, tmp_path):
+    return shutil.copytree(killed, tmp_path / "run")
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Warnings of transformers' loggers, which keep them to themselves."""
+    logger = logging.getLogger("transformers_cee")
+    logger.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    logger.removeHandler(caplog.handler)
+
+
+def check_same(trainer, results, uninterrupted):
+    expected, figures = uninterrupted
+    assert not changed(expected, weights(trainer.model))
+    assert list(results) == list(figures)
+    for step, result in results.items():
+        assert result.global_step == figures[step].global_step
+        assert result.training_loss == pytest.approx(figures[step].training_loss)
+        assert result.metrics["train_loss"] == result.training_loss
+
+
+def state_emptied(checkpoint):
+    (checkpoint / "trainer_state.json").write_text("")
+
+
+def state_of_another_kind(checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"global_step": "8"}))
+
+
+def weights_gone(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+
+
+def weights_cut(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def optimizer_cut(checkpoint):
+    path = checkpoint / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without(name):
+    def remove(checkpoint):
+        (checkpoint / name).unlink()
+
+    remove.__name__ = f"without_{name}"
+    return remove
+
+
+DAMAGE = [
+    (state_emptied, "trainer_state.json"),
+    (state_of_another_kind, "trainer_state.json"),
+    (weights_gone, "model.safetensors"),
+    (weights_cut, "model.safetensors"),
+    (optimizer_cut, "optimizer.pt"),
+    *((without(name), name) for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")),
+]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("spoil,name", DAMAGE, ids=lambda value: getattr(value, "__name__", value))
+    def test_the_file_is_named(self, stopped, spoil, name):
+        checkpoint = stopped / "phases" / "heads" / LAST
+        assert damage(checkpoint, Needs()) is None
+        spoil(checkpoint)
+        assert f"{checkpoint}/{name}" in damage(checkpoint, Needs())
+
+    @pytest.mark.parametrize("spoil", [state_emptied, weights_gone, without("rng_state.pth")])
+    def test_the_newest_readable_one_is_taken(self, stopped, uninterrupted, warnings, spoil):
+        folder = stopped / "phases" / "heads"
+        spoil(folder / LAST)
+        assert newest_readable(folder, Needs()) == str(folder / "checkpoint-6")
+        trainer = run(stopped, seed=7)
+        results = trainer.train(resume_from_checkpoint=True)
+        assert any(f"{folder / LAST} cannot be resumed from" in message for message in warnings())
+        check_same(trainer, results, uninterrupted)
+
+    def test_without_a_readable_one_the_phase_starts_anew(self, stopped, uninterrupted, warnings):
+        for checkpoint in (stopped / "phases" / "heads").iterdir():
+            state_emptied(checkpoint)
+        trainer = run(stopped)
+        results = trainer.train(resume_from_checkpoint=True)
+        assert any("nothing to resume; starting anew" in message for message in warnings())
+        check_same(trainer, results, uninterrupted)
+
+    def test_other_folders_are_no_checkpoints(self, stopped, uninterrupted):
+        folder = stopped / "phases" / "heads"
+        for name in ("checkpoint-8-backup", "checkpoint-", "checkpoint-x"):
+            shutil.copytree(folder / LAST, folder / name)
+        (folder / "checkpoint-9").write_text("a file")
+        assert newest_readable(folder, Needs()) == str(folder / LAST)
+        trainer = run(stopped, seed=7)
+        check_same(trainer, trainer.train(resume_from_checkpoint=True), uninterrupted)
+
+    def test_a_named_one_is_refused(self, stopped):
+        checkpoint = stopped / "phases" / "heads" / LAST
+        without("optimizer.pt")(checkpoint)
+        for trainer, path in ((run(stopped), checkpoint), (run(stopped), str(checkpoint))):
+            with pytest.raises(ValueError, match=r"resume_from_checkpoint.*optimizer\.pt is missing.*another checkp"):
+                trainer.train(resume_from_checkpoint=path)
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint.*optimizer\.pt is missing"):
+            run(stopped).train_heads(resume_from_checkpoint=str(checkpoint))
+
+    def test_a_named_one_is_taken(self, stopped, uninterrupted):
+        checkpoint = stopped / "phases" / "heads" / "checkpoint-4"
+        seen = []
+
+        class See(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                seen.append(state.global_step)
+
+        trainer = run(stopped, See(), seed=7)
+        check_same(trainer, trainer.train(resume_from_checkpoint=checkpoint), uninterrupted)
+        assert seen[0] == 5
+
+    def test_another_number_of_processes_is_said(self, stopped, warnings):
+        folder = stopped / "phases" / "heads"
+        several = Needs(("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"))
+        assert newest_readable(folder, several) == str(folder / LAST)
+        assert any("another number of processes" in message for message in warnings())
+        # One of two processes was killed first.
+        (folder / LAST / "rng_state.pth").rename(folder / LAST / "rng_state_0.pth")
+        assert "rng_state_1.pth is missing" in damage(folder / LAST, several)
+
+
+class TestWhatIsReported:
+    @pytest.mark.parametrize("phase,step", [("heads", 9), ("policy", 3), ("policy", 12)])
+    def test_as_of_an_uninterrupted_run(self, tmp_path, uninterrupted, phase, step):
+        """Of phases that had finished, too; also where the last step had been taken."""
+        with pytest.raises(Kill):
+            run(tmp_path, KillAt(phase, step)).train()
+        trainer = run(tmp_path, seed=7)
+        check_same(trainer, trainer.train(resume_from_checkpoint=True), uninterrupted)
+
+    def test_of_a_finished_run(self, tmp_path, uninterrupted):
+        run(tmp_path).train()
+        trainer = run(tmp_path, seed=7)
+        check_same(trainer, trainer.train(resume_from_checkpoint=True), uninterrupted)
+
+    @pytest.mark.parametrize("steps", [None, 1])
+    def test_after_the_last_step(self, tmp_path, uninterrupted, steps):
+        """No step was left to take; with and without losses that were logged before."""
+        logs = {} if steps is None else {"logging_strategy": "steps", "logging_steps": steps}
+
+        class KillAtEnd(TrainerCallback):
+            def on_train_end(self, args, state, control, **kwargs):
+                raise Kill
+
+        with pytest.raises(Kill):
+            run(tmp_path, KillAtEnd(), **logs).train()
+        trainer = run(tmp_path, seed=7, **logs)
+        check_same(trainer, trainer.train(resume_from_checkpoint=True), uninterrupted)
+
+
+class TestNothingToResume:
+    def test_starts_anew_and_says_so(self, tmp_path, uninterrupted, warnings):
+        trainer = run(tmp_path)
+        assert not trainer.resumes(True)
+        results = trainer.train(resume_from_checkpoint=True)
+        assert any("holds nothing to resume; starting anew" in message for message in warnings())
+        check_same(trainer, results, uninterrupted)
+
+    def test_a_wrong_path_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint.*nowhere"):
+            run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+    def test_resumes(self, stopped, tmp_path):
+        trainer = run(tmp_path / "new")
+        assert trainer.resumes(str(stopped)) and not trainer.resumes(None) and not trainer.resumes(False)
+        shutil.rmtree(stopped / "phases" / "heads")
+        assert not trainer.resumes(str(stopped))
+
+
+# The worse the better, so that the best checkpoint is not the last.
+BEST = {
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+    "phases": ["heads"],
+}
+
+
+class TestBestCheckpoint:
+    def test_of_a_run_that_was_moved(self, tmp_path):
+        whole = run(tmp_path / "whole", **BEST)
+        whole.train()
+        with pytest.raises(Kill):
+            run(tmp_path / "first", KillAt("heads", 9), **BEST).train()
+        shutil.move(tmp_path / "first", tmp_path / "second")
+        trainer = run(tmp_path / "second", seed=7, **BEST)
+        trainer.train(resume_from_checkpoint=True)
+        assert not changed(weights(whole.model), weights(trainer.model))
+
+    def test_that_is_gone(self, tmp_path):
+        with pytest.raises(Kill):
+            run(tmp_path, KillAt("heads", 9), **BEST).train()
+        folder = tmp_path / "phases" / "heads"
+        best = json.loads((folder / LAST / "trainer_state.json").read_text())["best_model_checkpoint"]
+        assert not best.endswith(LAST)
+        shutil.rmtree(best)
+        assert "calls the best checkpoint" in damage(folder / LAST, Needs(best=True))
+        assert damage(folder / LAST, Needs()) is None
+
+
+def test_damaged_hardness_is_computed_again(tmp_path, warnings):
+    trainer = run(tmp_path)
+    layers = trainer.compute_hardness()
+    path = tmp_path / "hardness.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    again = run(tmp_path).compute_hardness()
+    assert torch.equal(layers, again)
+    assert any(f"{path} cannot be read" in message for message in warnings())
+    assert torch.equal(run(tmp_path).compute_hardness(), layers)
+    assert [one.name for one in tmp_path.iterdir() if "part" in one.name] == []
