@@ -174,8 +174,9 @@ def set_up_logging(logger: logging.Logger, args: TrainingArguments) -> None:
 
 
 def resume_argument(args: TrainingArguments) -> bool | str | None:
-    """`--resume_from_checkpoint` as `Trainer.train` takes it."""
-    return True if args.resume_from_checkpoint in ("true", "True") else args.resume_from_checkpoint
+    """`--resume_from_checkpoint` as `Trainer.train` takes it: a truth value, or the name of a folder."""
+    named = args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(named).lower(), named)
 
 
 def fitting_length(wanted: int, tokenizer: Any, config: Any, logger: logging.Logger) -> int:
@@ -198,8 +199,13 @@ def can_draw(logger: logging.Logger) -> bool:
 
 def earlier_training(args: TrainingArguments, logger: logging.Logger) -> dict[str, Any]:
     """What an earlier run in the same folder wrote down about its training; an evaluation alone keeps it."""
+    return {} if args.do_train else written_before(args, logger, "fitted_heads", "train", "train_seconds")
+
+
+def written_before(args: TrainingArguments, logger: logging.Logger, *names: str) -> dict[str, Any]:
+    """Some entries of the results.json that an earlier run left in the same folder."""
     path = Path(args.output_dir) / "results.json"
-    if args.do_train or not path.is_file():
+    if not path.is_file():
         return {}
     try:
         before = read_json(path, "It is written anew, without what it said of training.")
@@ -207,7 +213,7 @@ def earlier_training(args: TrainingArguments, logger: logging.Logger) -> dict[st
         logger.warning(str(error))
         return {}
     before = before if isinstance(before, dict) else {}
-    return {name: before[name] for name in ("fitted_heads", "train", "train_seconds") if name in before}
+    return {name: before[name] for name in names if name in before}
 
 
 def card_language(given: str | None, checkpoint: str, known: str | None = None) -> str | list[str] | None:

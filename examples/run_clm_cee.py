@@ -43,6 +43,7 @@ from common import (
     resume_argument,
     set_up_logging,
     training_callbacks,
+    written_before,
 )
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -350,10 +351,17 @@ def fit_heads(trainer: ConsistentEETrainer, max_tokens: int) -> dict[int, float]
 def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, results: dict[str, Any]) -> None:
     """Runs the phases and saves the model, LoRA merged into it."""
     start = time.perf_counter()
+    resume = resume_argument(trainer.args)
     # Without the phase `heads` the heads are those of the model that is continued.
-    if fit_tokens is not None and "heads" in trainer.args.phases and not trainer.args.resume_from_checkpoint:
-        results["fitted_heads"] = fit_heads(trainer, fit_tokens)
-    steps = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
+    if fit_tokens is not None and "heads" in trainer.args.phases:
+        if trainer.resumes(resume):
+            results |= written_before(trainer.args, logger, "fitted_heads")
+        else:
+            results["fitted_heads"] = fit_heads(trainer, fit_tokens)
+            if trainer.is_world_process_zero():
+                # A run that is resumed does not fit them again.
+                write_results(results, Path(trainer.args.output_dir) / "results.json")
+    steps = trainer.train(resume_from_checkpoint=resume)
     results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
     results["train_seconds"] = time.perf_counter() - start
     if tuner is not None:

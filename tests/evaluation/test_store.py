@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from text_reference import text_tokens
 from tiny import collate, collate_text, instructions, task, tiny_llama, tiny_model
 
@@ -190,6 +191,24 @@ def fields(store) -> dict[str, torch.Tensor]:
     """What a store holds per token."""
     names = ("states", "labels", "token_losses", "predictions", "rows", "may_exit", "features")
     return {name: getattr(store, name) for name in names if getattr(store, name) is not None}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", ["cut", "empty", "other", "field"])
+    def test_the_file_is_named(self, tmp_path, accelerator, damage):
+        path = tmp_path / "exits.safetensors"
+        collect(tiny_model(), task(4, seed=1), accelerator).save(path)
+        content = path.read_bytes()
+        if damage in ("other", "field"):
+            save_file({"weight": torch.ones(2)}, path, None if damage == "other" else {"problem_type": "regression"})
+        else:
+            path.write_bytes(content[:-5] if damage == "cut" else b"")
+        with pytest.raises(ValueError, match=r"exits\.safetensors is damaged, or no store .* store the exits again"):
+            ExitStore.load(path)
+
+    def test_a_missing_file_is_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="none"):
+            ExitStore.load(tmp_path / "none.safetensors")
 
 
 class TestTokens:

@@ -117,6 +117,22 @@ def test_policies_alone_leave_the_heads_as_they_are(run, rows, tmp_path):
     assert changed == {"exit_policies"}
 
 
+def test_a_resumed_run_fits_heads_where_nothing_was_trained(checkpoint, rows, tmp_path):
+    """And only there: what a finished run found is kept."""
+    options = make_options(checkpoint, rows, tmp_path / "whole") | {"do_eval": False}
+    whole = run_clm_cee.main(words(options))
+    resumed = options | {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "true"}
+    for _ in range(2):
+        results = run_clm_cee.main(words(resumed))
+        before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+        assert not [name for name, value in before.items() if not torch.equal(value, after[name])]
+        written = json.loads((tmp_path / "resumed" / "results.json").read_text())
+        assert written["fitted_heads"] == {str(layer): share for layer, share in whole["fitted_heads"].items()}
+        assert {name: step["train_loss"] for name, step in results["train"].items()} == {
+            name: step["train_loss"] for name, step in whole["train"].items()
+        }
+
+
 def test_every_criterion_is_measured_at_several_depths(run):
     _, results = run
     assert set(results["curves"]) == {"policy", "max_probability", "margin"}

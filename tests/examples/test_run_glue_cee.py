@@ -167,6 +167,21 @@ def test_evaluation_alone(run, questions, tmp_path):
     assert results["comparisons"]["test"]["full"].metrics == pytest.approx(again)
 
 
+class TestWrittenBefore:
+    def test_an_evaluation_alone_keeps_what_the_training_wrote(self, run, questions, tmp_path):
+        options = make_options(run[0], questions, tmp_path) | {"operating_points": 1}
+        words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
+        words = [word for word in words if not word.startswith("--do_train")]
+        (tmp_path / "results.json").write_text(json.dumps({"train": {"heads": {"train_loss": 1.0}}, "old": 1}))
+        results = run_glue_cee.main([*words, "--eval_timing_rows=0", "--baselines", "entropy"])
+        assert results["train"] == {"heads": {"train_loss": 1.0}} and "old" not in results
+
+    def test_whether_to_resume(self, tmp_path):
+        for given, expected in (("true", True), ("True", True), ("false", None), ("runs/a", "runs/a"), (None, None)):
+            arguments = ConsistentEETrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint=given)
+            assert common.resume_argument(arguments) == expected
+
+
 def test_matmul_precision_is_for_training_alone(checkpoint, questions, tmp_path, monkeypatch):
     """Exits are collected as the model will serve, between the phases too."""
     seen = {"compute_loss": set(), "collect_exits": set()}

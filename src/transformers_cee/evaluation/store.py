@@ -5,22 +5,24 @@
 An *entry* of a store is what leaves at one exit: a row of an encoder, a counted token of a decoder.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from transformers_cee.evaluation.mapped import mapped_array
 from transformers_cee.exits.losses import exit_errors, exit_losses, resolve_problem_type
 from transformers_cee.exits.policy import all_features
+from transformers_cee.files import replacing
 
 
 @dataclass
@@ -135,21 +137,31 @@ class ExitStore:
         return mine.nonzero().squeeze(1)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the store to a safetensors file."""
+        """Replaces a safetensors file by the store."""
         tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
         about = {"problem_type": self.problem_type, "tolerance": repr(self.tolerance)}
-        os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
-        save_file(tensors, path, metadata=about)
+        with replacing(path) as beside:
+            save_file(tensors, beside, metadata=about)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExitStore":
-        """Reads a store that `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return cls(
-            **{"logits": None, **tensors}, problem_type=about["problem_type"], tolerance=float(about["tolerance"])
-        )
+        """Reads a store that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return cls(
+                **{"logits": None, **tensors}, problem_type=about["problem_type"], tolerance=float(about["tolerance"])
+            )
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged, or no store of exits ({error}). Delete it and store the exits again."
+            ) from error
 
     def _known_labels(self) -> Tensor:
         if not self.has_labels:
@@ -383,10 +395,6 @@ def exit_features(model: nn.Module, output: Any, problem_type: str) -> Tensor | 
 def _empty(entries: int, like: Tensor, path: str | None, memory_limit_mb: int) -> Tensor:
     """An empty field of the store, memory-mapped when it has a path and is above the limit."""
     shape = (entries, *like.shape[1:])
-    if path is None or 4 * np.prod(shape) <= memory_limit_mb * 2**20:
+    if path is None or 4 * math.prod(shape) <= memory_limit_mb * 2**20:
         return torch.empty(shape, dtype=like.dtype)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.exists(path):
-        # A new file, not the old one overwritten: an earlier store may still be mapped to that.
-        os.remove(path)
-    return torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+    return torch.from_numpy(mapped_array(path, shape, "Free space, or lower `policy_max_tokens` of a decoder."))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_cee.auto import MODELS
+from transformers_cee.files import write_text
 
 
 REMOTE_CODE_FILE = "modeling_cee.py"
@@ -52,8 +53,7 @@ def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -
     """
     config, model = _class_names(model_type)
     path = Path(save_directory) / REMOTE_CODE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_REMOTE_CODE.format(config=config, model=model), encoding="utf-8")
+    write_text(path, _REMOTE_CODE.format(config=config, model=model))
     return path
 
 
