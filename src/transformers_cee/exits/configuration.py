@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from transformers_cee.exits.config_loading import ConfigLoadingMixin
+
 
 EXIT_POOLINGS = ("cls", "mean")
 EXIT_NORMS = ("none", "layer_norm")
@@ -16,7 +18,7 @@ SKIPPED_KV = ("copy", "deferred")
 
 
 @dataclass(kw_only=True)
-class ExitConfigMixin:
+class ExitConfigMixin(ConfigLoadingMixin):
     """Fields of a config that say where the exits are and how an input leaves.
 
     Mix in before a `PreTrainedConfig` that has `num_hidden_layers`.
@@ -94,6 +96,7 @@ class ExitConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         # The config of a stock checkpoint becomes ours: it would otherwise keep the stock name until it is saved.
+        self.check_model_type(self.model_type)
         self.model_type = type(self).model_type  # type: ignore[attr-defined]
         self.check_exits()
 
@@ -107,8 +110,8 @@ class ExitConfigMixin:
             return sorted(range(last, 0, -self.exit_layers))
         return sorted({*self.exit_layers, last})
 
-    def check_exits(self) -> None:
-        """Raises `ValueError` when a field of the exits is out of its range."""
+    def check_exit_layers(self) -> None:
+        """Raises `ValueError` unless `exit_layers` says which layers end in exits."""
         last: int = self.num_hidden_layers  # type: ignore[attr-defined]
         if isinstance(self.exit_layers, int):
             if not 1 <= self.exit_layers <= last:
@@ -119,6 +122,10 @@ class ExitConfigMixin:
             wrong = [layer for layer in self.exit_layers if not _is_whole(layer) or not 1 <= layer <= last]
             if wrong:
                 raise ValueError(f"`exit_layers`={self.exit_layers}: {wrong} are no layers of 1..{last}.")
+
+    def check_exits(self) -> None:
+        """Raises `ValueError` when a field of the exits is out of its range."""
+        self.check_exit_layers()
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
         _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
         if len(self.policy_alphas) != 2 or not 0 < self.policy_alphas[0] < self.policy_alphas[1]:

@@ -174,6 +174,23 @@ ESTIMATORS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
+# What is fitted at each exit alone, whatever others there are.
+_AT_EACH_EXIT = frozenset({"calibrated_probability", "state_classifier"})
+# What is fitted once for all exits and looks at none of them in particular.
+_AT_ANY_EXIT = frozenset({"learning_to_exit"})
+
+
+def fitting_estimators(names: Sequence[str], before: Sequence[int], now: Sequence[int]) -> list[str]:
+    """Names of the estimators that go on to hold when a model has other exits.
+
+    Args:
+        names (sequence of `str`): names of fitted estimators.
+        before, now (sequence of `int`): layers (1-based) of the exits that they were fitted for, and of those now.
+    """
+    fits = _AT_ANY_EXIT | (_AT_EACH_EXIT if set(now) <= set(before) else frozenset())
+    return [name for name in names if name in fits or list(before) == list(now)]
+
+
 def init_estimator(module: nn.Module) -> None:
     """What `_init_weights` of a model does for an estimator that a checkpoint lacks: estimators of linear layers are
     drawn as these are, others start as if never fitted."""

@@ -3,7 +3,7 @@
 """BERT with exits: `transformers`' own BERT stack, walked by the early-exit loop."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,10 @@ from transformers_cee.exits.recording import Place, restore_attentions, restore_
 from transformers_cee.exits.runner import ExitRun, RowBatch, run_all_exits, run_exits
 from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
+from transformers_cee.models.loading import EarlyExitLoadingMixin, check_config_class
 
 
-class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
+class BertForConsistentEE(EarlyExitLoadingMixin, OwnLoss, BertPreTrainedModel):
     """BERT for sequence classification and regression in which every input leaves at its own layer (ConsistentEE,
     Zeng et al., AAAI 2024).
 
@@ -46,6 +47,7 @@ class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
 
     config_class = BertCeeConfig
     config: BertCeeConfig
+    task_modules: ClassVar[tuple[str, ...]] = ("classifier", "bert.pooler")
     # A whole row leaves at once.
     exits_per_token = False
     # Losses are divided by `num_items_in_batch`, which Trainer then gives instead of dividing by accumulation steps.
@@ -54,7 +56,8 @@ class BertForConsistentEE(OwnLoss, BertPreTrainedModel):
     _can_compile_fullgraph = False
 
     def __init__(self, config: BertCeeConfig) -> None:
-        # Fields given to `from_pretrained` are set on a config that has been checked before.
+        check_config_class(config, type(self))
+        # Fields may have been set on a config that was checked before.
         config.check_exits()
         super().__init__(config)
         self.num_labels = config.num_labels

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """LLaMA with exits: `transformers`' own decoder layers, walked by the early-exit loop token by token."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -40,9 +41,10 @@ from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, Rotary, complete_waiting, decode_step
 from transformers_cee.generation.mixin import EarlyExitGenerationMixin
 from transformers_cee.models.llama_cee.configuration_llama_cee import LlamaCeeConfig
+from transformers_cee.models.loading import EarlyExitLoadingMixin, announce_untrained, check_config_class
 
 
-class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTrainedModel):
+class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGenerationMixin, LlamaPreTrainedModel):
     """LLaMA for text generation in which every token leaves at its own layer (ConsistentEE, Zeng et al., AAAI 2024).
 
     Loads from its own checkpoints and from any LLaMA checkpoint, GGUF files included (`gguf_file=`). Norms and heads
@@ -55,6 +57,7 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
 
     config_class = LlamaCeeConfig
     config: LlamaCeeConfig
+    task_modules: ClassVar[tuple[str, ...]] = ("lm_head",)
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     # Every token leaves on its own.
     exits_per_token = True
@@ -62,7 +65,8 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
     _can_compile_fullgraph = False
 
     def __init__(self, config: LlamaCeeConfig) -> None:
-        # Fields given to `from_pretrained` are set on a config that has been checked before.
+        check_config_class(config, type(self))
+        # Fields may have been set on a config that was checked before.
         config.check_exits()
         super().__init__(config)
         # Transformers guesses this from the class name, and Trainer counts labels by it.
@@ -122,6 +126,8 @@ class LlamaForConsistentEECausalLM(OwnLoss, EarlyExitGenerationMixin, LlamaPreTr
         model.load_state_dict(stock.state_dict(), strict=False)
         for module in (*model.exit_norms.modules(), *model.exit_heads.modules()):
             model._init_weights(module)
+        own = [name for name, _ in model.named_parameters() if name.startswith("exit_")]
+        announce_untrained(model, own, os.path.join(pretrained_model_name_or_path, gguf_file))
         model.generation_config = stock.generation_config
         return model.eval()
 

@@ -1,0 +1,260 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Checkpoints into models with exits and back: what fits is loaded, what is new is said, what does not fit is
+refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from transformers_cee.exits.by_layer import layers_named
+from transformers_cee.exits.config_loading import drop_unfit, spoken_exits
+
+
+logger = logging.get_logger(__name__)
+
+# Containers of what is an exit's own, and what a person calls it.
+_OWN = {"exit_heads": "heads", "exit_norms": "norms", "exit_policies": "policies"}
+_ESTIMATORS = "exit_estimators"
+_BY_POSITION = re.compile(
+    r"^(exit_(heads|norms|policies)\.\w+|exit_estimators\.\w+\.(linears|projections))\.\d+\.|\.log_temperatures$"
+)
+_LAYER = re.compile(r"\.layers?\.(\d+)\.")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+@dataclass
+class _Request:
+    """One call of `from_pretrained`, and what it found."""
+
+    source: Any = None
+    ignores_sizes: bool = False
+    found: dict[str, set] = field(default_factory=dict)
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("request", default=None)
+
+
+class EarlyExitLoadingMixin:
+    """`from_pretrained` and `save_pretrained` of a model with exits; mix in before the family's `PreTrainedModel`."""
+
+    # Modules beside the exits that a checkpoint of another task may lack.
+    task_modules: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`. Weights of exits are found by layer, so that `exit_layers` may name
+        other exits than those that were trained: these are kept as they are, and new ones are announced as untrained.
+
+        Raises:
+            ValueError: a checkpoint of another architecture, or one that lacks weights of the layers; more layers than
+                it has; fewer layers than a model with exits was trained with; a field of the exits is out of its
+                range.
+        """
+        if isinstance(config, PreTrainedConfig):
+            cls._check_given_config(config, pretrained_model_name_or_path, kwargs)
+        request = _Request(pretrained_model_name_or_path, ignore_mismatched_sizes)
+        before = _REQUEST.set(request)
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path,
+                *args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                **kwargs,
+            )
+        finally:
+            _REQUEST.reset(before)
+        return (model, {**info, **request.found}) if output_loading_info else model
+
+    @classmethod
+    def _check_given_config(cls, config: PreTrainedConfig, source: Any, kwargs: dict[str, Any]) -> None:
+        check_config_class(config, cls)
+        if source is None or config.name_or_path == str(source):
+            return
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(
+                source, **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            )
+        except OSError:
+            # Weights without a config.json: their names say whether they fit.
+            return
+        config.check_model_type(values.get("model_type"), source)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`. The saved config names the exits that the weights are of."""
+        config, own = self.config, self.layer_numbers  # type: ignore[attr-defined]
+        if config.exit_layer_numbers != own:
+            logger.warning(
+                f"`config.exit_layers`={config.exit_layers} was changed after the model was made; the config is saved "
+                f"with what its weights are of, {spoken_exits(own)}. For others, load the model with "
+                "`from_pretrained(..., exit_layers=...)`."
+            )
+            config.exit_layers = list(own)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # After new weights are drawn and tied, before transformers prints its table of them.
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
+        request = _REQUEST.get() or _Request()
+        request.found = {
+            "missing_keys": set(loading_info.missing_keys),
+            "unexpected_keys": set(loading_info.unexpected_keys),
+            "mismatched_keys": set(loading_info.mismatched_keys),
+        }
+        try:
+            _review(self, loading_info, request)
+        except ValueError:
+            # The error says it all.
+            loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
+            loading_info.mismatched_keys = set()
+            raise
+
+
+def check_config_class(config: Any, model_class: Any) -> None:
+    """Raises `TypeError` unless a model class can be made from a config."""
+    accepted = model_class.config_class
+    if not isinstance(config, accepted):
+        raise TypeError(
+            f"`config` of type {type(config).__name__} does not fit {model_class.__name__}; accepted is "
+            f"{accepted.__name__}, made by `{accepted.__name__}.from_pretrained` from a stock checkpoint, too."
+        )
+
+
+def announce_untrained(model: Any, names: Collection[str], source: Any = None) -> None:
+    """Says in one sentence which exits and heads of a model no checkpoint has given weights to.
+
+    Args:
+        names (collection of `str`): names of parameters and buffers.
+        source (*optional*): what was loaded.
+    """
+    layers: dict[str, list[str]] = {}
+    for container, spoken in _OWN.items():
+        own = layers_named(name for name in names if name.startswith(container + "."))
+        if own:
+            layers.setdefault(spoken_exits(own), []).append(spoken)
+    new = [f"{_listed(kinds)} of {found}" for found, kinds in layers.items()]
+    new += [f"the estimator {name!r}" for name in sorted(_estimators_of(names))]
+    new += [f"`{task}`" for task in model.task_modules if any(name.startswith(task + ".") for name in names)]
+    if new:
+        loaded = "" if source is None else f" loaded from {source}"
+        logger.warning(f"{type(model).__name__}{loaded}: untrained are {_listed(new)}.")
+
+
+def _review(model: Any, info: Any, request: _Request) -> None:
+    """Refuses what cannot be meant, announces what is new, and takes both out of what transformers reports. What it
+    leaves there is unknown to it."""
+    missing, unexpected = set(info.missing_keys), set(info.unexpected_keys)
+    if any(_BY_POSITION.search(name) for name in unexpected):
+        raise ValueError(
+            f"{request.source} names its exits by position, as development versions did; accepted are weights that "
+            "name them by layer, such as 'exit_policies.networks.layer_2'. Train it anew."
+        )
+    sizes = {name for name, *_ in info.mismatched_keys}
+    new = {name for name in missing if _is_new(model, name)}
+    _check_layers(model, missing - new, unexpected, missing, request.source)
+    if request.ignores_sizes:
+        resized = {name for name in sizes if _is_new(model, name)}
+        info.mismatched_keys = {entry for entry in info.mismatched_keys if entry[0] not in resized}
+        new |= resized
+    info.missing_keys = missing - new
+    _drop_what_no_longer_fits(model, missing, unexpected)
+    info.unexpected_keys = {name for name in unexpected if not _is_left_out(model, name)}
+    if not info.mismatched_keys:
+        # Otherwise transformers raises an error, with its table.
+        announce_untrained(model, new & set(model.state_dict()), request.source)
+
+
+def _is_new(model: Any, name: str) -> bool:
+    """May a checkpoint lack this weight?"""
+    return name.split(".")[0] in (*_OWN, _ESTIMATORS) or any(name.startswith(one + ".") for one in model.task_modules)
+
+
+def _is_left_out(model: Any, name: str) -> bool:
+    """Is this weight of a checkpoint one that the config has no place for: of an exit that is not asked for, of a
+    layer behind the last one, or of another task's head?"""
+    container = name.split(".")[0]
+    if container == _ESTIMATORS:
+        return True
+    if container in _OWN:
+        return bool(set(layers_named([name])) - set(model.layer_numbers))
+    layer = _LAYER.search(name)
+    if layer is not None and int(layer[1]) >= model.config.num_hidden_layers:
+        return True
+    return not name.startswith(model.base_model_prefix + ".") or any(f"{one}." in name for one in model.task_modules)
+
+
+def _check_layers(model: Any, lacking: set[str], unexpected: set[str], missing: set[str], source: Any) -> None:
+    """Raises `ValueError` where the layers of a model and those of a checkpoint do not fit."""
+    asked = model.config.num_hidden_layers
+    layers = {int(found[1]) for name in lacking if (found := _LAYER.search(name))}
+    if lacking and layers == set(range(min(layers, default=0), asked)) and min(layers) > 0 and _all_in_layers(lacking):
+        raise ValueError(
+            f"`num_hidden_layers`={asked}, but {source} has the weights of {min(layers)} layers; accepted are at most "
+            "as many."
+        )
+    if lacking:
+        some = ", ".join(sorted(lacking)[:3])
+        raise ValueError(
+            f"{source} lacks {len(lacking)} weights of the layers of {type(model).__name__}, among them {some}: "
+            f"accepted are whole checkpoints of {_stock(model)} and of {model.config.model_type}."
+        )
+    loaded = {name for name, _ in model.named_parameters() if name.startswith("exit_policies.")} - missing
+    has_exits = loaded or any(name.startswith("exit_policies.") for name in unexpected)
+    behind = [int(found[1]) for name in unexpected if (found := _LAYER.search(name)) and int(found[1]) >= asked]
+    if has_exits and behind:
+        raise ValueError(
+            f"`num_hidden_layers`={asked}, but the last exit of {source} is trained for layer {max(behind) + 1}; "
+            "accepted is that number. Exits of a model are chosen by `exit_layers`."
+        )
+
+
+def _all_in_layers(names: Iterable[str]) -> bool:
+    return all(_LAYER.search(name) for name in names)
+
+
+def _drop_what_no_longer_fits(model: Any, missing: set[str], unexpected: set[str]) -> None:
+    """What a config says of exits that its weights are not of, as after a change by hand."""
+    policies = "exit_policies.networks."
+    untrained = layers_named(name for name in missing if name.startswith(policies))
+    left_out = layers_named(name for name in unexpected if name.startswith(policies))
+    internal = model.layer_numbers[:-1]
+    if left_out or (untrained and set(untrained) != set(internal)):
+        before = sorted({*model.layer_numbers, *left_out} - set(untrained))
+        drop_unfit(model.config, before, {"exit_threshold", "exit_criterion"})
+        for name in set(model.exit_estimators) - set(model.config.exit_estimators):
+            del model.exit_estimators[name]
+    if left_out:
+        logger.info(f"Left out: {spoken_exits(left_out)}.")
+
+
+def _estimators_of(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith(_ESTIMATORS + ".")}
+
+
+def _stock(model: Any) -> str:
+    kinds = [kind for one in type(model.config).__mro__ if (kind := vars(one).get("model_type"))]
+    return str(kinds[-1])
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+__all__ = ["EarlyExitLoadingMixin", "announce_untrained", "check_config_class"]
