@@ -5,6 +5,7 @@
 #   CONSTRAINTS  constraints.txt (newest tested versions) or constraints-lowest.txt (oldest)
 #   THREADS      OpenMP threads per test process
 #   WORKERS      test processes
+#   PYTEST_FLAGS more flags of pytest
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(basename $(notdir $(CONSTRAINTS)))
 SOURCES := $(wildcard src tests examples benchmarks)
 
-.PHONY: help venv demo demo-llm test test-slow quality style clean
+.PHONY: help venv demo demo-llm test test-lowest test-newest test-ends test-slow quality style clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +25,7 @@ help:
 	@echo "make demo-llm  the same for a language model: exits for SmolLM2, text at three speeds"
 	@echo "make test      run the tests with branch coverage"
 	@echo "make test-slow run the tests marked slow"
+	@echo "make test-ends run the tests with the oldest promised and the newest published releases (before a release)"
 	@echo "make quality   lint, format check, types"
 	@echo "make style     apply lint fixes and format"
 
@@ -46,7 +48,20 @@ demo-llm: $(STAMP)
 	$(BIN)/python examples/generate_demo.py --model runs/demo-llm
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90 $(PYTEST_FLAGS)
+
+test-ends: test-lowest test-newest
+
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+# What pip takes today without our constraints, but for torch, whose newest wheel may bring gigabytes of GPU libraries.
+# Deprecations that a release after the pinned one has brought are listed, not raised.
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt >.venv-newest/torch.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c .venv-newest/torch.txt -e '.[dev,plots,demo,generation]'
+	$(MAKE) test VENV=.venv-newest STAMP= PYTEST_FLAGS='-W default::FutureWarning'
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m slow

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from transformers_cee import LlamaForConsistentEECausalLM
 from transformers_cee.evaluation.report import markdown_table, write_results
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, ExitStep, register_criterion
 from transformers_cee.generation.cache import EarlyExitCache
 
@@ -105,7 +106,7 @@ def unit_costs(model: LlamaForConsistentEECausalLM, batch_size: int, past: int, 
     def layers() -> None:
         hidden_states = state
         for layer in model.model.layers:
-            hidden_states = layer(hidden_states, position_embeddings=rotary, past_key_values=own, use_cache=True)
+            hidden_states = layer(hidden_states, position_embeddings=rotary, use_cache=True, **{CACHE_NAME: own})
         own.crop(-1)
 
     def fill() -> None:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, Pro
 from slow_llama import SlowModel, check_against_slow, prompts, spreading
 from tiny import collate_text, instructions, pad, random_rows, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from transformers_cee import BertForConsistentEE, EarlyExitCache, LlamaForConsistentEECausalLM, exit_lora_config
 
@@ -219,6 +222,9 @@ class TestAgainstOthers:
         with pytest.raises(ValueError, match=r"`exit_threshold`=3"):
             model.generate(**prompts([4]), max_new_tokens=2, exit_threshold=3)
 
+    @pytest.mark.skipif(
+        Version(version("peft")) < Version(MIN_PEFT_VERSION), reason="transformers asks for a newer PEFT"
+    )
     def test_adapters_of_transformers(self, tmp_path):
         """`add_adapter` of the model itself."""
         model = tiny_llama()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 
 from transformers_cee import BertCeeConfig, LlamaCeeConfig
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.configuration import (
     DecoderExitConfigMixin,
     EncoderExitConfigMixin,
@@ -116,7 +117,7 @@ def test_checks_alone():
 
 
 def test_what_trainer_leaves_out_of_predictions():
-    assert {"past_key_values", "all_exit_features", "token_labels", "may_exit", "exit_layers"} <= set(
+    assert {CACHE_NAME, "all_exit_features", "token_labels", "may_exit", "exit_layers"} <= set(
         LlamaCeeConfig.keys_to_ignore_at_inference
     )
-    assert "past_key_values" not in BertCeeConfig.keys_to_ignore_at_inference
+    assert CACHE_NAME not in BertCeeConfig.keys_to_ignore_at_inference

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.generation.cache import EarlyExitCache, ExitCacheLayer, RowView, WaitingTokens
 
 
@@ -271,12 +272,12 @@ class TestFromCache:
             (DynamicCache(offloading=True), "DynamicCache"),
             (DynamicCache(config=config), "DynamicCache"),
         ):
-            with pytest.raises(ValueError, match=rf"`past_key_values` of layers {kind}.*EarlyExitCache"):
+            with pytest.raises(ValueError, match=rf"`{CACHE_NAME}` of layers {kind}.*EarlyExitCache"):
                 EarlyExitCache.from_cache(other, 3)
         assert not EarlyExitCache.from_cache(DynamicCache(config=config), 4).is_initialized
 
     def test_empty_caches_have_no_room(self):
-        with pytest.raises(ValueError, match=r"`past_key_values` is empty"):
+        with pytest.raises(ValueError, match=f"`{CACHE_NAME}` is empty"):
             EarlyExitCache(2).reserve()
 
 

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from transformers_cee import EarlyExitCache
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, register_criterion
 
 
@@ -236,9 +237,9 @@ class TestByHand:
 
     def test_refusals(self):
         model, token = tiny_llama(), torch.tensor([[3]])
-        with pytest.raises(ValueError, match=r"`past_key_values` of type DynamicCache.*EarlyExitCache.from_cache"):
+        with pytest.raises(ValueError, match=rf"`{CACHE_NAME}` of type DynamicCache.*EarlyExitCache.from_cache"):
             model(token, past_key_values=DynamicCache(), exit_threshold=0.5)
-        with pytest.raises(ValueError, match=r"`past_key_values` is empty"):
+        with pytest.raises(ValueError, match=f"`{CACHE_NAME}` is empty"):
             model(token, past_key_values=EarlyExitCache(4), exit_threshold=0.5)
         with pytest.raises(ValueError, match=r"`skipped_kv`='deferred' with several tokens"):
             cache = EarlyExitCache(4)

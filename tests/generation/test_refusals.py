@@ -11,6 +11,8 @@ from tiny import tiny_llama
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from transformers_cee.exits.cache_name import CACHE_NAME
+
 
 @pytest.fixture
 def model():
@@ -77,9 +79,9 @@ WAYS = {
     "assistant": (lambda model: {"assistant_model": tiny_llama(1)}, r"`assistant_model`.*`exit_threshold`=1.0"),
     "StaticCache": (
         lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=32)},
-        r"`past_key_values` of layers StaticLayer.*`exit_threshold`=1.0",
+        rf"`{CACHE_NAME}` of layers StaticLayer.*`exit_threshold`=1.0",
     ),
-    "offloaded cache": (lambda model: {"past_key_values": DynamicCache(offloading=True)}, r"`past_key_values`"),
+    "offloaded cache": (lambda model: {"past_key_values": DynamicCache(offloading=True)}, f"`{CACHE_NAME}`"),
     "sliding cache": (lambda model: {"past_key_values": sliding_cache(model)}, r"DynamicSlidingWindowLayer"),
     "quantized cache": (lambda model: {"past_key_values": foreign_cache(model)}, r"QuantizedLayer"),
 }

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from transformers_cee.evaluation.operating_points import synchronize
 from transformers_cee.evaluation.store import evaluating
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
 
@@ -177,7 +178,7 @@ class _Run:
             from transformers_cee.generation.cache import EarlyExitCache
 
             output = model(**batch, use_cache=True)
-            self.cache = EarlyExitCache.from_cache(output.past_key_values, model.config.num_hidden_layers)
+            self.cache = EarlyExitCache.from_cache(output[CACHE_NAME], model.config.num_hidden_layers)
             self.inputs = {"input_ids": output.logits[:, -1:].argmax(-1)}
             if "attention_mask" in batch:
                 self.inputs["attention_mask"] = nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
@@ -187,7 +188,7 @@ class _Run:
         numbers, device = self.model.layer_numbers, self.model.device
         thresholds = [_CLOSED] * index + [0.0] * (len(numbers) - index)
         # A step writes into the cache.
-        more = {} if self.cache is None else {"past_key_values": copy.deepcopy(self.cache)}
+        more = {} if self.cache is None else {CACHE_NAME: copy.deepcopy(self.cache)}
         if self.first_layer is not None:
             more["min_exit_layer"] = min(self.first_layer, numbers[index])
         synchronize(device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.config_loading import ConfigLoadingMixin
 
 
@@ -204,7 +205,7 @@ class DecoderExitConfigMixin(ExitConfigMixin):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *ExitConfigMixin.keys_to_ignore_at_inference,
-        "past_key_values",
+        CACHE_NAME,
         "all_exit_predictions",
         "all_exit_features",
         "token_labels",

@@ -5,13 +5,16 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+
+
+# Both begin with the fields of the stock class, in its order, so that tuples (`return_dict=False`) begin as the stock
+# model's do.
 
 
 @dataclass
-class ExitClassifierOutput(ModelOutput):
-    """Output of an early-exit classifier.
+class ExitClassifierOutput(SequenceClassifierOutput):
+    """Output of an early-exit classifier: a [`~transformers.modeling_outputs.SequenceClassifierOutput`] and more.
 
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned with `labels`):
@@ -38,21 +41,17 @@ class ExitClassifierOutput(ModelOutput):
             With `output_attentions=True` and eager attention, one entry per layer, with NaN and 0 likewise.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     exit_layers: torch.Tensor | None = None
     exit_probabilities: torch.Tensor | None = None
     all_exit_logits: torch.Tensor | None = None
     all_exit_states: torch.Tensor | None = None
     all_exit_losses: torch.Tensor | None = None
     all_policy_logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class ExitCausalLMOutput(ModelOutput):
-    """Output of an early-exit language model.
+class ExitCausalLMOutput(CausalLMOutputWithPast):
+    """Output of an early-exit language model: a [`~transformers.modeling_outputs.CausalLMOutputWithPast`] and more.
 
     A position is *counted* when the next position's label is not −100; `tokens` is the number of counted positions,
     listed row by row, from left to right.
@@ -63,7 +62,7 @@ class ExitCausalLMOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(batch, kept, vocabulary)`, *optional*):
             Logits of each position's own exit, in training mode with labels of the last one; None with
             `output_all_exits=True` and `sample_exits=True`, where they are never held at once.
-        past_key_values (`Cache`, *optional*): keys and values of all layers.
+        cache (`Cache`, *optional*): keys and values of all layers; `past_key_values` before transformers 5.24.
         exit_layers (`torch.LongTensor` of shape `(batch, time)`): layer (1-based) at which each position left.
         exit_probabilities (`torch.FloatTensor` of shape `(batch, time, exits)`, *optional*):
             The exit criterion's score wherever it was asked, NaN elsewhere.
@@ -90,9 +89,6 @@ class ExitCausalLMOutput(ModelOutput):
             With `output_attentions=True` and eager attention, one entry per layer, with NaN likewise.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
     exit_layers: torch.Tensor | None = None
     exit_probabilities: torch.Tensor | None = None
     all_exit_states: torch.Tensor | None = None
@@ -105,5 +101,3 @@ class ExitCausalLMOutput(ModelOutput):
     may_exit: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
     token_predictions: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None

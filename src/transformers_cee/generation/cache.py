@@ -2,15 +2,19 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """A cache into which single rows can write, and which keeps the states of tokens that deeper layers have not seen."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from transformers_cee.exits.cache_name import CACHE_NAME
 
 
 # Columns by which the buffers grow at least.
 _GROWTH = 64
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class ExitCacheLayer(CacheLayerMixin):
@@ -117,11 +121,15 @@ class ExitCacheLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes that many of the last columns; given as a negative number, as `Cache.crop` has it."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"`tokens_to_remove`={tokens_to_remove} must be negative: so many columns are removed.")
-        self.length = max(0, self.length + tokens_to_remove)
+    def crop(self, amount: int) -> None:
+        """Removes so many of the last columns, given as a negative number; before transformers 5.16, whose own caches
+        do that too, a number from 0 on says how many columns stay."""
+        if amount < 0:
+            self.length = max(0, self.length + amount)
+        elif _CROPS_TO_LENGTH:
+            self.length = min(self.length, amount)
+        elif amount > 0:
+            raise ValueError(f"`tokens_to_remove`={amount} must be negative: so many columns are removed.")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -191,19 +199,23 @@ class WaitingTokens:
         )
 
 
-class EarlyExitCache(Cache):
-    """Cache of a model whose tokens leave early.
+class EarlyExitCache(DynamicCache):
+    """Cache of a model whose tokens leave early: a [`~transformers.DynamicCache`] to whoever looks at it.
 
-    Tokens that wait for their deeper keys and values (`skipped_kv="deferred"`) are kept here, so that reordering
-    beams, cropping and selecting rows carry them along. `generate` completes them before it returns the cache.
+    Tokens that wait for their deeper keys and values (`skipped_kv="deferred"`) are kept here with the mask that they
+    were run with, so that reordering beams, cropping and selecting rows carry them along. `generate` completes them
+    before it returns the cache.
 
     Args:
         num_layers (`int`): layers of the model.
     """
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[ExitCacheLayer() for _ in range(num_layers)])
+        # A dynamic cache would make layers of its own.
+        Cache.__init__(self, layers=[ExitCacheLayer() for _ in range(num_layers)])
         self.waiting: WaitingTokens | None = None
+        # Of all columns (rows, columns), 1 at tokens and 0 at padding, as the last step had it; None without padding.
+        self.attention_mask: Tensor | None = None
 
     @classmethod
     def from_cache(cls, cache: Cache, num_layers: int) -> "EarlyExitCache":
@@ -218,7 +230,7 @@ class EarlyExitCache(Cache):
         if others or cache.offloading or len(cache.layers) > num_layers:
             kind = type(others[0]).__name__ if others else type(cache).__name__
             raise ValueError(
-                f"`past_key_values` of layers {kind} cannot hold tokens that leave early; accepted are a plain "
+                f"`{CACHE_NAME}` of layers {kind} cannot hold tokens that leave early; accepted are a plain "
                 "`DynamicCache` and an `EarlyExitCache`. Set `exit_threshold`=1.0 to generate without exits."
             )
         own = cls(num_layers)
@@ -229,6 +241,8 @@ class EarlyExitCache(Cache):
                 own.layers[index].update(layer.keys, layer.values)
         cache.layers[:] = own.layers
         own.layers = cache.layers
+        # What `generate` asks of a cache that it was given.
+        own._is_user_defined = getattr(cache, "_is_user_defined", False)  # type: ignore[attr-defined]
         return own
 
     def reserve(self) -> None:
@@ -239,17 +253,22 @@ class EarlyExitCache(Cache):
         """
         for layer in self.layers:
             if not layer.is_initialized:
-                raise ValueError("`past_key_values` is empty: run the prompt at full depth first, as `generate` does.")
+                raise ValueError(f"`{CACHE_NAME}` is empty: run the prompt at full depth first, as `generate` does.")
             layer.reserve(1)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
+    def crop(self, amount: int) -> None:
+        """As `Cache.crop` of the installed release; see `ExitCacheLayer.crop`."""
+        before = self.get_seq_length()
+        super().crop(amount)
+        length = self.get_seq_length()
         if self.waiting is not None:
-            self._wait(self.waiting.first(max(0, len(self.waiting) + tokens_to_remove)))
+            self._wait(self.waiting.first(max(0, len(self.waiting) + length - before)))
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[:, :length]
 
     def reset(self) -> None:
         super().reset()
-        self.waiting = None
+        self.waiting = self.attention_mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -267,6 +286,8 @@ class EarlyExitCache(Cache):
     def _select_waiting(self, rows: Tensor) -> None:
         if self.waiting is not None:
             self._wait(self.waiting.select(rows))
+            if self.attention_mask is not None:
+                self.attention_mask = self.attention_mask[rows.to(self.attention_mask.device)]
 
     def _wait(self, waiting: WaitingTokens) -> None:
         self.waiting = waiting if len(waiting) else None

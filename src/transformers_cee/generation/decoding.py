@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.runner import ExitRun, Exits, Layer, RowBatch, run_exits
 from transformers_cee.generation.cache import EarlyExitCache, ExitCacheLayer, RowView, WaitingTokens
@@ -67,10 +68,19 @@ def decode_step(
         first_exit (`int`): exit (0-based) before which no token leaves.
         skipped_kv (`str`): `"copy"` or `"deferred"`.
         layer_arguments (`dict`, *optional*): further keyword arguments of the layers.
+
+    Raises:
+        ValueError: the cache is empty, or the mask does not fit `skipped_kv`. No layer has run by then.
     """
+    if skipped_kv == "deferred" and attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(attention_mask.shape)} says nothing of the tokens that wait with "
+            "`skipped_kv`='deferred'; accepted is (rows, past + 1). Use 'copy' with other masks."
+        )
     past = cache.get_seq_length()
     mask = _causal_mask(decoder, hidden_states, attention_mask, past, position_ids)
     cache.reserve()
+    cache.attention_mask = attention_mask
     step_class = {"copy": _CopyStep, "deferred": _DeferredStep}[skipped_kv]
     step = step_class(decoder, cache, hidden_states, attention_mask, position_ids, layer_arguments or {})
     layers: list[Layer] = [step.bind(index) for index in range(len(decoder.layers))]
@@ -82,24 +92,13 @@ def decode_step(
 
 
 @torch.no_grad()
-def complete_waiting(
-    decoder: Decoder,
-    cache: EarlyExitCache,
-    attention_mask: Tensor | None,
-    layer_arguments: dict[str, Any] | None = None,
-) -> None:
+def complete_waiting(decoder: Decoder, cache: EarlyExitCache, layer_arguments: dict[str, Any] | None = None) -> None:
     """Runs all waiting tokens through the layers that they have not seen; the cache then holds what the full model
-    would have put there.
-
-    Args:
-        attention_mask (`Tensor` of shape `(rows, past)`, *optional*): 1 at tokens, 0 at padding.
-    """
+    would have put there."""
     if cache.waiting is None:
         return
-    waiting = cache.waiting
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, : cache.get_seq_length()]
-    step = _DeferredStep(decoder, cache, waiting.states, attention_mask, waiting.positions, layer_arguments or {})
+    waiting, mask = cache.waiting, cache.attention_mask
+    step = _DeferredStep(decoder, cache, waiting.states, mask, waiting.positions, layer_arguments or {})
     step.has_new = False
     for index in range(len(decoder.layers)):
         step.catch_up(index)
@@ -141,8 +140,8 @@ class _Step:
             attention_mask=mask,
             position_embeddings=rotary,
             position_ids=positions,
-            past_key_values=view,
             use_cache=True,
+            **{CACHE_NAME: view},
             **self.layer_arguments,
         )
 
@@ -315,8 +314,8 @@ def _causal_mask(
         config=decoder.config,
         inputs_embeds=hidden_states,
         attention_mask=attention_mask,
-        past_key_values=Cache(layers=[layer]),
         position_ids=position_ids,
+        **{CACHE_NAME: Cache(layers=[layer])},
     )
     columns = hidden_states.shape[1]
     if mask is None and columns > 1 and past == 0 and "flash" not in str(decoder.config._attn_implementation):

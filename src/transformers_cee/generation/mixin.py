@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """`generate` with exits, by the hooks of transformers' own `GenerationMixin`."""
 
+import inspect
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
+from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, rename_cache
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import CRITERIA, Thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
@@ -30,35 +31,31 @@ EXIT_ARGUMENTS = (
     "exit_threshold_decay",
 )
 # Fields that make generation check several drafted tokens at once, which is not a decode step.
-_DRAFTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass
 class ExitTrace:
-    """What one call of `generate` notes down.
+    """What one call of `generate` carries from step to step.
 
     Args:
-        exit_layers (`list[Tensor]`): exit layers (rows · beams,) of the prompt's pass and of each pass after it.
+        settings (`dict`, *optional*): exit arguments of the decode steps; None if no token may leave.
+        decay (`float`, *optional*): `exit_threshold_decay`.
+        exit_layers (`list[Tensor]`): exit layers (rows · beams,) of each new token; the first is the prompt's pass.
         ended (`list[Tensor]`): per new token, which rows (rows,) it ended.
         prompt_length, max_length (`int`): tokens of the prompt, and at most in all.
-        decay (`float`, *optional*): `exit_threshold_decay`.
-        is_on (`bool`): may tokens leave?
-        has_drafts (`bool`): does a pass check several drafted tokens?
         pads_ended (`bool`): does a row that ended get padding?
         cache (`EarlyExitCache`, *optional*): the cache in use.
-        attention_mask (`Tensor`, *optional*): of the whole sequence, as the last step had it.
     """
 
+    settings: dict[str, Any] | None = None
+    decay: float | None = None
     exit_layers: list[Tensor] = field(default_factory=list)
     ended: list[Tensor] = field(default_factory=list)
     prompt_length: int = 0
     max_length: int = 0
-    decay: float | None = None
-    is_on: bool = False
-    has_drafts: bool = False
     pads_ended: bool = False
     cache: EarlyExitCache | None = None
-    attention_mask: Tensor | None = None
 
 
 # Of the innermost call of `generate`. As an argument it would also reach models that assist this one and know nothing
@@ -81,68 +78,100 @@ class EarlyExitGenerationMixin(GenerationMixin):
     each new token; the first comes from the prompt's pass at full depth; 0 behind the end of a row.
     """
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As `GenerationMixin.generate`, with the arguments named above.
 
         Raises:
             ValueError: an exit argument is out of range, or exits meet a way to generate that does not support them:
                 drafting assistants, static or quantized caches, `use_cache=False`.
         """
+        rename_cache(kwargs)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             # Transformers counts positions by adding it up.
             kwargs["attention_mask"] = (mask != 0).long()
+        asked = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        settings = self._exit_settings(asked, generation_config, self.generation_config)
         trace = ExitTrace()
+        if self._exits_are_on(settings):
+            trace.decay = settings.pop("exit_threshold_decay", None)
+            trace.settings = settings
+            given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
+            _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
         outer = _TRACE.set(trace)
         try:
-            output = super().generate(*args, **kwargs)
+            output = super().generate(inputs, generation_config, *args, **kwargs)
         finally:
             _TRACE.reset(outer)
-        returns_cache = isinstance(output, ModelOutput) or kwargs.get("past_key_values") is not None
-        if trace.cache is not None and returns_cache:
+        if trace.cache is not None and (isinstance(output, ModelOutput) or kwargs.get(CACHE_NAME) is not None):
             # Whoever looks at the cache next expects all keys and values.
-            complete_waiting(self._as_decoder, trace.cache, trace.attention_mask)
+            complete_waiting(self._as_decoder, trace.cache)
         if isinstance(output, ModelOutput) and trace.exit_layers:
-            output["exit_layers"] = _layers_of_tokens(trace, output, self.layer_numbers[-1])
+            output["exit_layers"] = _layers_of_tokens(trace, output)
         return output
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        # Asked one by one: transformers makes one config of the arguments, the caller's config and the saved one.
-        sources = ({name: kwargs.get(name) for name in EXIT_ARGUMENTS}, generation_config)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        for name in EXIT_ARGUMENTS:
-            model_kwargs.pop(name, None)
-        settings = self._exit_settings(*sources, generation_config)
-        trace, is_on = _TRACE.get(), self._exits_are_on(settings)
-        decay = settings.pop("exit_threshold_decay", None)
-        if is_on:
-            _check_way_to_generate(generation_config)
-            model_kwargs.update(settings)
-        if trace is not None:
-            trace.is_on, trace.decay = is_on, decay
-            trace.pads_ended = generation_config.eos_token_id is not None
-        return generation_config, model_kwargs
+    # The two hooks of transformers that are no part of its public interface.
 
-    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> None:
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        criteria, trace = super()._get_stopping_criteria(generation_config, *args, **kwargs), _TRACE.get()
+        if trace is None:
+            return criteria
+        trace.max_length = generation_config.max_length
+        trace.pads_ended = generation_config.eos_token_id is not None
+        return _NotedCriteria(criteria, trace)
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
         trace = _TRACE.get()
-        if trace is not None:
-            trace.has_drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
-            if trace.has_drafts and trace.is_on:
-                raise ValueError("`assistant_model` and exits exclude each other; set `exit_threshold`=1.0.")
-        super()._validate_generation_mode(generation_mode, *args, **kwargs)
+        if trace is not None and outputs.get("exit_layers") is not None:
+            # Several at once where drafts were checked.
+            trace.exit_layers += [outputs["exit_layers"][:, -1]] * int(num_new_tokens)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 
-    def _prepare_generated_length(self, *args: Any, input_ids_length: int, **kwargs: Any) -> GenerationConfig:
-        generation_config = super()._prepare_generated_length(*args, input_ids_length=input_ids_length, **kwargs)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step; those of the prompt's pass, in one or many chunks, have no exits."""
+        # `generate` takes `inputs_embeds` only where it finds it named here.
+        rename_cache(kwargs)
         trace = _TRACE.get()
-        if trace is not None:
-            trace.prompt_length, trace.max_length = input_ids_length, generation_config.max_length
-        return generation_config
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria, trace = super()._get_stopping_criteria(*args, **kwargs), _TRACE.get()
-        return criteria if trace is None else _NotedCriteria(criteria, trace)
+        if trace is not None and trace.settings is not None and kwargs.get(CACHE_NAME) is not None:
+            trace.cache = EarlyExitCache.from_cache(kwargs[CACHE_NAME], self.config.num_hidden_layers)
+            kwargs[CACHE_NAME] = trace.cache
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration:
+            for name in EXIT_ARGUMENTS:
+                inputs.pop(name, None)
+        # Older versions of transformers do not tell chunks of a prompt from decode steps.
+        elif trace is not None and trace.settings is not None and trace.exit_layers:
+            inputs.update(trace.settings)
+            if trace.decay is not None:
+                new = len(trace.exit_layers)
+                most = max(1, trace.max_length - trace.prompt_length)
+                inputs["exit_threshold"] = decayed(trace.settings["exit_threshold"], trace.decay, new / most)
+        # PEFT wraps this method and looks at what it gives.
+        rename_cache(inputs, PEFT_CACHE_NAME)
+        return inputs
 
     def _exit_settings(self, *sources: Any) -> dict[str, Any]:
         """Exit arguments from mappings and configs, first come first; the model's config comes last.
@@ -156,7 +185,6 @@ class EarlyExitGenerationMixin(GenerationMixin):
             for name in self._settled(settings, found, source is self.config):
                 found.pop(name, None)
             for name, value in found.items():
-                # A tensor would be repeated for every beam.
                 settings.setdefault(name, value.tolist() if isinstance(value, Tensor) else value)
         return settings
 
@@ -189,49 +217,6 @@ class EarlyExitGenerationMixin(GenerationMixin):
             if asked["exit_budget"] is not None or isinstance(asked["exit_threshold"], str):
                 raise ValueError("`exit_threshold_decay` needs `exit_threshold` as a number or a list of numbers.")
         return not criterion.is_off
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        trace = _TRACE.get()
-        if trace is None or not trace.is_on:
-            return
-        given = model_kwargs["past_key_values"]
-        trace.cache = EarlyExitCache.from_cache(given, self.config.num_hidden_layers)
-        trace.cache._is_user_defined = getattr(given, "_is_user_defined", False)  # type: ignore[attr-defined]
-        model_kwargs["past_key_values"] = trace.cache
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one step; those of the prompt's pass, in one or many chunks, have no exits."""
-        # `generate` takes `inputs_embeds` only where it finds it named here.
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        trace = _TRACE.get()
-        if trace is not None:
-            trace.attention_mask = inputs.get("attention_mask")
-        # Older versions of transformers do not tell chunks of a prompt from decode steps.
-        if is_first_iteration or (trace is not None and not trace.exit_layers):
-            for name in EXIT_ARGUMENTS:
-                inputs.pop(name, None)
-        elif trace is not None and trace.is_on and trace.decay is not None:
-            new, most = input_ids.shape[1] - trace.prompt_length, max(1, trace.max_length - trace.prompt_length)
-            inputs["exit_threshold"] = decayed(kwargs["exit_threshold"], trace.decay, new / most)
-        return inputs
-
-    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        trace = _TRACE.get()
-        if trace is not None and outputs.get("exit_layers") is not None:
-            trace.exit_layers.append(outputs["exit_layers"][:, -1])
-        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`; exit arguments in the generation config are saved with it."""
@@ -294,15 +279,28 @@ def _check_decay(decay: Any, criterion: str) -> None:
         )
 
 
-def _check_way_to_generate(generation_config: GenerationConfig) -> None:
+def _check_way_to_generate(asked: dict[str, Any], *configs: GenerationConfig | None) -> None:
+    """Raises `ValueError` where exits meet a way to generate that does not support them.
+
+    Args:
+        asked (`dict`): arguments of `generate`.
+        configs: where it looks for what is not among them, first come first.
+    """
+
+    def value(name: str) -> Any:
+        if name in asked:
+            return asked[name]
+        found = (getattr(config, name, None) for config in configs)
+        return next((one for one in found if one is not None), None)
+
     for name in _DRAFTING:
-        if getattr(generation_config, name, None):
+        if value(name):
             raise ValueError(f"`{name}` and exits exclude each other; set `exit_threshold`=1.0.")
-    if generation_config.use_cache is False:
+    if value("use_cache") is False:
         raise ValueError("`use_cache`=False leaves no decode steps to exit from; set `exit_threshold`=1.0.")
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if value("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
-            f"`cache_implementation`={generation_config.cache_implementation!r} does not work with exits; accepted "
+            f"`cache_implementation`={value('cache_implementation')!r} does not work with exits; accepted "
             "are None and 'dynamic'. Set `exit_threshold`=1.0 for other caches."
         )
 
@@ -314,23 +312,24 @@ class _NotedCriteria(StoppingCriteriaList):
         super().__init__(criteria)
         self.trace = trace
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        ends: Tensor = super().__call__(*args, **kwargs)
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ends: Tensor = super().__call__(input_ids, *args, **kwargs)
+        if not self.trace.ended:
+            self.trace.prompt_length = input_ids.shape[1] - len(self.trace.exit_layers)
         self.trace.ended.append(ends)
         return ends
 
 
-def _layers_of_tokens(trace: ExitTrace, output: ModelOutput, last_layer: int) -> Tensor:
+def _layers_of_tokens(trace: ExitTrace, output: ModelOutput) -> Tensor:
     """Exit layers (rows, new tokens) of the sequences that are returned."""
     new = output["sequences"][:, trace.prompt_length :]
-    if trace.has_drafts:
-        return torch.full_like(new, last_layer)
     layers = torch.stack(trace.exit_layers, dim=1)[:, : new.shape[1]]
     beams = output.get("beam_indices")
     if beams is not None:
         # A returned sequence passed through one beam after the other.
         return layers.gather(0, beams.clamp_min(0).long()) * (beams >= 0)
-    if not trace.pads_ended:
+    # One row alone ends with its last token, also where several come at once.
+    if len(new) == 1 or not trace.pads_ended:
         return layers
     ended = torch.stack(trace.ended[: new.shape[1]], dim=1).long()
     return layers.masked_fill(ended.cumsum(1) - ended > 0, 0)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from transformers_cee import LlamaForConsistentEECausalLM
+from transformers_cee.exits.cache_name import CACHE_NAME
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -314,6 +315,6 @@ class TestAllWays:
 def test_class_declares_what_trainer_and_compile_ask():
     model = tiny_llama()
     assert model.exits_per_token and not model._can_compile_fullgraph and model.loss_type == "ForCausalLM"
-    assert {"exit_layers", "past_key_values", "all_exit_losses"} <= set(model.config.keys_to_ignore_at_inference)
+    assert {"exit_layers", CACHE_NAME, "all_exit_losses"} <= set(model.config.keys_to_ignore_at_inference)
     assert isinstance(model, LlamaForConsistentEECausalLM) and model.get_decoder() is model.model
     assert model.layer_numbers == [1, 2, 3, 4]

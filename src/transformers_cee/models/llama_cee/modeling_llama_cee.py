@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
@@ -185,13 +186,14 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
     def _as_decoder(self) -> Decoder:
         return Decoder(self.config, self._layers, self.model.rotary_emb, self.project_skipped)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -213,7 +215,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
 
         - Without `exit_threshold`: full depth, as the stock model. In training mode with `labels`, the loss is that of
           all exits, and `logits` are the last exit's; without labels, a loss on `logits` trains the last exit alone.
-        - One token per row with `past_key_values` and `exit_threshold`: a decode step. Layers behind a token's exit
+        - One token per row with a cache and `exit_threshold`: a decode step. Layers behind a token's exit
           are not executed for it.
         - Several tokens with `exit_threshold`, or `sample_exits`: the text is known, so each token leaves at its own
           exit and others see it as generation with `skipped_kv="copy"` would. All layers are executed. With `labels`,
@@ -224,8 +226,8 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             attention_mask (`Tensor` of shape `(batch, past + time)`, *optional*):
                 0 at padding; anything else, of any dtype, at tokens. Or, but for decode steps with exits, what the
                 attention itself takes, of shape `(batch, 1, time, past + time)`.
-            past_key_values (`Cache`, *optional*): of the tokens before; an [`EarlyExitCache`] for decode steps with
-                exits, see `EarlyExitCache.from_cache`.
+            cache (`Cache`, *optional*): of the tokens before; an [`EarlyExitCache`] for decode steps with exits, see
+                `EarlyExitCache.from_cache`. `past_key_values`, its name before transformers 5.24, is taken as well.
             labels (`LongTensor` of shape `(batch, time)`, *optional*):
                 Tokens of the same positions, shifted inside; −100 where nothing is to be learnt. `shift_labels` (what
                 each position is to predict) and `ignore_index` are taken as by the stock model.
@@ -266,7 +268,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             attention_mask = attention_mask != 0
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
-        inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
+        inputs = (inputs_embeds, attention_mask, position_ids, cache)
         if targets is not None and (output_all_exits or (self.training and full_depth)):
             # All exits are told from training as Trainer knows it by what they are for: not to hold logits.
             keep = None if output_all_exits else logits_to_keep
@@ -284,9 +286,9 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         first_exit = self._first_exit(min_exit_layer)
         criterion = model_criterion(self, decision, input_ids=input_ids, first_exit=first_exit)
         check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
-        if inputs_embeds.shape[1] == 1 and past_key_values is not None and targets is None:
+        if inputs_embeds.shape[1] == 1 and cache is not None and targets is None:
             return self._decode(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv, kwargs)
-        _check_known_text(skipped_kv, past_key_values)
+        _check_known_text(skipped_kv, cache)
         return self._known_text(
             inputs, targets, criterion, first_exit, sample_exits, logits_to_keep, num_items_in_batch, kwargs
         )
@@ -304,13 +306,13 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
     ) -> ExitCausalLMOutput:
         inputs_embeds, attention_mask, position_ids, cache = inputs
         if isinstance(cache, EarlyExitCache):
-            complete_waiting(self._as_decoder, cache, attention_mask)
+            complete_waiting(self._as_decoder, cache)
         outputs = self.model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         states = outputs.last_hidden_state
@@ -322,10 +324,10 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         return ExitCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             exit_layers=layers,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _all_exits(
@@ -423,10 +425,10 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         return ExitCausalLMOutput(
             **found,
             logits=logits,
-            past_key_values=inputs[3],
             exit_layers=exit_layers,
             exit_probabilities=run.scores,
             **captured,
+            **{CACHE_NAME: inputs[3]},
         )
 
     def _decode(
@@ -435,7 +437,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         inputs_embeds, attention_mask, position_ids, cache = inputs
         if not isinstance(cache, EarlyExitCache):
             raise ValueError(
-                f"`past_key_values` of type {type(cache).__name__} cannot hold tokens that leave early; use "
+                f"`{CACHE_NAME}` of type {type(cache).__name__} cannot hold tokens that leave early; use "
                 "`EarlyExitCache.from_cache`."
             )
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -447,7 +449,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             check_rows_can_leave(self.config, self._layers)
         decoder = self._as_decoder
         if skipped_kv == "copy":
-            complete_waiting(decoder, cache, attention_mask)
+            complete_waiting(decoder, cache)
         exits = _Exits(self, lambda hidden_states: hidden_states[:, -1])
         # A shared head is asked once for all rows of the step, wherever they left: it costs as much as several layers.
         one_head = self.exit_heads.share_head and not criterion.needs_logits
@@ -468,9 +470,9 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         logits = self.lm_head(run.logits) if one_head else run.logits
         return ExitCausalLMOutput(
             logits=logits.unsqueeze(1),
-            past_key_values=cache,
             exit_layers=run.exit_layers.unsqueeze(1),
             exit_probabilities=run.scores.unsqueeze(1),
+            **{CACHE_NAME: cache},
         )
 
     # Parts
@@ -500,19 +502,19 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         """The embedded batch and the layers bound to masks, positions and cache."""
         inputs_embeds, attention_mask, position_ids, cache = inputs
         if isinstance(cache, EarlyExitCache):
-            complete_waiting(self._as_decoder, cache, attention_mask)
+            complete_waiting(self._as_decoder, cache)
         position_ids = _position_ids(position_ids, inputs_embeds, cache)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
         arguments = {
             "position_embeddings": self.model.rotary_emb(inputs_embeds, position_ids=position_ids),
             "position_ids": position_ids,
-            "past_key_values": cache,
+            CACHE_NAME: cache,
             "use_cache": cache is not None,
             **{name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
         }
