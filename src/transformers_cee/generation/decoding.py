@@ -68,15 +68,7 @@ def decode_step(
         first_exit (`int`): exit (0-based) before which no token leaves.
         skipped_kv (`str`): `"copy"` or `"deferred"`.
         layer_arguments (`dict`, *optional*): further keyword arguments of the layers.
-
-    Raises:
-        ValueError: the cache is empty, or the mask does not fit `skipped_kv`. No layer has run by then.
     """
-    if skipped_kv == "deferred" and attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"`attention_mask` of shape {tuple(attention_mask.shape)} says nothing of the tokens that wait with "
-            "`skipped_kv`='deferred'; accepted is (rows, past + 1). Use 'copy' with other masks."
-        )
     past = cache.get_seq_length()
     mask = _causal_mask(decoder, hidden_states, attention_mask, past, position_ids)
     cache.reserve()
