@@ -19,11 +19,7 @@ def check_rows_can_leave(config: Any, layers: Iterable[nn.Module]) -> None:
     Raises:
         ValueError: the model is being exported, its attention is `flex_attention`, or FSDP has its layers one by one.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        raise ValueError(
-            "A model cannot be exported or traced with exits on: which layers run depends on the input, and a graph "
-            f"holds one way for all. {_WAY_OUT}: the graph of the whole model."
-        )
+    check_no_graph()
     if getattr(config, "_attn_implementation", None) == "flex_attention":
         raise ValueError(
             "`attn_implementation`='flex_attention' makes masks that rows cannot be taken out of; accepted with exits "
@@ -34,6 +30,15 @@ def check_rows_can_leave(config: Any, layers: Iterable[nn.Module]) -> None:
         raise ValueError(
             "FSDP shards single layers of this model, and to put one together all processes must run it; "
             f"with exits they would wait for each other for ever. {_WAY_OUT}, or shard the model as one unit."
+        )
+
+
+def check_no_graph() -> None:
+    """Called where decisions depend on scores. Raises `ValueError` while the model is exported or traced."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise ValueError(
+            "A model cannot be exported or traced with exits on: what runs depends on the input, and a graph has one "
+            f"way for all. {_WAY_OUT}: the graph is that of the whole model."
         )
 
 

@@ -18,6 +18,7 @@ from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, renam
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import CRITERIA, Thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
+from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
 
@@ -104,6 +105,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
             trace.settings = settings
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
+            check_rows_can_leave(self.config, self._layers)
         outer = _TRACE.set(trace)
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)

@@ -35,7 +35,7 @@ from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.policy import make_policies
 from transformers_cee.exits.recording import hide_left, wants_states
 from transformers_cee.exits.runner import Layer, RowBatch, TokenRun, collect_states, run_token_exits
-from transformers_cee.exits.support import check_rows_can_leave
+from transformers_cee.exits.support import check_no_graph, check_rows_can_leave
 from transformers_cee.exits.token_losses import CrossEntropy, TokenLoss, taken_exit_losses, token_exit_losses
 from transformers_cee.exits.token_targets import TokenTargets, token_targets
 from transformers_cee.generation.cache import EarlyExitCache
@@ -60,6 +60,10 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
     config: LlamaCeeConfig
     task_modules: ClassVar[tuple[str, ...]] = ("lm_head",)
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    # How the head is spread over devices is the stock model's matter.
+    _tp_plan = LlamaForCausalLM._tp_plan
+    _pp_plan = LlamaForCausalLM._pp_plan
+    _fsdp_plan = getattr(LlamaForCausalLM, "_fsdp_plan", None)
     # Every token leaves on its own.
     exits_per_token = True
     # How deep a token goes depends on the data.
@@ -289,6 +293,8 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         if inputs_embeds.shape[1] == 1 and cache is not None and targets is None:
             return self._decode(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv, kwargs)
         _check_known_text(skipped_kv, cache)
+        if not criterion.is_off:
+            check_no_graph()
         return self._known_text(
             inputs, targets, criterion, first_exit, sample_exits, logits_to_keep, num_items_in_batch, kwargs
         )
