@@ -66,7 +66,7 @@ def test_exported_for_any_batch(name, implementation):
         torch.testing.assert_close(graph(*example), model(*example), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["cls", "mean"])
 @torch.no_grad()
 def test_traced_for_any_batch(name):
@@ -79,7 +79,7 @@ def test_traced_for_any_batch(name):
 
 
 @pytest.mark.parametrize("name", ON)
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_exits_have_no_graph(name):
     model = ON[name]().eval()
