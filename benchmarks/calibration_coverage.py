@@ -188,8 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
-        args.output.with_suffix(".json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+        write_text(args.output, text)
+        write_json(args.output.with_suffix(".json"), records)
 
 
 if __name__ == "__main__":

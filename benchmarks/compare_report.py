@@ -405,5 +405,5 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
         "there are not repeated.",
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    write_text(output, "\n\n".join(page) + "\n")
     return output

@@ -207,7 +207,7 @@ def main() -> None:
         )
     if args.output is not None:
         write_results({"rows": rows, "arguments": vars(args)}, args.output / "results.json")
-        (args.output / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+        write_text(args.output / "table.md", table(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def main() -> None:
     print(text)
     if args.output is not None:
         command = " ".join(["python", "benchmarks/policy_variants.py", *map(str, sys.argv[1:])])
-        args.output.write_text(f"# What policies see and learn from\n\n    {command}\n\n{text}", encoding="utf-8")
+        write_text(args.output, f"# What policies see and learn from\n\n    {command}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> None:
     print(text)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
+        write_text(args.output, text)
 
 
 if __name__ == "__main__":

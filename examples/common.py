@@ -30,6 +30,8 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 # Longest configuration file, in bytes.
 LONGEST_CONFIGURATION = 2**20
+# Deepest nesting of its values.
+DEEPEST_CONFIGURATION = 16
 
 
 def parse_dataclasses(types: Iterable[type], argv: list[str], description: str) -> tuple[Any, ...]:
@@ -85,13 +87,17 @@ def read_options(path: Path) -> dict[str, Any]:
 def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        # A few aliases of aliases stand for billions of values.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("aliases (`*name`) are not accepted")
+        depth = 0
+        # A few aliases of aliases stand for billions of values, and what is nested deep takes the parser forever.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases (`*name`) are not accepted")
+            if depth > DEEPEST_CONFIGURATION:
+                raise ValueError(f"values are nested more than {DEEPEST_CONFIGURATION} deep")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ValueError(f"{path}: the configuration cannot be read: {told}.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: the configuration cannot be read: {' '.join(str(error).split())}.") from error
 
 
 def _words(path: Path, options: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -94,14 +95,21 @@ def read_texts(path: Path, columns: Sequence[str]) -> Dataset:
     Args:
         path: as in `read_rows`.
         columns: those to keep. A row without one of them has None there.
+
+    Raises:
+        ValueError: as `read_rows` and `cell_text`.
     """
     stat = path.stat()
     # What the cache knows the file by.
     stamp = {"size": stat.st_size, "changed": stat.st_mtime_ns}
     features = Features({name: Value("string") for name in columns})
-    return Dataset.from_generator(
-        _texts, features=features, gen_kwargs={"path": str(path), "columns": tuple(columns), "stamp": stamp}
-    )
+    options = {"path": str(path), "columns": tuple(columns), "stamp": stamp}
+    try:
+        return Dataset.from_generator(_texts, features=features, gen_kwargs=options)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
 
 
 def _texts(path: str, columns: Sequence[str], stamp: dict[str, int]) -> Iterator[dict[str, str | None]]:

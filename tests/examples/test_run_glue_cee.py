@@ -13,76 +13,20 @@ import torch
 import yaml
 from arguments import EvaluationArguments, ModelArguments, parse_arguments
 from common import read_options
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from tiny_bert import QUESTIONS, WORDS, make_options, save_checkpoint, write_questions
+from transformers import AutoModel, AutoTokenizer
 
 from transformers_cee import ConsistentEETrainingArguments
 
 
-WORDS = "who where how many did was is the a river painted city long people ?".split()
-QUESTIONS = {
-    "human": "who painted the {} ?",
-    "location": "where is the {} ?",
-    "number": "how many people was the {} ?",
-}
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random BERT of 3 layers and its word tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("questions") / "train.csv"
-    labels = sorted(QUESTIONS)
-    rows = [(QUESTIONS[labels[index % 3]].format(WORDS[index % len(WORDS)]), labels[index % 3]) for index in range(60)]
-    path.write_text("\n".join(["sentence,label", *(f"{text},{label}" for text, label in rows)]) + "\n")
-    return path
-
-
-def make_options(checkpoint, questions, output):
-    return {
-        "model_name_or_path": str(checkpoint),
-        "base_model": "a tiny BERT",
-        "train_file": str(questions),
-        "validation_split": 0.2,
-        "test_split": 0.2,
-        "output_dir": str(output),
-        "do_train": True,
-        "do_eval": True,
-        "exit_pooling": "mean",
-        "exit_norm": "layer_norm",
-        "learning_rate": 1e-2,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 12,
-        "policy_num_train_epochs": 2,
-        "operating_points": 2,
-        "timing_batch_sizes": [4, 1],
-        "eval_timing_rows": 8,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
+    return write_questions(tmp_path_factory.mktemp("questions") / "train.csv")
 
 
 @pytest.fixture(scope="module")

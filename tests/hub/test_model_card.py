@@ -154,3 +154,68 @@ def test_usage_runs_as_pasted(tmp_path, saved, regression, pairs):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("left after layer 1") == 2
     assert regression or re.match(r"(negative|positive) \(", done.stdout)
+
+
+class TestNames:
+    """Names come from configs, files and command lines: they show as they are written."""
+
+    def test_markup_in_names(self):
+        evil = "<script>alert(1)</script> [here](http://x) **b** `c` | d\n# e"
+        card = make(
+            model_name=evil,
+            base_model=evil,
+            dataset_name=evil,
+            data_notes=evil,
+            split=evil,
+            timing=evil,
+            metric_name="<b>",
+            curves={evil: [point(evil, evil, **{"<b>": 0.5})], "policy": [point(**{"<b>": 0.5})]},
+            other_sets={evil: [point(evil, evil, **{"<b>": 0.5})]},
+            training_arguments={"note": evil},
+            examples=[evil],
+        ).render()
+        text = re.sub(r"```python\n.*?```", "", card.text, flags=re.DOTALL)
+        for markup in ("<script", "<b>", " [here](", "**b**", "`c`", "\n# e"):
+            assert markup not in text, markup
+        assert (
+            text.count("&lt;script&gt;alert(1)&lt;/script&gt; \\[here\\](http://x) \\*\\*b\\*\\* \\`c\\` \\| d # e")
+            >= 9
+        )
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+        assert columns == {8, 3}, "no cell was cut in two"
+
+    def test_names_as_they_are_usual_stay(self):
+        card = (
+            make(base_model="sentence-transformers/all-MiniLM-L6_v2", dataset_name="SST-2 (dev_matched)").render().text
+        )
+        assert "sentence-transformers/all-MiniLM-L6_v2 with early exits." in card
+        assert "Trained and measured on SST-2 (dev_matched)." in card
+
+
+def test_further_sets_have_tables_of_their_own():
+    text = make(split="matched", other_sets={"mismatched rows": [point(depth=3.5, accuracy=0.1234)]}).render().text
+    assert "Measured on the matched rows;" in text
+    (_, after) = text.split("On mismatched rows:\n\n")
+    assert "0.1234" in after and "0.1234" not in text.split("On mismatched rows:")[0]
+
+
+def test_language_is_left_out_where_nobody_knows_it():
+    assert "language" not in make().render().data.to_dict()
+    assert make(language=["de", "en"]).render().data.to_dict()["language"] == ["de", "en"]
+
+
+def test_a_card_is_replaced_whole(tmp_path, monkeypatch):
+    make().save(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+
+    def fail(self, path, **options):
+        with open(path, "w") as file:
+            file.write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make(model_name="other").save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == before

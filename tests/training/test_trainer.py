@@ -837,6 +837,25 @@ class TestCard:
         for point in metrics["eval_operating_points"]:
             assert f"{point['depth']:.2f}" in card
 
+    def test_every_evaluation_set_has_its_own_figures(self, tmp_path):
+        sets = {"first": task(8, seed=1), "second": task(24, seed=2)}
+        trainer = tiny_trainer(tmp_path, trainer={"eval_dataset": sets}, eval_exit_thresholds=[0.4])
+        metrics = trainer.evaluate()
+        trainer.create_model_card(model_name="tiny")
+        card = (tmp_path / "README.md").read_text()
+        assert "Trained and measured on the evaluation sets." in card
+        assert "Measured on the first rows;" in card
+        parts = dict(zip(sets, card.split("On the second rows:"), strict=True))
+        for name, part in parts.items():
+            point = metrics[f"eval_{name}_operating_points"][0]
+            assert f"{point['metrics']['accuracy']:.4f}" in part
+            assert f"{metrics[f'eval_{name}_accuracy']:.4f}" in part
+        assert "language:" not in card
+        # One set alone afterwards: the card is about that one.
+        trainer.evaluate(sets["second"])
+        trainer.create_model_card(model_name="tiny")
+        assert "Measured on the evaluation rows;" in (tmp_path / "README.md").read_text()
+
     def test_of_a_trainer_that_only_evaluates(self, tmp_path):
         trainer = tiny_trainer(tmp_path, trainer={"train_dataset": None}, eval_exit_thresholds=[])
         trainer.evaluate()
