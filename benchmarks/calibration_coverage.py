@@ -19,7 +19,6 @@ calibration switched the exits off.
 """
 
 import argparse
-import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from transformers_cee.calibration.risk import calibrate_risk
 from transformers_cee.calibration.scores import ExitScores, excess_risk
 from transformers_cee.calibration.thresholds import ExitThresholds
 from transformers_cee.evaluation.report import markdown_table
+from transformers_cee.files import write_json, write_text
 
 
 Calibrate = Callable[[ExitScores], ExitThresholds]

@@ -25,6 +25,7 @@ from compare_results import (
 
 from transformers_cee.evaluation.plots import plot_seeds
 from transformers_cee.evaluation.report import markdown_table, method_name, spread, spread_table
+from transformers_cee.files import write_text
 
 
 # Written by hand, beside the JSON files; what the tables say.

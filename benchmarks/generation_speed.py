@@ -30,6 +30,7 @@ from transformers_cee import LlamaForConsistentEECausalLM
 from transformers_cee.evaluation.report import markdown_table, write_results
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, ExitStep, register_criterion
+from transformers_cee.files import write_text
 from transformers_cee.generation.cache import EarlyExitCache
 
 

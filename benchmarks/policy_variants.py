@@ -30,6 +30,7 @@ from transformers_cee.evaluation.operating_points import metric_at_depth
 from transformers_cee.evaluation.report import markdown_table
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import all_features
+from transformers_cee.files import write_text
 
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)

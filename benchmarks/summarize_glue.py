@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from transformers_cee.evaluation.report import markdown_table, method_name, spread
+from transformers_cee.files import write_text
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,6 +12,7 @@ import pytest
 
 from transformers_cee.evaluation.operating_points import OperatingPoint
 from transformers_cee.evaluation.report import (
+    escape_markdown,
     markdown_table,
     matched_depth_table,
     method_name,
@@ -81,6 +82,38 @@ def test_results_are_plain_json(tmp_path):
 def test_results_refuse_other_objects(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_results({"model": object()}, tmp_path / "results.json")
+
+
+def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = write_results({"run": 1}, tmp_path / "results.json")
+    before = path.read_bytes()
+
+    def full(self, text, **options):
+        self.write_bytes(text.encode()[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_results({"run": 2}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("SST-2, dev_matched (5 %)", "SST-2, dev_matched (5 %)"),
+        ("<b>&", "&lt;b&gt;&amp;"),
+        ("a|b\nc", "a\\|b c"),
+        ("[x](y) `z` *w* _v_ ~u~ \\", "\\[x\\](y) \\`z\\` \\*w\\* \\_v\\_ \\~u\\~ \\\\"),
+        ("# head", "\\# head"),
+        ("- item", "\\- item"),
+        ("1. item", "1\\. item"),
+        ("-0.5", "-0.5"),
+    ],
+)
+def test_names_show_as_they_are_written(name, shown):
+    assert escape_markdown(name) == shown
 
 
 def test_threshold_just_below_one_is_not_shown_as_one():
