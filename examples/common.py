@@ -20,10 +20,9 @@ from huggingface_hub.repocard import metadata_load
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerCallback, TrainingArguments
 
 from transformers_cee.files import read_json
+from transformers_cee.hub.publishing import stalls_end, upload
 
 
-# What a run leaves in its folder for itself and not for a reader.
-NOT_PUBLISHED = ("hardness.safetensors",)
 # Levels of torch.set_float32_matmul_precision.
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -235,9 +234,9 @@ def card_language(given: str | None, checkpoint: str, known: str | None = None) 
 
 
 def push(folder: Path, args: TrainingArguments) -> None:
-    """Uploads the model folder: weights, config, tokenizer, card, pictures and results, without checkpoints."""
-    api = HfApi(token=args.hub_token)
-    repo = api.create_repo(args.hub_model_id or folder.name, private=args.hub_private_repo, exist_ok=True)
-    files = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".bin"]
-    files = [name for name in files if name not in NOT_PUBLISHED]
-    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, allow_patterns=files)
+    """Uploads the model folder: weights, configs, tokenizer, card and its pictures."""
+    with stalls_end():
+        repo = HfApi(token=args.hub_token).create_repo(
+            args.hub_model_id or folder.absolute().name, private=args.hub_private_repo, exist_ok=True
+        )
+    upload(folder, repo.repo_id, token=args.hub_token, revision=args.hub_revision)

@@ -64,6 +64,7 @@ from transformers_cee.evaluation.text_metrics import text_metrics
 from transformers_cee.files import replacing
 from transformers_cee.hub.generation_card import GenerationCard
 from transformers_cee.hub.model_card import installed_versions
+from transformers_cee.hub.publishing import stalls_end
 from transformers_cee.training.least_squares import fit_exit_heads
 
 
@@ -369,6 +370,7 @@ def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, resu
     trainer.save_model()
 
 
+@stalls_end()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     model_args, data_args, eval_args, training_args = arguments

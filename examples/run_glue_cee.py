@@ -49,6 +49,7 @@ from transformers_cee.evaluation.report import matched_depth_table, method_name,
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
+from transformers_cee.hub.publishing import stalls_end
 
 
 logger = logging.getLogger("run_glue_cee")
@@ -294,6 +295,7 @@ def evaluate(
         draw(corpus, test, timing, config.num_hidden_layers, output)
 
 
+@stalls_end()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     model_args, data_args, eval_args, training_args = arguments

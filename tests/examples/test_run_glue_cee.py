@@ -235,26 +235,3 @@ def test_nothing_to_do(checkpoint, questions, tmp_path):
     words = ["--model_name_or_path", str(checkpoint), "--train_file", str(questions), "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="Nothing to do"):
         run_glue_cee.main(words)
-
-
-def test_push_uploads_the_folder_without_checkpoints(tmp_path, monkeypatch):
-    calls = {}
-
-    class FakeApi:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, private, exist_ok):
-            calls["repo"] = repo_id
-            return type("Repo", (), {"repo_id": f"org/{repo_id}"})()
-
-        def upload_folder(self, **kwargs):
-            calls.update(kwargs)
-
-    monkeypatch.setattr(common, "HfApi", FakeApi)
-    for name in ("config.json", "model.safetensors", "training_args.bin", "hardness.safetensors", "README.md"):
-        (tmp_path / name).touch()
-    (tmp_path / "phases").mkdir()
-    common.push(tmp_path, ConsistentEETrainingArguments(output_dir=str(tmp_path), hub_model_id="bert"))
-    assert calls["repo_id"] == "org/bert"
-    assert sorted(calls["allow_patterns"]) == ["README.md", "config.json", "model.safetensors"]

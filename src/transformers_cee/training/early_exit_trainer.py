@@ -23,6 +23,7 @@ from transformers_cee.hub.model_card import EarlyExitCard
 from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.heads_objectives import check_heads_objective
 from transformers_cee.training.parameters import bare_model
+from transformers_cee.training.publishing import PublishingTrainer
 from transformers_cee.training.token_evaluation import (
     KnownText,
     PlainTextLabels,
@@ -52,7 +53,7 @@ CARD_ARGUMENTS = (
 )
 
 
-class EarlyExitTrainer(ResumableTrainer):
+class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
     """Evaluates early-exit models where they leave. [`ConsistentEETrainer`] adds the training.
 
     Args:
