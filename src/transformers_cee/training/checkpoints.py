@@ -80,9 +80,9 @@ def newest_readable(folder: str | os.PathLike[str], needs: Needs) -> str | None:
     """
     found = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
-        if number and path.is_dir():
-            found[int(number[1])] = path
+        name = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
+        if name and path.is_dir():
+            found[int(name[1])] = path
     for number in sorted(found, reverse=True):
         reason = damage(found[number], needs)
         if reason is None:

@@ -66,7 +66,7 @@ class PublishingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Uploads the model of a checkpoint, in the background."""
-        running = self.push_in_progress
+        running: PushInProgress | None = self.push_in_progress  # type: ignore[has-type]
         busy = running is not None and not running.is_done()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
