@@ -15,8 +15,6 @@ for folder in (TESTS, TESTS / "hub", TESTS / "examples", TESTS.parent / "example
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-FLOWS = ("classifier", "language model")
-
 
 def make_assets(folder: Path) -> None:
     """A random BERT and a random LLaMA with their tokenizers, and rows for both."""

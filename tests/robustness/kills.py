@@ -12,6 +12,7 @@ the figures of the phases the same; or the script has to say why not, in an erro
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -24,9 +25,10 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from assets import FLOWS, make_assets, options, table, words
+from assets import make_assets, options, table, words
 
 
+SCRIPTS = {"classifier": "run_glue_cee", "language model": "run_clm_cee"}
 OUTCOMES = ("equal", "said why not", "lost")
 # A continuation is killed again this often.
 AGAIN = 0.3
@@ -43,7 +45,7 @@ def start(flow: str, assets: Path, output: Path, resume: bool) -> int:
         log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        module = __import__("run_glue_cee" if flow == "classifier" else "run_clm_cee")
+        module = importlib.import_module(SCRIPTS[flow])
         more = {"resume_from_checkpoint": "true"} if resume else {}
         module.main(words(options(flow, assets, output) | more))
         code = 0
@@ -89,8 +91,8 @@ def judge(code: int | None, output: Path, expected: tuple) -> str:
 def campaign(kills: int, seed: int, folder: Path, tell=print) -> dict[str, Counter]:
     """Outcomes of at least so many kills, by script, with `kills` and `runs` among the counts."""
     # Everything is imported before the first fork.
-    import run_clm_cee
-    import run_glue_cee  # noqa: F401
+    for script in SCRIPTS.values():
+        importlib.import_module(script)
     import torch
     import transformers
 
@@ -99,7 +101,7 @@ def campaign(kills: int, seed: int, folder: Path, tell=print) -> dict[str, Count
     assets = folder / "assets"
     make_assets(assets)
     generator = random.Random(seed)
-    counts: dict[str, Counter] = {flow: Counter() for flow in FLOWS}
+    counts: dict[str, Counter] = {flow: Counter() for flow in SCRIPTS}
     for flow, count in counts.items():
         whole = folder / f"{flow.replace(' ', '-')}-whole"
         started = time.monotonic()
@@ -107,7 +109,7 @@ def campaign(kills: int, seed: int, folder: Path, tell=print) -> dict[str, Count
             raise RuntimeError(f"The run that nobody kills failed: see {whole.with_suffix('.log')}.")
         seconds = time.monotonic() - started
         expected = outcome(whole)
-        while count["kills"] < -(-kills // len(FLOWS)):
+        while count["kills"] < -(-kills // len(SCRIPTS)):
             output = folder / f"{flow.replace(' ', '-')}-{count['runs']}"
             code = finish(start(flow, assets, output, False), generator.uniform(0.0, seconds))
             while code is None:
