@@ -74,7 +74,7 @@ class TestCheck:
             found.check(replace(rows, alpha=0.1))
         with pytest.raises(ValueError, match="'excess_error' must be 'error'"):
             found.check(replace(rows, risk="excess_error"))
-        with pytest.raises(ValueError, match="`promise`='speed' is unknown"):
+        with pytest.raises(ValueError, match="promise`='speed' must be one of agreement, budget, risk"):
             replace(found, promise="speed")
         with pytest.raises(ValueError, match="must be numbers in"):
             replace(found, thresholds=[2.0] * 8)

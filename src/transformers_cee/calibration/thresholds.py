@@ -13,9 +13,7 @@ from torch import Tensor
 from transformers_cee.calibration.scores import ExitScores, own_thresholds
 from transformers_cee.evaluation.operating_points import exits_taken
 from transformers_cee.exits.criteria import CRITERIA, check_thresholds
-
-
-PROMISES = ("agreement", "budget", "risk")
+from transformers_cee.exits.saved_points import check_point
 
 
 @dataclass
@@ -39,7 +37,8 @@ class ExitThresholds:
         held_out (`dict`, *optional*): figures of `check`; None until it was called.
 
     Raises:
-        ValueError: an unknown promise, or thresholds that the criterion does not accept.
+        ValueError: a field that is not of its kind, levels that the promise lacks, or thresholds that the criterion
+            does not accept; the message names the field.
     """
 
     criterion: str
@@ -53,8 +52,7 @@ class ExitThresholds:
     held_out: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        if self.promise not in PROMISES:
-            raise ValueError(f"`promise`={self.promise!r} is unknown; accepted are {', '.join(PROMISES)}.")
+        check_point(vars(self), [one.name for one in fields(self)], "ExitThresholds")
         self.thresholds = check_thresholds(self.criterion, self.thresholds, len(self.thresholds))
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,13 +64,15 @@ class ExitThresholds:
         """Back from `to_dict`.
 
         Raises:
-            ValueError: fields that are missing or unknown.
+            ValueError: fields that are missing, unknown or not of their kind.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"`values` of type {type(values).__name__} must be a dictionary, as `to_dict` gives it.")
         names = {one.name for one in fields(cls)}
         needed = names - {"alpha", "reason", "held_out"}
         if not needed <= set(values) <= names:
             raise ValueError(
-                f"`values` has the fields {sorted(values)}; needed {sorted(needed)}, known {sorted(names)}."
+                f"`values` has the fields {sorted(map(str, values))}; needed {sorted(needed)}, known {sorted(names)}."
             )
         return cls(**values)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from transformers_cee.exits.fields import shown
+
 
 logger = logging.get_logger(__name__)
 
@@ -53,15 +55,32 @@ class ConfigLoadingMixin:
         Raises:
             ValueError: a field is out of its range, among them those of `kwargs`.
         """
-        given = dict(kwargs)
-        saved = cls(**config_dict) if "exit_layers" in given else None
-        found = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        given, values = dict(kwargs), dict(config_dict)
+        try:
+            saved = cls(**values) if "exit_layers" in given else None
+            found = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except ValueError:
+            raise
+        except Exception as error:
+            # Whatever the stock config trips over.
+            raise ValueError(f"{_damaged(cls, values)}: {type(error).__name__}: {str(error)[:500]}") from error
         config = found[0] if isinstance(found, tuple) else found
         if saved is not None and saved.num_hidden_layers == config.num_hidden_layers:
             config.check_exit_layers()
             drop_unfit(config, saved.exit_layer_numbers, given)
         config.check_exits()
         return found
+
+
+def _damaged(config_class: Any, values: dict[str, Any]) -> str:
+    """Which field of a config that cannot be made is to blame, and its value: the one without which it can."""
+    for name in values:
+        try:
+            config_class(**{other: value for other, value in values.items() if other != name})
+        except Exception:
+            continue
+        return f"`{name}`={shown(values[name])} of a {config_class.__name__} is not accepted"
+    return f"These fields do not make a {config_class.__name__}"
 
 
 def drop_unfit(config: Any, before: Sequence[int], given: Collection[str] = ()) -> None:

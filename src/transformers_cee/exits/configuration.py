@@ -2,12 +2,23 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The exit fields that every early-exit config carries, and their validation."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.config_loading import ConfigLoadingMixin
+from transformers_cee.exits.fields import (
+    MAX_LAYERS,
+    Kind,
+    check_field,
+    flag,
+    is_number,
+    is_whole,
+    number,
+    shown,
+    text,
+    whole,
+)
 
 
 EXIT_POOLINGS = ("cls", "mean")
@@ -16,6 +27,38 @@ POLICY_INPUTS = ("state", "confidence", "both")
 POLICY_CONDITIONS = ("none", "input", "film")
 LM_EXIT_HEADS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
 SKIPPED_KV = ("copy", "deferred")
+
+
+def _are_alphas(value: Any) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(is_number(one) for one in value)
+    return is_pair and 0 < value[0] < value[1]
+
+
+def _is_threshold(value: Any) -> bool:
+    return is_number(value) or value in (float("inf"), float("-inf"))
+
+
+def _are_thresholds(value: Any) -> bool:
+    return isinstance(value, str | None) or all(
+        map(_is_threshold, value if isinstance(value, list | tuple) else [value])
+    )
+
+
+# Kinds of fields that need no more than that.
+_KINDS = {
+    "exit_threshold": Kind(_are_thresholds, "a number or a list of numbers, or the name of an operating point"),
+    "exit_criterion": text,
+    "exit_patience": Kind(lambda value: is_whole(value) and 1 <= value < 2**31, "a whole number of at least 1"),
+    "exit_tolerance": number(0),
+    "exit_budget": number(0, 1, above=True).or_none(),
+    "policy_hidden_size": whole(1),
+    "policy_activation": text,
+    "policy_alphas": Kind(_are_alphas, "two rising positive numbers"),
+    "reward_alpha": number(0),
+    "reward_hardness": flag,
+    "exit_head_rank": whole(1),
+    "copy_exit_states": flag,
+}
 
 
 @dataclass(kw_only=True)
@@ -113,41 +156,40 @@ class ExitConfigMixin(ConfigLoadingMixin):
 
     def check_exit_layers(self) -> None:
         """Raises `ValueError` unless `exit_layers` says which layers end in exits."""
-        last: int = self.num_hidden_layers  # type: ignore[attr-defined]
-        if isinstance(self.exit_layers, int):
-            if not 1 <= self.exit_layers <= last:
-                raise ValueError(f"`exit_layers`={self.exit_layers} as a stride must lie in 1..{last}.")
-        elif self.exit_layers is not None:
-            if isinstance(self.exit_layers, str) or not isinstance(self.exit_layers, Sequence):
-                raise ValueError(f"`exit_layers`={self.exit_layers!r} must be a stride or a list of layers.")
-            wrong = [layer for layer in self.exit_layers if not _is_whole(layer) or not 1 <= layer <= last]
+        last, layers = self.num_hidden_layers, self.exit_layers  # type: ignore[attr-defined]
+        check_field("num_hidden_layers", last, whole(1, MAX_LAYERS))
+        if is_whole(layers):
+            if not 1 <= layers <= last:
+                raise ValueError(f"`exit_layers`={shown(layers)} as a stride must lie in 1..{last}.")
+        elif layers is not None:
+            if not isinstance(layers, list | tuple):
+                raise ValueError(f"`exit_layers`={shown(layers)} must be a stride or a list of layers.")
+            wrong = [layer for layer in layers if not is_whole(layer) or not 1 <= layer <= last]
             if wrong:
-                raise ValueError(f"`exit_layers`={self.exit_layers}: {wrong} are no layers of 1..{last}.")
+                raise ValueError(f"`exit_layers`={shown(layers)}: {shown(wrong)} are no layers of 1..{last}.")
 
     def check_exits(self) -> None:
         """Raises `ValueError` when a field of the exits is out of its range."""
         self.check_exit_layers()
+        for name, kind in _KINDS.items():
+            if hasattr(self, name):
+                check_field(name, getattr(self, name), kind)
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
         _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
-        if len(self.policy_alphas) != 2 or not 0 < self.policy_alphas[0] < self.policy_alphas[1]:
-            raise ValueError(f"`policy_alphas`={self.policy_alphas} must be two rising positive numbers.")
-        if not _is_whole(self.exit_patience) or self.exit_patience < 1:
-            raise ValueError(f"`exit_patience`={self.exit_patience} must be a whole number of at least 1.")
-        if self.exit_tolerance < 0:
-            raise ValueError(f"`exit_tolerance`={self.exit_tolerance} must not be negative.")
-        if not _is_whole(self.policy_hidden_size) or self.policy_hidden_size < 1:
-            raise ValueError(f"`policy_hidden_size`={self.policy_hidden_size} must be a whole number of at least 1.")
-        if self.reward_alpha < 0:
-            raise ValueError(f"`reward_alpha`={self.reward_alpha} must not be negative.")
         _check_activation(self.policy_activation)
         # Imported here: criteria need torch, a config alone does not.
-        from transformers_cee.exits.criteria import check_thresholds
+        from transformers_cee.exits.criteria import check_criterion, check_thresholds
         from transformers_cee.exits.deciding import resolve_decision
         from transformers_cee.exits.estimators import check_estimators
+        from transformers_cee.exits.saved_points import check_budgets, check_points
 
         check_estimators(self.exit_estimators)
+        check_criterion(self.exit_criterion)
+        num_exits = len(self.exit_layer_numbers)
+        check_points(self.exit_operating_points, num_exits)
+        check_budgets(self.exit_budgets)
         decision = resolve_decision(self)
-        check_thresholds(decision.criterion, decision.threshold, len(self.exit_layer_numbers))
+        check_thresholds(decision.criterion, decision.threshold, num_exits)
 
 
 @dataclass(kw_only=True)
@@ -219,15 +261,13 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         super().check_exits()
         _check_choice("exit_head", self.exit_head, LM_EXIT_HEADS)
         check_skipped_kv(self.skipped_kv)
-        if self.exit_head_rank < 1:
-            raise ValueError(f"`exit_head_rank`={self.exit_head_rank} must be at least 1.")
         check_min_exit_layer(self.min_exit_layer, self.num_hidden_layers)  # type: ignore[attr-defined]
 
 
 def check_min_exit_layer(layer: int | None, num_layers: int) -> None:
     """Raises `ValueError` unless `layer` is a layer (1-based) or `None`."""
-    if layer is not None and not (_is_whole(layer) and 1 <= layer <= num_layers):
-        raise ValueError(f"`min_exit_layer`={layer} must lie in 1..{num_layers}, or be None.")
+    if layer is not None and not (is_whole(layer) and 1 <= layer <= num_layers):
+        raise ValueError(f"`min_exit_layer`={shown(layer)} must lie in 1..{num_layers}, or be None.")
 
 
 def check_skipped_kv(name: str) -> None:
@@ -235,13 +275,9 @@ def check_skipped_kv(name: str) -> None:
     _check_choice("skipped_kv", name, SKIPPED_KV)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"`{name}`={value!r} is unknown; accepted are {', '.join(map(repr, accepted))}.")
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"`{name}`={shown(value)} is unknown; accepted are {', '.join(map(repr, accepted))}.")
 
 
 def _check_activation(name: str) -> None:

@@ -207,7 +207,8 @@ def resize_estimators(model: nn.Module) -> None:
 
 def check_estimators(names: Sequence[str], argument: str = "exit_estimators") -> None:
     """Raises `ValueError` unless all names are those of estimators."""
-    if isinstance(names, str) or not isinstance(names, Sequence) or not set(names) <= set(ESTIMATORS):
+    are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not are_names or not set(names) <= set(ESTIMATORS):
         raise ValueError(f"`{argument}`={names!r} must be a list of names among {', '.join(sorted(ESTIMATORS))}.")
 
 
