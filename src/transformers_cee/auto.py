@@ -120,14 +120,18 @@ def register_pipelines() -> None:
 
 
 def register_peft() -> None:
-    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods."""
+    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods, and
+    makes LoRA adapters bring their exits along."""
     from peft.utils import constants
+
+    from transformers_cee.lora import register_lora
 
     for name, targets in vars(constants).items():
         if name.endswith("_MAPPING") and isinstance(targets, dict):
             for model_type, entry in MODELS.items():
                 if entry.stock in targets:
                     targets.setdefault(model_type, targets[entry.stock])
+    register_lora()
 
 
 # What to do once a module has been loaded; configs come before the models that they belong to.

@@ -35,8 +35,8 @@ def fit_estimators(
     learning_rate: float = 1e-2,
 ) -> dict[str, float]:
     """Fits estimators and gives them to the model: `model.exit_estimators` holds them, `config.exit_estimators` names
-    them, `save_pretrained` keeps them. Earlier ones of the same names are replaced. An adapter of PEFT saves neither
-    them nor the config of the model: merge it first (`merge_and_unload`).
+    them, `save_pretrained` keeps them. Earlier ones of the same names are replaced. An adapter of PEFT does not
+    save them: merge it first (`merge_and_unload`).
 
     Fitted on the internal exits of entries that can leave early, by Adam with a rate that falls to 0; temperatures by
     LBFGS on all entries at once.

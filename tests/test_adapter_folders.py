@@ -1,0 +1,158 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Adapter folders: whatever loads one gives the same logits and exit layers, or an error that says what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from tiny import task, tiny_trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from transformers_cee import BertForConsistentEE, LlamaForConsistentEECausalLM, exit_lora_config
+
+
+# PEFT asks for what newer versions of transformers call something else.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+IDS = torch.randint(3, 60, (6, 7), generator=torch.Generator().manual_seed(0))
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 48, "initializer_range": 0.15,
+}  # fmt: skip
+AUTO = {"SEQ_CLS": AutoPeftModelForSequenceClassification, "CAUSAL_LM": AutoPeftModelForCausalLM}
+FIELDS = {
+    "SEQ_CLS": {"num_labels": 3, "exit_layers": [1, 3], "exit_pooling": "mean", "exit_norm": "layer_norm"},
+    "CAUSAL_LM": {"exit_layers": [1, 3], "exit_head": "low_rank", "exit_head_rank": 4},
+}
+OURS = {"SEQ_CLS": BertForConsistentEE, "CAUSAL_LM": LlamaForConsistentEECausalLM}
+
+
+@pytest.fixture(params=list(AUTO))
+def base(request, tmp_path):
+    """Task and folder of a stock checkpoint without a head of its own for the task, if it can."""
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    if request.param == "SEQ_CLS":
+        BertModel(BertConfig(**SIZES)).save_pretrained(folder)
+    else:
+        LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    return request.param, folder
+
+
+def adapted(task_type, folder, fields=None, **options):
+    """A model with LoRA and exits, all drawn so that rows leave everywhere."""
+    model = OURS[task_type].from_pretrained(folder, **(FIELDS[task_type] if fields is None else fields))
+    model = get_peft_model(model, exit_lora_config(task_type, **options)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(1.0 if "exit_norms" in name and name.endswith("weight") else 0.0, 0.3)
+    return model
+
+
+@torch.no_grad()
+def answers(model, **options):
+    output = model(input_ids=IDS, **options)
+    return output.logits, output.exit_layers
+
+
+def same(first, second, **options):
+    (logits, layers), (other_logits, other_layers) = answers(first, **options), answers(second, **options)
+    torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layers, other_layers)
+    return layers
+
+
+class TestLoadedAnew:
+    def test_over_the_stock_model(self, base, tmp_path):
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        model.save_pretrained(tmp_path / "adapter")
+        again = AUTO[task_type].from_pretrained(tmp_path / "adapter").eval()
+        assert type(again.get_base_model()) is OURS[task_type]
+        assert set(same(model, again, exit_threshold=0.5).flatten().tolist()) == {1, 3, 4}
+        same(model, again, exit_threshold=0.0)
+        same(model, again, exit_threshold=1.0)
+
+    def test_by_hand(self, base, tmp_path):
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        model.save_pretrained(tmp_path / "adapter")
+        right = OURS[task_type].from_pretrained(folder, **FIELDS[task_type])
+        same(model, PeftModel.from_pretrained(right, tmp_path / "adapter").eval(), exit_threshold=0.5)
+
+    def test_forgotten_fields(self, base, tmp_path):
+        task_type, folder = base
+        adapted(task_type, folder).save_pretrained(tmp_path / "adapter")
+        for forgotten in FIELDS[task_type]:
+            fields = {name: value for name, value in FIELDS[task_type].items() if name != forgotten}
+            wrong = OURS[task_type].from_pretrained(folder, **fields)
+            with pytest.raises(ValueError, match=rf"other exits.*{forgotten}="):
+                PeftModel.from_pretrained(wrong, tmp_path / "adapter")
+
+    def test_what_was_found_later_comes_along(self, base, tmp_path):
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        point = {"criterion": "policy", "thresholds": [0.5, 0.4, 1.0]}
+        model.get_base_model().config.exit_operating_points = {"quick": point}
+        model.save_pretrained(tmp_path / "adapter")
+        again = AUTO[task_type].from_pretrained(tmp_path / "adapter").eval()
+        layers = same(model, again, exit_threshold="quick")
+        assert torch.equal(layers, answers(model, exit_threshold=[0.5, 0.4, 1.0])[1])
+
+    def test_the_pooler_is_trained_and_saved(self, tmp_path):
+        """Of a base without one it is random, and all exits look through it."""
+        BertModel(BertConfig(**SIZES), add_pooling_layer=False).save_pretrained(tmp_path / "base")
+        model = adapted("SEQ_CLS", tmp_path / "base", {"exit_layers": 2})
+        assert any("pooler" in name and one.requires_grad for name, one in model.named_parameters())
+        model.save_pretrained(tmp_path / "adapter")
+        again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+        same(model, again, exit_threshold=0.5)
+
+    def test_a_trainer_saves_it(self, tmp_path):
+        BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
+        model = adapted("SEQ_CLS", tmp_path / "base")
+        trainer = tiny_trainer(tmp_path / "run", model, task(8, seed=1))
+        trainer.save_model(str(tmp_path / "adapter"))
+        again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+        same(model.eval(), again, exit_threshold=0.5)
+
+
+class TestOtherModels:
+    def test_another_architecture(self, tmp_path):
+        BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
+        adapted("SEQ_CLS", tmp_path / "base").save_pretrained(tmp_path / "adapter")
+        other = RobertaForSequenceClassification(RobertaConfig(**SIZES))
+        with pytest.raises(ValueError, match=r"trained on a BertForConsistentEE.*RobertaForSequenceClassification"):
+            PeftModel.from_pretrained(other, tmp_path / "adapter")
+
+    def test_without_exits_nothing_changes(self, tmp_path):
+        BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
+        stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        model = get_peft_model(stock, LoraConfig(task_type="SEQ_CLS")).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["auto_mapping"] is None
+        again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+        assert type(again.get_base_model()) is BertForSequenceClassification
+        with torch.no_grad():
+            torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
