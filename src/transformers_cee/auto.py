@@ -69,6 +69,9 @@ def register() -> None:
     if _finder not in sys.meta_path and any(module not in sys.modules for module in _STEPS):
         sys.meta_path.insert(0, _finder)
     _register_loaded()
+    if hasattr(sys.modules.get("peft"), "PeftModel"):
+        # Whoever loads adapters has PEFT; without it, or before it, `transformers_cee.lora` registers itself.
+        importlib.import_module("transformers_cee.lora")
 
 
 def register_configs() -> None:
@@ -120,18 +123,14 @@ def register_pipelines() -> None:
 
 
 def register_peft() -> None:
-    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods, and
-    makes LoRA adapters bring their exits along."""
+    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods."""
     from peft.utils import constants
-
-    from transformers_cee.lora import register_lora
 
     for name, targets in vars(constants).items():
         if name.endswith("_MAPPING") and isinstance(targets, dict):
             for model_type, entry in MODELS.items():
                 if entry.stock in targets:
                     targets.setdefault(model_type, targets[entry.stock])
-    register_lora()
 
 
 # What to do once a module has been loaded; configs come before the models that they belong to.

@@ -64,7 +64,8 @@ def check_point(point: Mapping[str, Any], needed: Sequence[str], where: str, num
     try:
         check_thresholds(point["criterion"], point["thresholds"], num_exits or len(point["thresholds"]))
     except ValueError as error:
-        raise ValueError(f"`{where}.thresholds`={shown(point['thresholds'])} do not fit: {error}") from error
+        exits = "" if num_exits is None else f" the {num_exits} exits of `exit_layers`"
+        raise ValueError(f"`{where}.thresholds`={shown(point['thresholds'])} do not fit{exits}: {error}") from error
     if "promise" in point and "levels" in point:
         check_fields(point["levels"], _LEVELS, _NEEDED_LEVELS[point["promise"]], f"{where}.levels")
         costs = point["levels"].get("costs")
