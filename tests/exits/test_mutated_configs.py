@@ -61,7 +61,11 @@ def test_one_wrong_field(saved):
         message = refusal(config_class.from_dict, json.loads(json.dumps(changed)))
         if message is not None:
             refused += 1
-            assert path[0] in message or "`num_hidden_layers`" in message, (path, changed.get(path[0]), message)
+            assert path[0] in message or "`num_hidden_layers`" in message or "`exit_layers`" in message, (
+                path,
+                changed.get(path[0]),
+                message,
+            )
     assert refused > 1000
 
 

@@ -15,7 +15,6 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     LlamaForCausalLM,
-    LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
@@ -26,7 +25,6 @@ IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 OF_BERT = (BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 OF_LLAMA = (
     LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification,
-    LlamaForQuestionAnswering,
 )  # fmt: skip
 CASES = [(one, tiny_model) for one in OF_BERT] + [(one, tiny_llama) for one in OF_LLAMA]
 
@@ -44,7 +42,7 @@ def test_from_our_checkpoints(stock, make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stock,config", [(one, tiny_config) for one in OF_BERT] + [(one, tiny_llama_config) for one in OF_LLAMA]
+    "stock,config", [(one, tiny_config) for one in OF_BERT] + [(one, tiny_llama_config) for one in OF_LLAMA[:2]]
 )
 @torch.no_grad()
 def test_from_our_configs(stock, config):

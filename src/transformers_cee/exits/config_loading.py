@@ -59,9 +59,9 @@ class ConfigLoadingMixin:
         try:
             saved = cls(**values) if "exit_layers" in given else None
             found = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        except ValueError:
-            raise
         except Exception as error:
+            if isinstance(error, ValueError) and any(name in str(error) for name in values):
+                raise
             # Whatever the stock config trips over.
             raise ValueError(f"{_damaged(cls, values)}: {type(error).__name__}: {str(error)[:500]}") from error
         config = found[0] if isinstance(found, tuple) else found
