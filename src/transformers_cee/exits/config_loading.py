@@ -57,7 +57,7 @@ class ConfigLoadingMixin:
         """
         given, values = dict(kwargs), dict(config_dict)
         try:
-            saved = cls(**values) if "exit_layers" in given else None
+            saved: Any = cls(**values) if "exit_layers" in given else None
             found = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         except Exception as error:
             if isinstance(error, ValueError) and any(name in str(error) for name in values):
