@@ -117,7 +117,7 @@ class Evaluation:
         args = copy.copy(self.arguments)
         args.disable_tqdm, args.logging_steps, args.report_to = True, 10**9, []
         with tempfile.TemporaryDirectory() as folder:
-            run_policy_phase(policies.train(), args, folder, rewards, None, exit_threshold=0.5)
+            run_policy_phase(policies.train(), args, folder, rewards, {}, exit_threshold=0.5)
 
     def compare(self, alphas: Sequence[float], criteria: Sequence[str]) -> tuple[Comparison, dict[str, float]]:
         """Criteria on test, thresholds and estimators from dev; and the estimators' losses."""

@@ -358,11 +358,13 @@ def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, resu
         if trainer.resumes(resume):
             results |= written_before(trainer.args, logger, "fitted_heads")
         else:
+            # What would stop a phase later is said before this work, too.
+            trainer.check_phases()
             results["fitted_heads"] = fit_heads(trainer, fit_tokens)
             if trainer.is_world_process_zero():
                 # A run that is resumed does not fit them again.
                 write_results(results, Path(trainer.args.output_dir) / "results.json")
-    steps = trainer.train(resume_from_checkpoint=resume)
+    steps = trainer.train(resume_from_checkpoint=resume).phases
     results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
     results["train_seconds"] = time.perf_counter() - start
     if tuner is not None:

@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     output = Path(training_args.output_dir)
     if training_args.do_train:
         start = time.perf_counter()
-        steps = trainer.train(resume_from_checkpoint=resume_argument(training_args))
+        steps = trainer.train(resume_from_checkpoint=resume_argument(training_args)).phases
         results["train"] = {name: step.metrics for name, step in steps.items() if hasattr(step, "metrics")}
         results["train_seconds"] = time.perf_counter() - start
         trainer.save_model()

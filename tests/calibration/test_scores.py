@@ -216,3 +216,22 @@ def test_unknown_risk():
     store = store_of(tiny_model(num_hidden_layers=4), task(4, seed=1), collate)
     with pytest.raises(ValueError, match="`risk`='rouge' is unknown"):
         score_store(store, "margin", risk="rouge")
+
+
+class TestOtherExits:
+    """A store belongs to the exits that it was collected from."""
+
+    @pytest.mark.parametrize("layers,size", [([2, 4], 32), ([1, 2, 4], 32), (None, 16)])
+    @pytest.mark.parametrize("criterion", ["policy", "margin"])
+    def test_of_a_model(self, layers, size, criterion):
+        model = tiny_model(num_hidden_layers=4, exit_layers=[1, 3, 4])
+        other = tiny_model(num_hidden_layers=4, exit_layers=layers, hidden_size=size)
+        store = store_of(other, task(8, seed=1), collate)
+        with pytest.raises(ValueError, match=r"`store` has exits at layers .* this model has \[1, 3, 4\] and 32"):
+            score_store(store, criterion, model)
+
+    def test_of_policies(self):
+        store = store_of(tiny_model(num_hidden_layers=4, exit_layers=[2, 4]), task(8, seed=1), collate)
+        policies = tiny_model(num_hidden_layers=4).exit_policies
+        with pytest.raises(ValueError, match=r"`policies` decide at 3 exits; `store` has 1 before its last one"):
+            score_exits("policy", store, policies)

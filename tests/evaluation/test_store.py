@@ -348,3 +348,27 @@ def test_features_of_an_encoder(accelerator):
     store = collect(model, task(5, seed=1), accelerator)
     assert torch.equal(store.features, all_features(store.logits))
     assert store.rows.tolist() == list(range(5)) and bool(store.may_exit.all())
+
+
+class TestWhatDoesNotFit:
+    def made(self, **fields):
+        parts = {
+            "states": torch.zeros(3, 4, 8),
+            "logits": torch.zeros(3, 4, 2),
+            "labels": torch.zeros(3, dtype=torch.long),
+            "layers": torch.arange(1, 5),
+            "problem_type": "single_label_classification",
+        }
+        return ExitStore(**{**parts, **fields})
+
+    @pytest.mark.parametrize(
+        "name,shape", [("states", (2, 4, 8)), ("states", (3, 3, 8)), ("logits", (3, 5, 2)), ("features", (2, 3, 5))]
+    )
+    def test_shapes(self, name, shape):
+        assert len(self.made()) == 3
+        with pytest.raises(ValueError, match=rf"`{name}` of shape \({shape[0]}, .* must begin with \(3,"):
+            self.made(**{name: torch.zeros(shape)})
+
+    def test_an_unknown_loss(self):
+        with pytest.raises(ValueError, match=r"`name`='mse' is unknown; accepted are ce, error, disagreement"):
+            self.made().reward_losses("mse")

@@ -8,7 +8,19 @@ import warnings
 
 import pytest
 import torch
-from tiny import collate, collate_text, instructions, pad, random_rows, task, tiny_llama, tiny_model, weights
+from tiny import (
+    collate,
+    collate_text,
+    instructions,
+    pad,
+    random_rows,
+    task,
+    tiny_llama,
+    tiny_model,
+    tiny_text_trainer,
+    tiny_trainer,
+    weights,
+)
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -82,6 +94,19 @@ class TestTrainingMode:
                 make().train()(ids, **options)
                 make().eval()(ids, **options)
         assert len(said) == 1 and "trains the last exit alone" in said[0] and "`output_all_exits`=True" in said[0]
+
+    @pytest.mark.parametrize("criterion", ["policy", "max_probability"])
+    def test_says_once_that_policies_do_not(self, make, monkeypatch, tmp_path, criterion):
+        """A stock Trainer is told; our own phases, and other criteria, have no reason to be."""
+        said = []
+        monkeypatch.setattr(losses.logger, "warning_once", said.append)
+        model = make(exit_criterion=criterion)
+        stock_trainer(tmp_path / "stock", model).train()
+        assert len({*said}) == (criterion == "policy") and all("train_policy" in one for one in said)
+        said.clear()
+        ours = tiny_text_trainer if make is tiny_llama else tiny_trainer
+        ours(tmp_path / "own", model, rows=8, trainer={"compute_metrics": None}).train()
+        assert said == []
 
     def test_label_smoothing_of_trainer(self, make, tmp_path):
         """It takes the labels away."""

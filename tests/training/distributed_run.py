@@ -48,12 +48,12 @@ def decoder(folder: str, result: dict, sgd: dict) -> None:
     trainer = tiny_text_trainer(
         f"{folder}/text-run", with_adapters(tiny_llama(exit_threshold=0.5)), rows=21, eval_strategy="epoch"
     )
-    result["text_steps"] = list(trainer.train())
+    result["text_steps"] = list(trainer.train().phases)
     result["text_apart"] = apart(trainer)
     trainer = tiny_text_trainer(f"{folder}/text-evaluation", tiny_llama(exit_threshold=0.5), rows=8)
     metrics = trainer.evaluate()
     result["text_metrics"] = {name: metrics[f"eval_{name}"] for name in ("loss", "agreement", "depth")}
-    result["text_histogram"] = list(metrics["eval_exit_histogram"].values())
+    result["text_histogram"] = list(trainer.operating_points["eval"][0].exit_histogram.values())
 
 
 def main(folder: str) -> None:
@@ -108,8 +108,10 @@ def main(folder: str) -> None:
         save_strategy="epoch",
         eval_timing_rows=8,
     )
+    # Also where the model has been evaluated before.
+    trainer.evaluate()
     steps = trainer.train()
-    result["steps"] = list(steps)
+    result["steps"] = list(steps.phases)
     metrics = trainer.evaluate()
     with torch.no_grad():
         batch = trainer.data_collator(list(trainer.eval_dataset))
@@ -117,7 +119,7 @@ def main(folder: str) -> None:
     result["evaluation"] = (
         metrics["eval_depth"],
         float(layers.float().mean()),
-        sum(metrics["eval_exit_histogram"].values()),
+        sum(trainer.operating_points["eval"][0].exit_histogram.values()),
     )
     result["apart"] = apart(trainer)
     if trainer.is_world_process_zero():

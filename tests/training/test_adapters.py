@@ -51,10 +51,10 @@ def test_whole_run(tmp_path, objective):
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     options |= {"metric_for_best_model": "loss", "consistent_objective": objective, "consistent_samples": 2}
     trainer = tiny_text_trainer(tmp_path / "run", model, num_train_epochs=2, **options)
-    assert len(trainer.train()) == 5
+    assert len(trainer.train().phases) == 5
     assert changed(before, model.state_dict()) == names(model, "heads") | names(model, "policy")
-    metrics = trainer.evaluate()
-    assert sum(metrics["eval_exit_histogram"].values()) > 0
+    trainer.evaluate()
+    assert sum(trainer.operating_points["eval"][0].exit_histogram.values()) > 0
     trainer.save_model(str(tmp_path / "saved"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -72,10 +72,10 @@ def warnings(caplog):
 def check_same(trainer, results, uninterrupted):
     expected, figures = uninterrupted
     assert not changed(expected, weights(trainer.model))
-    assert list(results) == list(figures)
-    for step, result in results.items():
-        assert result.global_step == figures[step].global_step
-        assert result.training_loss == pytest.approx(figures[step].training_loss)
+    assert list(results.phases) == list(figures.phases) and results.global_step == figures.global_step
+    for step, result in results.phases.items():
+        assert result.global_step == figures.phases[step].global_step
+        assert result.training_loss == pytest.approx(figures.phases[step].training_loss)
         assert result.metrics["train_loss"] == result.training_loss
 
 

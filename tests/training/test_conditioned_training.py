@@ -107,8 +107,9 @@ class TestTrainer:
     def test_all_phases(self, tmp_path):
         trainer = tiny_trainer(tmp_path, conditioned(policy_inputs="both"), eval_strategy="epoch")
         results = trainer.train()
-        assert list(results) == ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy"]
-        assert trainer.evaluate()["eval_operating_points"]
+        assert list(results.phases) == ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy"]
+        trainer.evaluate()
+        assert len(trainer.operating_points["eval"]) == 6
 
     @pytest.mark.parametrize("objective", ["expected", "sampled"])
     def test_decoder(self, tmp_path, objective):
@@ -138,7 +139,7 @@ class TestTrainer:
         trainer = make(tmp_path, tiny_llama(**fields) if text else conditioned(**fields), eval_timing_rows=8)
         trainer.model.config.exit_budget = 0.25
         assert trainer.evaluate()["eval_depth"] == 1.0
-        own = trainer._points[0]
+        own = trainer.operating_points["eval"][0]
         assert own.depth == 1.0 and own.exit_arguments == {"exit_budget": 0.25}
 
     @pytest.mark.parametrize("text", [False, True])
@@ -150,12 +151,12 @@ class TestTrainer:
         trainer = make(tmp_path, model, eval_strategy="epoch", eval_timing_rows=8)
         trainer.train()
         assert trainer.evaluate()["eval_depth"] == 2.0
-        own = trainer._points[0]
+        own = trainer.operating_points["eval"][0]
         assert (own.criterion, own.exit_threshold, own.depth) == ("max_probability", "second", 2.0)
 
     def test_budgets_need_rows(self, tmp_path):
         trainer = tiny_trainer(tmp_path, conditioned(), trainer={"eval_dataset": None})
-        with pytest.raises(ValueError, match=r"`eval_dataset` of type NoneType"):
+        with pytest.raises(ValueError, match=r"`eval_dataset`=None must be a data set"):
             trainer.fit_exit_budgets()
 
     def test_an_own_reward_has_no_price(self, tmp_path):

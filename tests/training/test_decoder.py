@@ -193,11 +193,12 @@ class TestConsistent:
         fields = {"logging_strategy": "steps", "logging_steps": 1, "eval_exit_thresholds": [0.5]}
         options = {"consistent_objective": "sampled", "consistent_samples": 2}
         trainer = one_step(tmp_path, model, **fields, **options)
-        (point,) = trainer.evaluate(trainer.train_dataset)["eval_operating_points"]
+        trainer.evaluate(trainer.train_dataset)
+        point = trainer.operating_points["eval"][1]
         trainer._consistent_model(str(tmp_path / "one"), None)
         logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
         if copying:
-            assert logged == pytest.approx(point["metrics"]["loss"], rel=1e-4)
+            assert logged == pytest.approx(point.metrics["loss"], rel=1e-4)
             assert max(float((expected[name] - value).abs().max()) for name, value in weights(model).items()) > 1e-4
         else:
             compare(model, expected, before, atol=1e-5)

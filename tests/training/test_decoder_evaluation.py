@@ -40,7 +40,7 @@ class TestWhatTrains:
         model = tiny_llama(policy_inputs="both", exit_head="low_rank")
         before = weights(model)
         results = tiny_text_trainer(tmp_path, model, trainable="exits", eval_strategy="epoch").train()
-        assert list(results) == ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy"]
+        assert list(results.phases) == ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy"]
         parts = ("exit_heads", "exit_norms", "exit_policies")
         assert changed(before, model.state_dict()) == self.names(model, *parts)
 
@@ -111,12 +111,15 @@ class TestEvaluate:
         trainer = tiny_text_trainer(tmp_path, model, **fields)
         metrics = trainer.evaluate()
         assert "eval_wall_clock_speedup" not in metrics
+        own, *others, full = (point.to_dict() for point in trainer.operating_points["eval"])
         first = {
             "exit_threshold": 0.4,
             "metrics": {name: metrics[f"eval_{name}"] for name in self.expected(model, trainer.eval_dataset, 0.4)[0]},
-            **{name: metrics[f"eval_{name}"] for name in ("depth", "saved_layers", "layer_speedup", "exit_histogram")},
+            **{name: metrics[f"eval_{name}"] for name in ("depth", "saved_layers", "layer_speedup")},
+            "exit_histogram": own["exit_histogram"],
         }
-        points = [metrics["eval_full_depth"], first, *metrics["eval_operating_points"]]
+        assert full["criterion"] == "full depth"
+        points = [full, first, *others]
         assert [point["exit_threshold"] for point in points] == [1.0, 0.4, 0.5, 0.6]
         depths = []
         for point in points:
@@ -165,7 +168,7 @@ class TestEvaluate:
         trainer = tiny_text_trainer(tmp_path, model, eval_exit_thresholds=[])
         metrics = trainer.evaluate(instructions(5, seed=3, plain=True))
         rows = instructions(5, seed=3, plain=True)["input_ids"]
-        assert sum(metrics["eval_exit_histogram"].values()) == sum(len(ids) - 2 for ids in rows)
+        assert sum(trainer.operating_points["eval"][0].exit_histogram.values()) == sum(len(ids) - 2 for ids in rows)
         assert 1.0 <= metrics["eval_depth"] < 4.0
 
     def test_within_phases(self, tmp_path):
@@ -215,11 +218,11 @@ class TestEvaluate:
 
     def test_card(self, tmp_path):
         trainer = tiny_text_trainer(tmp_path, eval_exit_thresholds=[0.4, 0.6])
-        metrics = trainer.evaluate()
+        trainer.evaluate()
         trainer.create_model_card(model_name="tiny")
         card = (tmp_path / "README.md").read_text()
-        for point in metrics["eval_operating_points"]:
-            assert f"{point['depth']:.2f}" in card
+        for point in trainer.operating_points["eval"]:
+            assert f"{point.depth:.2f}" in card
         assert "perplexity" in card and "token_loss" in card
 
     def test_bfloat16_autocast(self, tmp_path):

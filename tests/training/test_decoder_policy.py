@@ -149,9 +149,9 @@ class TestPolicy:
         trainer.train_policy()
         tokens = sum(label != -100 for labels in trainer.train_dataset["labels"] for label in labels)
         assert asked == [((tokens, 4), [1, 2, 3, 4], (tokens,), 4)]
-        metrics = trainer.evaluate(trainer.train_dataset)
-        point = next(one for one in metrics["eval_operating_points"] if one["exit_threshold"] == 0.5)
-        assert point["depth"] == 2.0, "the only exit that is rewarded"
+        trainer.evaluate(trainer.train_dataset)
+        point = next(one for one in trainer.operating_points["eval"] if one.exit_threshold == 0.5)
+        assert point.depth == 2.0, "the only exit that is rewarded"
 
     def test_sample(self, tmp_path):
         """`policy_max_tokens` bounds what is stored, from the rows of the policies only."""

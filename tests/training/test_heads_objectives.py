@@ -386,7 +386,7 @@ def test_encoders_learn(tmp_path, name):
     trainer = tiny_trainer(tmp_path, rows=16, phases=["heads"], heads_objective=name)
     before = weights(trainer.model)
     results = trainer.train()
-    assert list(results) == (["heads-backbone", "heads"] if name == "two_stage" else ["heads"])
+    assert list(results.phases) == (["heads-backbone", "heads"] if name == "two_stage" else ["heads"])
     names = changed(before, trainer.model.state_dict())
     assert "bert.encoder.layer.0.output.dense.weight" in names and "classifier.weight" in names
     assert any("exit_policies" in one for one in names) == (name == "variational")
@@ -546,7 +546,7 @@ class TestTwoStage:
     def whole(cls, tmp_path_factory):
         watch = Watch()
         trainer = cls.run(tmp_path_factory.mktemp("whole"), watch)
-        assert list(trainer.train()) == ["heads-backbone", "heads"]
+        assert list(trainer.train().phases) == ["heads-backbone", "heads"]
         return watch.seen
 
     def test_what_learns(self, whole):
@@ -663,7 +663,7 @@ def test_the_second_stage_is_judged_by_what_it_can_change(tmp_path, make):
         trainer={"callbacks": [EarlyStoppingCallback(1)]},
     )
     trainer.train()
-    found = [one for one in trainer.state.log_history if "eval_loss" in one]
+    found = [one for one in trainer.state.log_history if one["phase"] == "heads" and "eval_loss" in one]
     assert len(found) == 4 and len({one["eval_loss"] for one in found}) == 1
     losses = [one["eval_exit_loss"] for one in found]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]

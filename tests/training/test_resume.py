@@ -100,7 +100,7 @@ def test_killed(tmp_path, uninterrupted, phase, step):
     check_equal(resumed.model, uninterrupted)
     done = STEPS.index(phase)
     assert set(count.steps) == set(STEPS[done:]), "finished phases are not repeated"
-    total = results[phase].global_step
+    total = results.phases[phase].global_step
     assert count.steps[phase] == (total - 3 if step > 3 else total), "an interrupted one goes on from its checkpoint"
 
 
@@ -156,8 +156,8 @@ def test_with_accumulation_and_validation(tmp_path):
 def test_a_finished_run(tmp_path, uninterrupted):
     run(tmp_path, phases=["heads"]).train()
     again = run(tmp_path, seed=7, phases=["heads"])
-    assert list(again.train(resume_from_checkpoint=True)) == ["heads"]
+    assert list(again.train(resume_from_checkpoint=True).phases) == ["heads"]
     assert not torch.equal(again.model.classifier.weight, tiny_model(7, num_hidden_layers=4).classifier.weight)
     longer = run(tmp_path, seed=7)
-    assert next(iter(longer.train(resume_from_checkpoint=True))) == "heads"
+    assert next(iter(longer.train(resume_from_checkpoint=True).phases)) == "heads"
     check_equal(longer.model, uninterrupted)

@@ -90,8 +90,8 @@ class TestRun:
             "consistent-2-model",
             "consistent-2-policy",
         ]
-        assert list(results) == steps
-        assert results["hardness"].shape == (48,)
+        assert list(results.phases) == steps
+        assert results.phases["hardness"].shape == (48,)
         assert recorder.steps == {
             "heads": 6,
             "policy": 6,
@@ -114,7 +114,7 @@ class TestRun:
     def test_phases_by_choice(self, tmp_path):
         trainer = tiny_trainer(tmp_path, phases=["hardness", "policy"])
         before = weights(trainer.model)
-        assert list(trainer.train()) == ["hardness", "policy"]
+        assert list(trainer.train().phases) == ["hardness", "policy"]
         assert all(is_policy(name) for name in changed(before, trainer.model.state_dict()))
 
     def test_an_earlier_run_is_moved_aside(self, tmp_path):
@@ -127,7 +127,7 @@ class TestRun:
         assert trainer.train_heads().global_step == 2
         assert trainer.compute_hardness().shape == (16,)
         assert trainer.train_policy().global_step == 2
-        assert list(trainer.train_consistent()) == ["consistent-1-model", "consistent-1-policy"]
+        assert list(trainer.train_consistent().phases) == ["consistent-1-model", "consistent-1-policy"]
 
     @pytest.mark.parametrize("rows", [None, iter([])])
     def test_rows_must_come_by_number(self, tmp_path, rows):
@@ -141,7 +141,7 @@ class TestRun:
     def test_workers_of_the_heads_are_none_of_the_policies(self, tmp_path):
         options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
         results = tiny_trainer(tmp_path, rows=8, phases=["policy"], neftune_noise_alpha=5, **options).train()
-        assert results["policy"].global_step == 2
+        assert results.global_step == 2
 
     def test_metrics_of_policies_know_logits_and_labels_only(self, tmp_path):
         trainer = tiny_trainer(tmp_path, eval_strategy="epoch", include_for_metrics=["inputs"])
@@ -154,7 +154,7 @@ class TestRun:
     def test_several_evaluation_sets(self, tmp_path):
         data = {"one": task(6, seed=3), "two": task(9, seed=4)}
         trainer = tiny_trainer(tmp_path, rows=16, eval_strategy="epoch", trainer={"eval_dataset": data})
-        assert trainer.train()["policy"].global_step == 2
+        assert trainer.train().phases["policy"].global_step == 2
 
     def test_learning_pays(self, tmp_path):
         """The losses that the phases minimise go down."""
@@ -177,12 +177,10 @@ class TestRun:
 
     def test_arguments_that_are_refused(self, tmp_path):
         trainer = tiny_trainer(tmp_path, rows=8)
-        with pytest.raises(ValueError, match=r"trial"):
+        with pytest.raises(ValueError, match=r"ignore_keys_for_eval"):
+            trainer.train(ignore_keys_for_eval=[])
+        with pytest.raises(ValueError, match=r"`trial`=1 needs a `model_init`"):
             trainer.train(trial=1)
-        with pytest.raises(ValueError, match=r"resume_from_checkpoint"):
-            trainer.train(resume_from_checkpoint=True)
-        with pytest.raises(ValueError, match=r"compute_loss_func"):
-            tiny_trainer(tmp_path, trainer={"compute_loss_func": lambda *_: None})
         optimizer = torch.optim.SGD([torch.zeros(1)])
         with pytest.raises(ValueError, match=r"optimizers.*args.optim"):
             tiny_trainer(tmp_path, trainer={"optimizers": (optimizer, None)})
@@ -588,7 +586,7 @@ class TestStores:
         trainer.model.bert.embeddings.register_forward_hook(lambda *_: passes.append(1))
         trainer.compute_hardness()
         trainer.train_policy()
-        assert len(passes) == 2, "two batches of 8 rows, whatever the epochs"
+        assert len(passes) == 2 + 2, "two batches of 8 rows, whatever the epochs, and one before each phase"
 
     @pytest.mark.parametrize("columns", ["dataset", "list"])
     def test_columns_that_the_model_does_not_take(self, tmp_path, columns):
@@ -625,12 +623,10 @@ class TestEvaluate:
             "eval_saved_layers",
             "eval_layer_speedup",
             "eval_wall_clock_speedup",
-            "eval_exit_histogram",
-            "eval_operating_points",
         }
         assert expected <= metrics.keys()
         assert metrics["eval_wall_clock_speedup"] > 0
-        points = metrics["eval_operating_points"]
+        own, *points = (point.to_dict() for point in trainer.operating_points["eval"])
         assert [point["exit_threshold"] for point in points] == [0.3, 0.5, 0.6]
         batch = collate(list(trainer.eval_dataset))
         labels = batch.pop("labels")
@@ -639,7 +635,7 @@ class TestEvaluate:
             "depth": metrics["eval_depth"],
             "saved_layers": metrics["eval_saved_layers"],
             "layer_speedup": metrics["eval_layer_speedup"],
-            "exit_histogram": metrics["eval_exit_histogram"],
+            "exit_histogram": own["exit_histogram"],
             "metrics": {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]},
             "wall_clock_speedup": 1.0,
         }
@@ -663,21 +659,22 @@ class TestEvaluate:
         assert len(depths) >= 3
 
     def test_no_timing(self, tmp_path):
-        metrics = tiny_trainer(tmp_path, eval_exit_thresholds=[0.5]).evaluate(metric_key_prefix="test")
-        assert metrics["test_wall_clock_speedup"] is None
-        assert metrics["test_operating_points"][0]["wall_clock_speedup"] is None
+        trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.5])
+        assert "test_wall_clock_speedup" not in trainer.evaluate(metric_key_prefix="test")
+        assert [point.wall_clock_speedup for point in trainer.operating_points["test"]] == [None, None]
 
     def test_own_data_and_criterion(self, tmp_path):
         trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[])
         trainer.model.config.exit_criterion, trainer.model.config.exit_threshold = "patience", 1
-        metrics = trainer.evaluate(task(10, seed=5))
-        assert sum(metrics["eval_exit_histogram"].values()) == 10 and metrics["eval_operating_points"] == []
-        assert metrics["eval_exit_histogram"]["1"] == 0
+        trainer.evaluate(task(10, seed=5))
+        (point,) = trainer.operating_points["eval"]
+        assert sum(point.exit_histogram.values()) == 10 and point.exit_histogram["1"] == 0
 
     def test_without_metrics(self, tmp_path):
         """Depth and its kin need no `compute_metrics`."""
-        metrics = tiny_trainer(tmp_path, trainer={"compute_metrics": None}).evaluate()
-        assert 1.0 <= metrics["eval_depth"] <= 4.0 and sum(metrics["eval_exit_histogram"].values()) == 24
+        trainer = tiny_trainer(tmp_path, trainer={"compute_metrics": None})
+        assert 1.0 <= trainer.evaluate()["eval_depth"] <= 4.0
+        assert sum(trainer.operating_points["eval"][0].exit_histogram.values()) == 24
 
     @pytest.mark.parametrize("option", ["batch_eval_metrics", "prediction_loss_only"])
     def test_options_that_hide_exit_layers_are_refused(self, tmp_path, option):
@@ -709,7 +706,7 @@ class TestEvaluate:
         found = []
         for one in (trainer, plain):
             recorder = Recorder()
-            one._own_callbacks.append(recorder)
+            one.add_callback(recorder)
             one.args.eval_strategy = "epoch"
             one.train_policy()
             found.append([metrics["eval_accuracy"] for _, metrics in recorder.metrics])
@@ -761,7 +758,7 @@ class TestKinds:
         # As stock models do: without labels nothing else would tell what the logits mean.
         model.save_pretrained(tmp_path / "model")
         assert BertForConsistentEE.from_pretrained(tmp_path / "model").config.problem_type == kind
-        assert set(results["hardness"].tolist()) <= {1, 2, 3, 4}
+        assert set(results.phases["hardness"].tolist()) <= {1, 2, 3, 4}
         assert any(is_policy(name) for name in changed(before, model.state_dict()))
         assert trainer.evaluate()["eval_shape"] == labels
 
@@ -830,12 +827,12 @@ class TestCard:
         trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.3, 0.6])
         trainer.create_model_card(model_name="tiny")
         assert "accuracy" not in (tmp_path / "README.md").read_text(), "nothing is known yet"
-        metrics = trainer.evaluate()
+        trainer.evaluate()
         trainer.create_model_card(model_name="tiny", dataset=["one", "two"])
         card = (tmp_path / "README.md").read_text()
         assert "one, two" in card
-        for point in metrics["eval_operating_points"]:
-            assert f"{point['depth']:.2f}" in card
+        for point in trainer.operating_points["eval"]:
+            assert f"{point.depth:.2f}" in card
 
     def test_every_evaluation_set_has_its_own_figures(self, tmp_path):
         sets = {"first": task(8, seed=1), "second": task(24, seed=2)}

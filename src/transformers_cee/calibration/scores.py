@@ -134,10 +134,11 @@ def score_store(
         `ExitScores`: with losses of NaN where the store's labels are not known.
 
     Raises:
-        ValueError: an unknown risk, nothing that may leave, or as `score_exits`.
+        ValueError: a model with other exits, an unknown risk, nothing that may leave, or as `score_exits`.
     """
     policies = None
     if model is not None:
+        store.check_model(model)
         policies, settings = model.exit_policies, settings or criterion_settings(model)
         min_exit_layer = min_exit_layer or getattr(model.config, "min_exit_layer", None)
     if isinstance(risk, str) and risk not in RISKS:
@@ -145,6 +146,9 @@ def score_store(
     deciding = store.deciding()
     scores = score_exits(criterion, store, policies, settings, min_exit_layer)
     losses = _store_losses(store, risk)
+    if not isinstance(losses, Tensor) or losses.shape != store.disagrees.shape:
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"`risk` gave {shape}; needed are losses (entries, exits) = {tuple(store.disagrees.shape)}.")
     last_scores = None
     if criterion in CONFIDENCE_FEATURES and store.logits is not None:
         last_scores = confidence_scores(store.logits[:, -1], store.problem_type)[CONFIDENCE_FEATURES[criterion]]

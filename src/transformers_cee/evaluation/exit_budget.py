@@ -3,6 +3,7 @@
 """One model, any speed: which price α of a layer gives which mean depth, for policies conditioned on α."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _RESOLUTION = 1e-3
 
 def fit_exit_budgets(
     policies: ExitPolicies,
-    store: ExitStore,
+    store: ExitStore | Sequence[ExitStore],
     exit_threshold: float = 0.5,
     candidates: int = 64,
     min_exit_layer: int | None = None,
@@ -31,8 +32,8 @@ def fit_exit_budgets(
 
     Args:
         policies (`ExitPolicies`): conditioned policies.
-        store (`ExitStore`): exits of held-out rows, or tokens; labels are not looked at. Only entries that may leave
-            early count.
+        store (`ExitStore` or sequence of them): exits of held-out rows, or tokens, of one data set or of several;
+            labels are not looked at. Only entries that may leave early count.
         exit_threshold (`float`): what the policies' probabilities are compared with.
         candidates (`int`): prices that are tried, evenly over their orders of magnitude, and thresholds.
         min_exit_layer (`int`, *optional*): first layer (1-based) to leave at, as in a decoder's config.
@@ -48,10 +49,11 @@ def fit_exit_budgets(
         raise ValueError("`policies` have one speed: `policy_condition` of the config must be 'input' or 'film'.")
     if not 0.0 <= exit_threshold < 1.0:
         raise ValueError(f"`exit_threshold`={exit_threshold} must lie in [0, 1).")
-    entries = store.deciding()
-    if len(entries) == 0:
+    stores = [store] if isinstance(store, ExitStore) else store
+    stores = [one.select(entries) for one in stores if len(entries := one.deciding())]
+    if not stores:
         return []
-    store = store.select(entries)
+    layers = stores[0].layers
     low, high = policies.alphas
     settings = [
         (alpha, exit_threshold)
@@ -59,7 +61,8 @@ def fit_exit_budgets(
     ]
 
     def scores_at(alpha: float) -> Tensor:
-        return score_exits("policy", store, policies, CriterionSettings(alpha=alpha), min_exit_layer)
+        asked = CriterionSettings(alpha=alpha)
+        return torch.cat([score_exits("policy", one, policies, asked, min_exit_layer) for one in stores])
 
     deepest = scores_at(low)
     above = deepest[deepest > exit_threshold]
@@ -69,8 +72,8 @@ def fit_exit_budgets(
     points: list[list[float]] = []
     for alpha, limit in settings:
         found = deepest if alpha == low else scores_at(alpha)
-        depth = store.layers[exits_taken("policy", limit, found)].double().mean()
-        budget = float(depth / store.layers[-1])
+        depth = layers[exits_taken("policy", limit, found)].double().mean()
+        budget = float(depth / layers[-1])
         if not points or budget > points[-1][0] + _RESOLUTION:
             points.append([budget, alpha, limit])
     return points

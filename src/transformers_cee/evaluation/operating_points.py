@@ -137,10 +137,15 @@ def score_exits(
         min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; scores before it pass no threshold.
 
     Raises:
-        ValueError: what the criterion needs is missing; or of a store of tokens, a criterion that its states,
-            predictions and confidence features do not tell.
+        ValueError: what the criterion needs is missing; policies of other exits; or of a store of tokens, a criterion
+            that its states, predictions and confidence features do not tell.
     """
     check_criterion(criterion)
+    if policies is not None and len(policies.networks) != store.states.shape[1] - 1:
+        raise ValueError(
+            f"`policies` decide at {len(policies.networks)} exits; `store` has {store.states.shape[1] - 1} before its "
+            f"last one, at layers {store.layers.tolist()}."
+        )
     settings = settings or CriterionSettings(tolerance=store.tolerance)
     if settings.labels is None and store.has_labels:
         settings = replace(settings, labels=store.labels)

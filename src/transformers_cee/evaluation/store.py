@@ -25,6 +25,10 @@ from transformers_cee.exits.policy import all_features
 from transformers_cee.files import replacing
 
 
+# Loss terms of rewards.
+REWARD_LOSSES = ("ce", "error", "disagreement")
+
+
 @dataclass
 class ExitStore:
     """Every exit's state and result for every entry of a data set, in evaluation mode, in the data set's order; tokens
@@ -67,6 +71,12 @@ class ExitStore:
             self.rows = torch.arange(len(self))
         if self.may_exit is None:
             self.may_exit = torch.ones(len(self), dtype=torch.bool)
+        exits = (len(self), len(self.layers))
+        shapes = dict.fromkeys(("states", "logits", "token_losses", "predictions"), exits)
+        for name, shape in {**shapes, "rows": exits[:1], "may_exit": exits[:1], "features": exits[:1]}.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape[: len(shape)]) != shape:
+                raise ValueError(f"`{name}` of shape {tuple(value.shape)} must begin with {shape}, as `labels` do.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,6 +115,8 @@ class ExitStore:
 
     def reward_losses(self, name: str) -> Tensor:
         """The loss term (entries, exits) of rewards: `"ce"`, `"error"` or `"disagreement"`."""
+        if name not in REWARD_LOSSES:
+            raise ValueError(f"`name`={name!r} is unknown; accepted are {', '.join(REWARD_LOSSES)}.")
         if name == "ce":
             return self.losses
         return self.errors if name == "error" else self.disagreements
@@ -135,6 +147,15 @@ class ExitStore:
         assert self.rows is not None and self.may_exit is not None
         mine = self.may_exit if rows is None else self.may_exit & torch.isin(self.rows, rows)
         return mine.nonzero().squeeze(1)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises `ValueError` for an early-exit model whose exits are not those of the store."""
+        numbers, size = list(model.layer_numbers), model.config.hidden_size
+        if self.layers.tolist() != numbers or self.states.shape[-1] != size:
+            raise ValueError(
+                f"`store` has exits at layers {self.layers.tolist()} and states of {self.states.shape[-1]} numbers; "
+                f"this model has {numbers} and {size}. Collect it again with this model."
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Replaces a safetensors file by the store."""

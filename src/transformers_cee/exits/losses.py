@@ -115,6 +115,17 @@ class OwnLoss:
         )
 
 
+def say_what_labels_train(criterion: str) -> None:
+    """In training mode with labels and without a word about exits: says once that policies learn nothing, where it is
+    them that decide. That is how trainers of others call a model."""
+    if criterion == "policy" and torch.is_grad_enabled():
+        logger.warning_once(
+            "The loss of a model with exits trains all exit heads, and no exit policy: nothing says yet where to "
+            "leave. `ConsistentEETrainer.train_policy()` trains the policies afterwards; other values of "
+            "`exit_criterion`, such as 'max_probability', do without."
+        )
+
+
 def check_training_without_labels(num_items_in_batch: Any) -> None:
     """In training mode, without labels and without a word about exits: says once what a loss on `logits` trains.
 

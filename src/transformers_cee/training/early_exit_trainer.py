@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
+from transformers.trainer_utils import default_compute_objective, has_length
+from transformers.utils import logging
 
 from transformers_cee.evaluation.operating_points import (
     OperatingPoint,
@@ -16,12 +18,13 @@ from transformers_cee.evaluation.operating_points import (
     exit_histogram,
     measure_wall_clock,
 )
-from transformers_cee.exits.configuration import ExitConfigMixin
 from transformers_cee.exits.deciding import default_arguments, resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.hub.model_card import EarlyExitCard
 from transformers_cee.training.checkpoints import ResumableTrainer
-from transformers_cee.training.heads_objectives import check_heads_objective
+from transformers_cee.training.checks import check_arguments, check_model
+from transformers_cee.training.labels import FiniteLoss
+from transformers_cee.training.model_step import own_exit_losses
 from transformers_cee.training.parameters import bare_model
 from transformers_cee.training.publishing import PublishingTrainer
 from transformers_cee.training.token_evaluation import (
@@ -32,6 +35,8 @@ from transformers_cee.training.token_evaluation import (
 )
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 CARD_ARGUMENTS = (
     "phases",
@@ -53,16 +58,24 @@ CARD_ARGUMENTS = (
 )
 
 
-class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
+FULL_DEPTH_CRITERION = "full depth"
+# What `evaluate` adds to the metrics of the task.
+EXIT_FIGURES = ("depth", "saved_layers", "layer_speedup")
+
+
+class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
     """Evaluates early-exit models where they leave. [`ConsistentEETrainer`] adds the training.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             An early-exit model, such as [`BertForConsistentEE`] or [`LlamaForConsistentEECausalLM`], or one with
-            adapters of 🤗 PEFT around it.
+            adapters of 🤗 PEFT around it; or give `model_init`.
         args ([`ConsistentEETrainingArguments`]): arguments.
-        kwargs: those of `transformers.Trainer`. Of a decoder, rows without `labels` are plain text, all of which is
-            learnt, and `compute_metrics` gets the most probable token for each label, not logits.
+        kwargs: those of `transformers.Trainer`. `compute_loss_func` of an encoder is asked for each exit, with its
+            `logits`, in the phases `heads` and `consistent` and in evaluation; class weights go there. It returns one
+            number, or (rows,) where a phase weighs rows; `num_items_in_batch` is None. Of a decoder,
+            rows without `labels` are plain text, all of which is learnt, and `compute_metrics` gets the most probable
+            token for each label, not logits.
 
     Raises:
         ValueError: a model without exits, or arguments that early exits do not support.
@@ -70,12 +83,20 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
 
     args: ConsistentEETrainingArguments
 
-    def __init__(self, model: nn.Module, args: ConsistentEETrainingArguments, **kwargs: Any) -> None:
-        _check_arguments(model, args, kwargs)
+    def __init__(
+        self, model: nn.Module | None = None, args: ConsistentEETrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        check_arguments(args, kwargs)
+        # Trainer would ask it for the loss of a whole output; here it is asked for every exit's.
+        self.own_loss = kwargs.pop("compute_loss_func", None)
+        if model is not None:
+            check_model(model, args, kwargs.get("preprocess_logits_for_metrics"), self.own_loss)
         super().__init__(model=model, args=args, **kwargs)
+        if model is None:
+            check_model(self.model, args, self.preprocess_logits_for_metrics, self.own_loss)
+        # What the last `evaluate()` found, by the prefix of its metrics.
+        self.operating_points: dict[str, list[OperatingPoint]] = {}
         self._exit_arguments: dict[str, Any] = {}
-        # What the last `evaluate()` measured, by evaluation set (None: the only one): operating points, full depth.
-        self._measured: dict[str | None, tuple[list[OperatingPoint], OperatingPoint | None]] = {}
         self._in_phase = False
         self._exit_loss: Callable[[Tensor], Tensor] = torch.mean
         self._full_depth: KnownText | None = None
@@ -93,6 +114,16 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
         """The early-exit model itself, without wrappers."""
         return bare_model(self.accelerator.unwrap_model(self.model))
 
+    def _take_model(self, model: nn.Module) -> None:
+        """Puts a fresh model in the place of the trainer's."""
+        check_model(model, self.args, self.preprocess_logits_for_metrics, self.own_loss)
+        if model.exits_per_token != self._per_token:
+            raise ValueError(f"`model_init` made a {type(model).__name__} after models of another kind.")
+        if self.place_model_on_device:
+            self._move_model_to_device(model, self.args.device)
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+
     def _problem_type(self, dataset: Any = None) -> str:
         if self._per_token:
             # The next token is one class of the vocabulary.
@@ -101,7 +132,10 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
         labels = None
         if config.problem_type is None and config.num_labels > 1:
             datasets = (dataset, self.train_dataset, self.eval_dataset)
-            row = next(one for one in datasets if one is not None)[0]
+            rows = next(one for one in datasets if one is not None)
+            rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+            # Some data sets can only be gone through.
+            row = rows[0] if hasattr(rows, "__getitem__") else next(iter(rows))
             # As Trainer's loaders do: a row may carry its text along.
             labels = self._get_collator_with_removed_columns(self.data_collator)([row]).get("labels")
         return resolve_problem_type(config.problem_type, config.num_labels, labels)
@@ -132,6 +166,19 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
         ignore_keys = [key for key in ignore_keys if key not in wanted]
         return super().prediction_step(model, {**inputs, **self._exit_arguments}, prediction_loss_only, ignore_keys)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Trainer's loss; where the caller has one, that of the exits taken, and in `all_exit_losses` of all exits."""
+        if self.own_loss is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        outputs, labels = model(**inputs), inputs["labels"]
+        loss = self.own_loss(outputs, labels, num_items_in_batch=None).mean()
+        if outputs.all_exit_losses is not None:
+            losses = own_exit_losses(self.own_loss, outputs, labels)
+            outputs.all_exit_losses = losses.expand(len(labels), -1).contiguous()
+        return (loss, outputs) if return_outputs else loss
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -153,25 +200,29 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
             )
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
-        if output.predictions is None:
+        batches = output.predictions if isinstance(output.predictions, list) else [output.predictions]
+        if output.num_samples == 0 or not batches or batches[0] is None:
+            self._exit_layers, self._known_text = torch.empty(0, dtype=torch.long), None
             return output
         figures: dict[str, Any] = {}
         if self._per_token:
-            self._known_text = KnownText.from_arrays(output.predictions, output.label_ids)
+            labels = output.label_ids if isinstance(output.label_ids, list) else [output.label_ids]
+            self._known_text = KnownText.from_arrays(batches, labels)
             figures |= self._known_text.figures(self._full_depth)
             if self._in_phase:
                 figures["exit_loss"] = float(self._exit_loss(self._known_text.losses.double()))
-            self._exit_layers, predictions = self._known_text.decided_layers, output.predictions[1]
+            self._exit_layers, logits = self._known_text.decided_layers, [batch[1] for batch in batches]
         else:
-            predictions, exit_layers, *losses = output.predictions
-            self._exit_layers = torch.as_tensor(exit_layers)
+            logits, exit_layers, *losses = (list(column) for column in zip(*batches, strict=True))
+            self._exit_layers = torch.cat([torch.as_tensor(one) for one in exit_layers])
             if losses:
-                figures["exit_loss"] = float(self._exit_loss(torch.as_tensor(losses[0]).double()))
+                all_losses = torch.cat([torch.as_tensor(one) for one in losses[0]])
+                figures["exit_loss"] = float(self._exit_loss(all_losses.double()))
             elif self._in_phase and f"{metric_key_prefix}_loss" in output.metrics:
                 figures["exit_loss"] = output.metrics[f"{metric_key_prefix}_loss"]
         figures |= depth_figures(self._exit_layers, self._exit_model.config.num_hidden_layers)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        return output._replace(predictions=predictions)
+        return output._replace(predictions=logits if isinstance(output.predictions, list) else logits[0])
 
     def create_model_card(
         self,
@@ -184,16 +235,19 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
     ) -> None:
         """Writes the card of an early-exit model, with the operating points of the last `evaluate()`; before any, that
         of 🤗 Trainer. Arguments as in Trainer."""
-        if not self._measured:
+        if not self.operating_points:
             return super().create_model_card(
                 language, license, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset, **kwargs
             )
         if not self.is_world_process_zero():
             return None
+        (first, measured), *others = self.operating_points.items()
+        points, full = _without_full_depth(measured)
+        where, split = "the evaluation set", "evaluation"
+        if others:
+            where, split = "the evaluation sets", first.partition("_")[2]
         config = self._exit_model.config
-        (first, (points, full)), *others = self._measured.items()
         names = [name for name in points[0].metrics if name != "loss"]
-        where = "the evaluation set" if first is None else "the evaluation sets"
         EarlyExitCard(
             model_name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
             repo_id=self.hub_model_id if self.args.push_to_hub else self.args.output_dir,
@@ -201,8 +255,8 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
             dataset_name=(dataset if isinstance(dataset, str) else ", ".join(dataset or ())) or where,
             metric_name=names[0] if names else "loss",
             curves={"policy": sorted(points, key=lambda point: point.depth)},
-            split="evaluation" if first is None else first,
-            other_sets={f"the {name} rows": card_points(*measured) for name, measured in others},
+            split=split,
+            other_sets={f"the {prefix.partition('_')[2]} rows": _card_points(found) for prefix, found in others},
             exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
             exit_threshold=config.exit_threshold,
             full_depth=full,
@@ -233,43 +287,70 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
         so there is no time to take: that is a matter of `generate`. Its depth and its exit histogram are those of the
         counted tokens that may leave early; the last token of a prompt may not, as in generation.
 
+        Several evaluation sets are run one after the other, each behind its name. Inside a phase `exit_loss` is there
+        without a name, too: its mean over the sets.
+
         Returns:
-            `dict[str, Any]`: Trainer's metrics, and with the prefix `depth`, `saved_layers`, `layer_speedup`,
-            `exit_histogram` (rows or tokens per layer) and `operating_points` (list of `dict`, see
-            [`OperatingPoint`]); of an encoder `wall_clock_speedup`; of a decoder `loss`, `perplexity` and
-            `token_accuracy` over all counted tokens, `agreement` with the last exit over those that may leave, and
-            `full_depth`, the operating point without exits.
+            `dict[str, float]`: Trainer's metrics, and with the prefix `depth`, `saved_layers` and `layer_speedup`; of
+            an encoder `wall_clock_speedup`, if it was taken; of a decoder `loss`, `perplexity` and `token_accuracy`
+            over all counted tokens, and `agreement` with the last exit over those that may leave. A set without rows
+            gives none of them. `operating_points[prefix]` then holds the [`OperatingPoint`] of the config, those of
+            `args.eval_exit_thresholds` in their order, and of a decoder that without exits, its criterion
+            "full depth".
         """
+        override = eval_dataset is not None
+        dataset = eval_dataset if override else self.eval_dataset
+        if isinstance(dataset, dict):
+            return self._evaluate_several(dataset, override, ignore_keys, metric_key_prefix)
         if self._in_phase:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        several = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(several, dict):
-            results, measured = {}, {}
-            for name, rows in several.items():
-                results |= self.evaluate(
-                    name if eval_dataset is None else rows, ignore_keys, f"{metric_key_prefix}_{name}"
-                )
-                measured[name] = self._measured[None]
-            self._measured = measured
-            return results
         loader = self.get_eval_dataloader(eval_dataset)
+        self.operating_points = {}
+        if has_length(loader) and len(loader) == 0:
+            logger.warning("The evaluation set gives no batch: there is nothing to measure.")
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         run = (loader, ignore_keys, metric_key_prefix)
         try:
-            full = self._full_depth_point(*run) if self._per_token else None
+            full = [self._full_depth_point(*run)] if self._per_token else []
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             points = [self._own_point(metrics, metric_key_prefix)]
             points += [self._run_point("policy", threshold, *run) for threshold in self.args.eval_exit_thresholds]
         finally:
             self._full_depth = None
-        self._measured = {None: (points, full)}
-        extra: dict[str, Any] = {"exit_histogram": points[0].exit_histogram}
-        if full is None:
+        if not self._per_token and self.args.eval_timing_rows > 0:
             self._time_points(loader, points)
-            extra["wall_clock_speedup"] = points[0].wall_clock_speedup
-        else:
-            extra["full_depth"] = full.to_dict()
-        extra["operating_points"] = [point.to_dict() for point in points[1:]]
-        return {**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in extra.items()}}
+            metrics[f"{metric_key_prefix}_wall_clock_speedup"] = points[0].wall_clock_speedup
+        self.operating_points = {metric_key_prefix: points + full}
+        return metrics
+
+    def _evaluate_several(
+        self, sets: dict[str, Any], override: bool, ignore_keys: list[str] | None, prefix: str
+    ) -> dict[str, float]:
+        """Evaluates sets one after the other, those of the trainer by name, as its loaders want them."""
+        metrics: dict[str, float] = {}
+        points: dict[str, list[OperatingPoint]] = {}
+        for name, rows in sets.items():
+            metrics |= self.evaluate(rows if override else name, ignore_keys, f"{prefix}_{name}")
+            points |= self.operating_points
+        losses = [metrics[key] for name in sets if (key := f"{prefix}_{name}_exit_loss") in metrics]
+        if losses:
+            # Callbacks have been told of each set, and now hear of all.
+            overall = {f"{prefix}_exit_loss": sum(losses) / len(losses)}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
+            metrics |= overall
+        self.operating_points = points
+        return metrics
+
+    def hyperparameter_search(
+        self,
+        hp_space: Any = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.hyperparameter_search`; runs lie in `output_dir/run-<trial>`. By default the objective is the
+        evaluation loss, or the sum of what `compute_metrics` gives: figures of exits do not count."""
+        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
 
     def _run_point(
         self, criterion: str, threshold: Any, loader: Any, ignore_keys: list[str] | None, prefix: str
@@ -285,7 +366,7 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
         """Runs known text without exits, which other runs are then compared with."""
         point = self._run_point("policy", 1.0, loader, ignore_keys, prefix)
         self._full_depth = self._known_text
-        point.criterion = "full depth"
+        point.criterion = FULL_DEPTH_CRITERION
         point.metrics["agreement"] = 1.0
         return point
 
@@ -301,7 +382,7 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
     def _point(self, criterion: str, threshold: Any, metrics: dict[str, float], prefix: str) -> OperatingPoint:
         values = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
         ignored = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-        ignored += ("depth", "saved_layers", "layer_speedup")
+        ignored += EXIT_FIGURES
         return OperatingPoint(
             criterion,
             threshold,
@@ -311,8 +392,6 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
         )
 
     def _time_points(self, loader: Any, points: list[OperatingPoint]) -> None:
-        if self.args.eval_timing_rows == 0:
-            return
         batches, rows = [], 0
         for batch in loader:
             batch = self._prepare_inputs(batch)
@@ -326,38 +405,26 @@ class EarlyExitTrainer(PublishingTrainer, ResumableTrainer):
             point.wall_clock_speedup = speedup
 
 
-def card_points(points: list[OperatingPoint], full: OperatingPoint | None) -> list[OperatingPoint]:
+def _without_full_depth(points: list[OperatingPoint]) -> tuple[list[OperatingPoint], OperatingPoint | None]:
+    """Points with exits, and that without, if a decoder has it."""
+    full = next((point for point in points if point.criterion == FULL_DEPTH_CRITERION), None)
+    return [point for point in points if point is not full], full
+
+
+def _card_points(points: list[OperatingPoint]) -> list[OperatingPoint]:
     """Points as a table shows them: full depth first, then by rising depth."""
-    return [*filter(None, [full]), *sorted(points, key=lambda point: point.depth)]
+    with_exits, full = _without_full_depth(points)
+    return [*filter(None, [full]), *sorted(with_exits, key=lambda point: point.depth)]
 
 
-def _check_arguments(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` for what early exits do not support."""
-    exit_model = bare_model(model)
-    if not isinstance(getattr(exit_model, "config", None), ExitConfigMixin):
-        raise ValueError(
-            f"`model` of type {type(model).__name__} has no exits; give a model such as BertForConsistentEE."
-        )
-    if not isinstance(args, ConsistentEETrainingArguments):
-        raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
-    if any(kwargs.get("optimizers") or ()):
-        raise ValueError("`optimizers` is not supported: every phase makes its own; use `args.optim`.")
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError("`compute_loss_func` is not supported: the loss of a phase is its objective.")
-    if args.prediction_loss_only or args.batch_eval_metrics:
-        raise ValueError("`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed.")
-    check_heads_objective(args.heads_objective, exit_model.config, exit_model.exits_per_token)
-    if exit_model.exits_per_token:
-        if kwargs.get("preprocess_logits_for_metrics") is not None:
-            raise ValueError("`preprocess_logits_for_metrics` is not supported: a decoder's logits are not collected.")
-    elif args.token_loss != "ce" or args.policy_max_tokens is not None:
-        raise ValueError(
-            f"`token_loss`={args.token_loss!r} and `policy_max_tokens`={args.policy_max_tokens} are for decoders; "
-            f"{type(exit_model).__name__} leaves row by row: accepted are 'ce' and None."
-        )
+def _objective(metrics: dict[str, float]) -> float:
+    """Transformers' default of a search, of the task's own metrics."""
+    figures = (*EXIT_FIGURES, "wall_clock_speedup", "perplexity", "token_accuracy", "agreement", "preparation_time")
+    return default_compute_objective({name: value for name, value in metrics.items() if not name.endswith(figures)})
 
 
 def _without_exit_layers(prediction: EvalPrediction) -> EvalPrediction:
-    return EvalPrediction(
-        prediction.predictions[0], prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses
-    )
+    predictions = prediction.predictions
+    # Batches are not joined with `eval_do_concat_batches=False`.
+    logits = [batch[0] for batch in predictions] if isinstance(predictions, list) else predictions[0]
+    return EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)

@@ -105,10 +105,12 @@ def fit_token_hash(
     size, num_exits = model.config.vocab_size, len(model.layer_numbers)
     counts = torch.zeros(size, dtype=torch.long)
     for some in tokens:
-        ids = torch.as_tensor(some, dtype=torch.long).flatten().cpu()
+        ids = torch.as_tensor(some).flatten().cpu()
+        if len(ids) == 0:
+            continue
         _check_ids("tokens", ids, size)
         counts += torch.bincount(ids, minlength=size)
-    special = torch.as_tensor(list(special_tokens), dtype=torch.long)
+    special = torch.as_tensor([*special_tokens] or torch.empty(0, dtype=torch.long))
     _check_ids("special_tokens", special, size)
     counts[special] = 0
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
@@ -120,6 +122,8 @@ def fit_token_hash(
 
 
 def _check_ids(argument: str, ids: Tensor, vocab_size: int) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"`{argument}` of dtype {ids.dtype} must be whole numbers, ids in 0..{vocab_size - 1}.")
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise ValueError(f"`{argument}` holds {int(outside[0])}; accepted are ids in 0..{vocab_size - 1}.")
@@ -138,11 +142,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _check_store(model: nn.Module, store: ExitStore) -> None:
-    if store.layers.tolist() != list(model.layer_numbers) or store.states.shape[-1] != model.config.hidden_size:
-        raise ValueError(
-            f"`store` has exits at layers {store.layers.tolist()} and states of {store.states.shape[-1]} numbers; "
-            f"this model has {list(model.layer_numbers)} and {model.config.hidden_size}."
-        )
+    store.check_model(model)
     if len(model.layer_numbers) < 2:
         raise ValueError("`model` has no exit before its last layer: there is nothing to fit.")
     if len(store.deciding()) == 0:

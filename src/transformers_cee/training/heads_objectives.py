@@ -57,6 +57,8 @@ class HeadsObjective:
     needs_classes: ClassVar[bool] = False
     # Do the policies learn, too?
     trains_policies: ClassVar[bool] = False
+    # Does it weigh rows, so that a mean loss over them will not do?
+    needs_rows: ClassVar[bool] = False
     # Does every layer get the mean, not the sum, of the gradients of the exits behind it?
     scales_gradients: ClassVar[bool] = False
     # Does some part of the run learn from nothing but the last exit?
@@ -176,6 +178,7 @@ class CoSEE(HeadsObjective):
     _drawn: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
     needs_logits = True
     needs_classes = True
+    needs_rows = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.samples, int) or self.samples < 1:
@@ -245,6 +248,7 @@ class Variational(HeadsObjective):
     beta: float = 0.5
     prior_rate: float = 0.1
     trains_policies = True
+    needs_rows = True
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "beta")

@@ -48,8 +48,34 @@ class ModelPhase:
     exit_loss: Callable[[Tensor], Tensor] = field(default=torch.mean)
 
 
+# `compute_loss_func` of the caller: from outputs of one exit and labels to one number, or (rows,).
+OwnLoss = Callable[..., Tensor]
+
+
+def own_exit_losses(loss: OwnLoss, outputs: Any, labels: Tensor) -> Tensor:
+    """Losses (rows, exits), or (1, exits) where the function gives means over rows, of an output with all exits.
+
+    Raises:
+        ValueError: the function gives another shape.
+    """
+    columns = []
+    for logits in outputs.all_exit_logits.unbind(1):
+        value = loss(type(outputs)(logits=logits), labels, num_items_in_batch=None)
+        if not isinstance(value, Tensor) or tuple(value.shape) not in ((), (len(labels),)):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"`compute_loss_func` gave {got}; accepted are one number, or one for each of {len(labels)} rows."
+            )
+        columns.append(value.reshape(-1))
+    return torch.stack(columns, dim=1)
+
+
 def heads_phase(
-    args: ConsistentEETrainingArguments, exit_model: nn.Module, state: Callable[[], Any], stage: str
+    args: ConsistentEETrainingArguments,
+    exit_model: nn.Module,
+    state: Callable[[], Any],
+    stage: str,
+    own_loss: OwnLoss | None = None,
 ) -> ModelPhase:
     """Phase `heads`: the exits learn. Evaluation is at full depth and at all exits.
 
@@ -57,6 +83,7 @@ def heads_phase(
         exit_model (`nn.Module`): the early-exit model itself, without wrappers.
         state (`Callable`): gives the `TrainerState` of the run.
         stage (`str`): step of the objective, one of its `stages`.
+        own_loss (`Callable`, *optional*): takes the place of the cross-entropy at each exit.
     """
     per_token = exit_model.exits_per_token
     objective = args.make_heads_objective(stage)
@@ -68,6 +95,8 @@ def heads_phase(
 
     def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         outputs = model(**inputs, output_all_exits=True, **options)
+        if own_loss is not None:
+            outputs.all_exit_losses = own_exit_losses(own_loss, outputs, inputs["labels"])
         return objective(_heads_step(objective, exit_model, outputs, inputs["labels"], state())), outputs
 
     return ModelPhase(
@@ -101,13 +130,17 @@ def _heads_step(
 
 
 def consistent_phase(
-    args: ConsistentEETrainingArguments, exit_model: nn.Module, problem_type: Callable[[], str]
+    args: ConsistentEETrainingArguments,
+    exit_model: nn.Module,
+    problem_type: Callable[[], str],
+    own_loss: OwnLoss | None = None,
 ) -> ModelPhase:
     """Model step of the phase `consistent`: the loss at the exits that the policies take.
 
     Args:
         exit_model (`nn.Module`): the early-exit model itself, without wrappers.
         problem_type (`Callable`): tells what labels mean, once there is data.
+        own_loss (`Callable`, *optional*): takes the place of the cross-entropy at each exit.
     """
     samples, sampled = args.consistent_samples, args.consistent_objective == "sampled"
 
@@ -119,6 +152,8 @@ def consistent_phase(
             outputs = model(**copies, sample_exits=True)
             return outputs.loss, outputs
         outputs = model(**inputs, output_all_exits=True)
+        if own_loss is not None:
+            outputs.all_exit_losses = own_exit_losses(own_loss, outputs, inputs["labels"])
         distribution = log_distribution(exit_model, outputs, problem_type())
         if sampled:
             return consistent_sampled(outputs.all_exit_losses, distribution, samples), outputs

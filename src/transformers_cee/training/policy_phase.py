@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_pt_utils import nested_numpify
+from transformers.trainer_utils import TrainOutput
 
-from transformers_cee.evaluation.operating_points import hindsight_point, score_exits
+from transformers_cee.evaluation.operating_points import Metrics, hindsight_point, score_exits
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.training.checkpoints import ResumableTrainer
+from transformers_cee.training.labels import FiniteLoss
 from transformers_cee.training.objectives import closed_before, policy_loss
 from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
@@ -122,18 +126,15 @@ class StoredRewards(Dataset):
         losses = store.reward_losses(loss)
         about = (store.layers, memorized, config.num_hidden_layers)
         if is_conditioned:
-            if reward_function is not None:
-                raise ValueError(
-                    f"`reward_function` knows no α that policies could be conditioned on: "
-                    f"`policy_condition`={config.policy_condition!r} must be 'none'."
-                )
+            check_reward_function(reward_function, config)
             return cls(store, -losses, entries, layer_prices(*about, config.reward_hardness))
         if reward_function is None:
             price = config.reward_alpha if alpha is None else alpha
             return cls(store, layer_reward(losses, *about, price, config.reward_hardness), entries)
         rewards = reward_function(losses, *about)
-        if rewards.shape != losses.shape:
-            raise ValueError(f"`reward_function` gave shape {tuple(rewards.shape)}, needed {tuple(losses.shape)}.")
+        if not isinstance(rewards, Tensor) or rewards.shape != losses.shape:
+            shape = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+            raise ValueError(f"`reward_function` gave shape {shape}, needed a tensor of {tuple(losses.shape)}.")
         return cls(store, rewards, entries)
 
     def __len__(self) -> int:
@@ -151,47 +152,98 @@ class StoredRewards(Dataset):
         return batch
 
 
+def check_reward_function(reward_function: RewardFunction | None, config: Any) -> None:
+    """Raises `ValueError` for a reward of the caller's own where policies are conditioned on α."""
+    if reward_function is not None and config.policy_condition != "none":
+        raise ValueError(
+            f"`reward_function` knows no α that policies could be conditioned on: "
+            f"`policy_condition`={config.policy_condition!r} must be 'none'."
+        )
+
+
+def check_policies_learn(policies: nn.Module) -> None:
+    """Raises `ValueError` for policies that are frozen, as a plain adapter leaves them."""
+    if not any(parameter.requires_grad for parameter in policies.parameters()):
+        raise ValueError(
+            "The exit policies are frozen (`requires_grad`); a model with adapters needs 'exit_policies' in "
+            "`modules_to_save`, as `exit_lora_config` has it."
+        )
+
+
 def as_fetched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collator for data that arrive as a batch."""
     return batch
 
 
-class PolicyPhaseTrainer(ResumableTrainer):
-    """🤗 Trainer on stored states. Its evaluation says what the policies earn on the stored evaluation set.
+class PolicyPhaseTrainer(FiniteLoss, ResumableTrainer):
+    """🤗 Trainer on stored states. Its evaluation says what the policies earn on stored evaluation sets: of the one
+    named "", and of others behind their names; loss and reward also over the rows of all.
 
     Args:
-        eval_store (`ExitStore`, *optional*): stored evaluation set.
+        evaluation (`dict[str, StoredRewards]`): stored evaluation sets by name.
         exit_threshold (`float` or `list[float]`): operating point whose metric and depth are reported.
         metrics (`Callable`, *optional*): `compute_metrics` of the caller.
     """
 
     def __init__(
-        self, *args: Any, eval_store: ExitStore | None, exit_threshold: Any, metrics: Callable | None, **kwargs: Any
+        self,
+        *args: Any,
+        evaluation: dict[str, StoredRewards],
+        exit_threshold: Any,
+        metrics: Callable | None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.eval_store, self.exit_threshold, self.metrics = eval_store, exit_threshold, metrics
+        # Trainer asks whether there is anything to evaluate on; `evaluate` here looks no further.
+        super().__init__(*args, eval_dataset=evaluation or None, **kwargs)
+        self.evaluation, self.exit_threshold, self.metrics = evaluation, exit_threshold, metrics
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         objective: PolicyObjective = self.model
-        device = next(objective.parameters()).device
         objective.eval()
-        total = 0.0
-        with torch.no_grad():
-            for indices in torch.arange(len(self.eval_dataset)).split(1024):
-                batch = self.eval_dataset.__getitems__(indices)
-                batch = {name: value.to(device) for name, value in batch.items()}
-                total += float(objective(**batch)["loss"]) * len(indices)
-        first_layer = int(self.eval_store.layers[objective.first_exit])
-        scores = score_exits("policy", self.eval_store, objective.policies, min_exit_layer=first_layer)
-        point = hindsight_point("policy", self.exit_threshold, scores, self.eval_store, self.metrics)
-        values = {"loss": total / len(self.eval_dataset), "reward": -total / len(self.eval_dataset)}
-        values |= {"depth": point.depth, **{name: value for name, value in point.metrics.items() if name != "loss"}}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics: dict[str, float] = {}
+        totals = {name: self._total_loss(rows) for name, rows in self.evaluation.items()}
+        for name, rows in self.evaluation.items():
+            loss = totals[name] / len(rows)
+            first_layer = int(rows.store.layers[objective.first_exit])
+            scores = score_exits("policy", rows.store, objective.policies, min_exit_layer=first_layer)
+            point = hindsight_point("policy", self.exit_threshold, scores, rows.store, self.metrics)
+            values = {"loss": loss, "reward": -loss, "depth": point.depth}
+            values |= {one: value for one, value in point.metrics.items() if one != "loss"}
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics |= {f"{prefix}_{one}": value for one, value in values.items()}
+        loss = sum(totals.values()) / sum(map(len, self.evaluation.values()))
+        metrics |= {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_reward": -loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def _total_loss(self, rows: StoredRewards) -> float:
+        device, total = next(self.model.parameters()).device, 0.0
+        for indices in torch.arange(len(rows)).split(1024):
+            batch = {name: value.to(device) for name, value in rows.__getitems__(indices).items()}
+            total += float(self.model(**batch)["loss"]) * len(indices)
+        return total
+
+
+def stored_metrics(compute: Metrics | None, preprocess: Callable | None) -> Metrics | None:
+    """`compute_metrics` for stored logits, which `preprocess_logits_for_metrics` has not seen yet."""
+    if compute is None or preprocess is None:
+        return compute
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        labels = prediction.label_ids
+        seen = preprocess(torch.as_tensor(prediction.predictions), torch.as_tensor(labels))
+        return compute(EvalPrediction(nested_numpify(seen), labels))
+
+    return metrics
+
+
+def at_rate(optimizer: tuple[type, dict[str, Any]] | None, learning_rate: float) -> tuple[type, dict[str, Any]] | None:
+    """An optimizer's class and arguments with the learning rate of a phase."""
+    return None if optimizer is None else (optimizer[0], {**optimizer[1], "lr": learning_rate})
 
 
 def policy_arguments(args: ConsistentEETrainingArguments, directory: str, evaluates: bool) -> Any:
@@ -209,11 +261,15 @@ def policy_arguments(args: ConsistentEETrainingArguments, directory: str, evalua
     own.remove_unused_columns = False
     own.train_sampling_strategy = "random"
     own.activation_checkpointing = own.gradient_checkpointing = False
+    own.dataloader_drop_last = False
     own.push_to_hub = False
     own.label_names = []
+    # Whoever is told of the run is told of this phase, see `run_policy_phase`.
+    own.report_to = []
     own.metric_for_best_model, own.greater_is_better = "reward", True
+    own.include_num_input_tokens_seen = "no"
     if not evaluates:
-        own.eval_strategy, own.load_best_model_at_end = "no", False
+        own.eval_strategy, own.load_best_model_at_end, own.eval_on_start = "no", False, False
     return own
 
 
@@ -222,24 +278,29 @@ def run_policy_phase(
     args: ConsistentEETrainingArguments,
     directory: str,
     train: StoredRewards,
-    evaluation: StoredRewards | None,
+    evaluation: dict[str, StoredRewards],
     *,
     exit_threshold: Any,
     first_exit: int = 0,
-    metrics: Callable | None = None,
-    callbacks: list | None = None,
+    metrics: Metrics | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    processing_class: Any = None,
+    optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     resume_from_checkpoint: str | None = None,
-) -> Any:
-    """Trains `policies` in place and returns the `TrainOutput`. Checkpoints lie in `directory`.
+) -> tuple[TrainOutput, list[dict[str, float]]]:
+    """Trains `policies` in place. Checkpoints lie in `directory`.
+
+    Args:
+        evaluation (`dict[str, StoredRewards]`): sets to evaluate on by name, "" for one without; empty for none.
+        callbacks (`list[TrainerCallback]`, *optional*): all callbacks of the phase; Trainer's defaults if None.
+
+    Returns:
+        `TrainOutput` of the phase, and what it logged.
 
     Raises:
         ValueError: the policies are frozen, or there is nothing to learn from.
     """
-    if not any(parameter.requires_grad for parameter in policies.parameters()):
-        raise ValueError(
-            "The exit policies are frozen (`requires_grad`); a model with adapters needs 'exit_policies' in "
-            "`modules_to_save`."
-        )
+    check_policies_learn(policies)
     if len(train) == 0:
         raise ValueError("`train_dataset` has no token that may leave early: every answer is one token long.")
     objective = PolicyObjective(
@@ -253,13 +314,16 @@ def run_policy_phase(
     )
     trainer = PolicyPhaseTrainer(
         model=objective,
-        args=policy_arguments(args, os.fspath(directory), evaluation is not None),
+        args=policy_arguments(args, os.fspath(directory), bool(evaluation)),
         data_collator=as_fetched,
         train_dataset=train,
-        eval_dataset=evaluation,
-        callbacks=callbacks,
-        eval_store=None if evaluation is None else evaluation.store,
+        evaluation=evaluation,
         exit_threshold=exit_threshold,
         metrics=metrics,
+        processing_class=processing_class,
+        optimizer_cls_and_kwargs=at_rate(optimizer_cls_and_kwargs, args.policy_learning_rate),
     )
-    return trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if callbacks is not None:
+        trainer.callback_handler.callbacks = list(callbacks)
+    output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return output, trainer.state.log_history

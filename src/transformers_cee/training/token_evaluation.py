@@ -5,7 +5,7 @@
 Everything is aligned with the labels: column *t* of a row tells of the prediction of that row's token *t*.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,15 @@ class KnownText:
     may_exit: Tensor
 
     @classmethod
-    def from_arrays(cls, arrays: tuple, labels: Any) -> "KnownText":
-        """From what `token_prediction_step` gave, gathered and padded with −100."""
-        losses, predictions, exit_layers, may_exit = (torch.as_tensor(array) for array in arrays)
-        counted = predictions != IGNORED
-        values = (losses, predictions, torch.as_tensor(labels), exit_layers, may_exit == 1)
-        return cls(*(value[counted] for value in values))
+    def from_arrays(cls, batches: Sequence[tuple], labels: Sequence[Any]) -> "KnownText":
+        """From batches of what `token_prediction_step` gave, gathered and padded with −100."""
+        parts = []
+        for arrays, their_labels in zip(batches, labels, strict=True):
+            losses, predictions, exit_layers, may_exit = (torch.as_tensor(array) for array in arrays)
+            counted = predictions != IGNORED
+            values = (losses, predictions, torch.as_tensor(their_labels), exit_layers, may_exit == 1)
+            parts.append([value[counted] for value in values])
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     @property
     def decided_layers(self) -> Tensor:
@@ -113,6 +116,7 @@ def token_prediction_step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Ten
 
 def aligned_prediction(prediction: EvalPrediction) -> EvalPrediction:
     """What `compute_metrics` of a decoder gets: most probable tokens (rows, time) beside the labels they are for."""
-    return EvalPrediction(
-        prediction.predictions[1], prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses
-    )
+    arrays = prediction.predictions
+    # Batches are not joined with `eval_do_concat_batches=False`.
+    tokens = [batch[1] for batch in arrays] if isinstance(arrays, list) else arrays[1]
+    return EvalPrediction(tokens, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)

@@ -4,22 +4,21 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
-from transformers import EvalPrediction, TrainerCallback, set_seed
-from transformers.trainer_pt_utils import nested_numpify
+from transformers import set_seed
 from transformers.utils import logging
 
-from transformers_cee.evaluation.exit_budget import fit_exit_budgets
-from transformers_cee.evaluation.store import ExitStore, collect_exits
+from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import ExitPolicies, make_policies
 from transformers_cee.training.checkpoints import needs_of
-from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
+from transformers_cee.training.checks import check_phases
 from transformers_cee.training.hardness import fingerprint, memorized_layers, read_hardness, write_hardness
 from transformers_cee.training.model_step import (
     ModelPhase,
@@ -37,15 +36,18 @@ from transformers_cee.training.parameters import (
     split_exit_groups,
 )
 from transformers_cee.training.phases import HARDNESS, PhaseLog
-from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
+from transformers_cee.training.policy_phase import StoredRewards, at_rate, run_policy_phase, stored_metrics
+from transformers_cee.training.rehearsal import subset
 from transformers_cee.training.rewards import RewardFunction
+from transformers_cee.training.run_output import RunOutput
+from transformers_cee.training.stored_exits import StoredExitsTrainer
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
 logger = logging.get_logger(__name__)
 
 
-class ConsistentEETrainer(EarlyExitTrainer):
+class ConsistentEETrainer(StoredExitsTrainer):
     """Trains an early-exit model by ConsistentEE (Zeng et al., AAAI 2024).
 
     `train()` runs the phases of `args.phases`, and each can be run alone:
@@ -63,7 +65,8 @@ class ConsistentEETrainer(EarlyExitTrainer):
     Args:
         model (`PreTrainedModel` or `PeftModel`): an early-exit model, such as [`BertForConsistentEE`] or
             [`LlamaForConsistentEECausalLM`]. With adapters around it, `modules_to_save` of their config has to name
-            `"exit_policies"`, and `"exit_heads"` and `"exit_norms"` where these are to learn.
+            `"exit_policies"`, and `"exit_heads"` and `"exit_norms"` where these are to learn. Or give `model_init`,
+            which makes a fresh one for every `train()`.
         args ([`ConsistentEETrainingArguments`]): arguments.
         reward_function (`Callable`, *optional*):
             Replaces the reward: takes losses or errors (rows, exits), exit layers (exits,), memorized layers (rows,)
@@ -78,41 +81,64 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: ConsistentEETrainingArguments,
+        model: nn.Module | None = None,
+        args: ConsistentEETrainingArguments | None = None,
         *,
         reward_function: RewardFunction | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         self.reward_function = reward_function
-        self._own_callbacks = list(callbacks or [])
         self._phase: ModelPhase | None = None
-        self._stores: dict[str, tuple[str, ExitStore]] = {}
 
     # The run
 
-    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Runs the phases in order.
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: bool | str | None = None, trial: Any = None, **kwargs: Any
+    ) -> RunOutput:
+        """Runs the phases in order, on a fresh model where there is a `model_init`.
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*):
                 `True` goes on with the run in `args.output_dir`, if there is one: finished phases are not repeated, an
                 interrupted one goes on from its newest checkpoint that can be read in full. A path names another
                 run's `output_dir`, or a checkpoint inside it.
+            trial (*optional*): what `hyperparameter_search` tries; the run then lies in `output_dir/run-<trial>`.
 
         Returns:
-            `dict[str, Any]`: result of each step by name, a `TrainOutput` or, for hardness that was not finished
-            before, the memorized layers.
+            [`RunOutput`]: `global_step`, `training_loss` and `metrics` of the run, and in `phases` the result of each
+            step by name, a `TrainOutput` or, for hardness that was not finished before, the memorized layers.
+            `state.log_history` holds what the phases logged.
 
         Raises:
             ValueError: a run that cannot be resumed, nothing to train, or arguments that Trainer's `train` takes and
                 phases do not.
         """
         if kwargs:
-            raise ValueError(f"`train` got {sorted(kwargs)}; only `resume_from_checkpoint` is accepted.")
-        self._check_run()
+            raise ValueError(f"`train` got {sorted(kwargs)}; only `resume_from_checkpoint` and `trial` are accepted.")
+        output_dir = self.args.output_dir
+        try:
+            self._begin(trial)
+            return self._run(resume_from_checkpoint)
+        finally:
+            self.args.output_dir = output_dir
+
+    def _begin(self, trial: Any) -> None:
+        """Makes the model of a run where there is a `model_init`, and takes a trial's arguments."""
+        if self.model_init is None:
+            if trial is not None:
+                raise ValueError(f"`trial`={trial!r} needs a `model_init` that makes its model.")
+            return
+        set_seed(self.args.seed)
+        self._take_model(self.call_model_init(trial))
+        if trial is not None and self.hp_search_backend is not None:
+            self._hp_search_setup(trial)
+            self.args.check_phases()
+            self.args.output_dir = self._get_output_dir(trial)
+
+    def _run(self, resume_from_checkpoint: bool | str | None) -> RunOutput:
+        start = time.time()
+        self.check_phases()
         log = PhaseLog.of(self.args.output_dir, resume_from_checkpoint, self.args.should_save)
         if self.resumes(resume_from_checkpoint):
             log.resume(self._step_names)
@@ -123,16 +149,22 @@ class ConsistentEETrainer(EarlyExitTrainer):
             with self.accelerator.main_process_first():
                 log.start()
         results: dict[str, Any] = {step: log.result(step) for step in log.finished if step != HARDNESS}
+        history: list[dict[str, Any]] = []
         for number, (step, run) in enumerate(self._steps().items()):
             if step not in log.finished:
                 # Each step draws its own random numbers, so that a resumed run draws the same.
                 set_seed(self.args.seed + number)
+                before, logged = self.state, len(self.state.log_history)
                 results[step] = run(log.folder(step), log.checkpoint(step, needs_of(self)))
+                # A step of the model starts a state of its own.
+                logged = logged if self.state is before else 0
+                history += [{**entry, "phase": step} for entry in self.state.log_history[logged:]]
                 self._keep(log, step, results[step])
         self._renew_budgets()
+        self.state.log_history = history
         if self.args.push_to_hub:
             self.save_model()
-        return results
+        return RunOutput.of(results, time.time() - start)
 
     def resumes(self, resume_from_checkpoint: bool | str | None) -> bool:
         """Does `train(resume_from_checkpoint)` go on with weights that an earlier run left? What prepares the model
@@ -157,6 +189,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
         Returns:
             `TrainOutput` of the phase, or of its last stage.
         """
+        self.check_phases(["heads"])
         steps = self._heads_steps()
         names = list(steps)
         folder = None if resume_from_checkpoint is None else os.path.dirname(os.path.abspath(resume_from_checkpoint))
@@ -173,11 +206,12 @@ class ConsistentEETrainer(EarlyExitTrainer):
         Kept in `output_dir/hardness.safetensors` with a fingerprint of data and weights and the layers of the exits,
         and computed again when any of them has changed.
         """
-        self._check_rows()
-        return self._hardness(fingerprint(self._exit_model, self.train_dataset))
+        self.check_phases(["hardness"])
+        return self._hardness()
 
-    def _hardness(self, mark: str) -> Tensor:
-        """`compute_hardness` of the training rows whose fingerprint is known."""
+    def _hardness(self, mark: str | None = None) -> Tensor:
+        """`compute_hardness` of the training rows, whose fingerprint may be known."""
+        mark = fingerprint(self._exit_model, self.train_dataset) if mark is None else mark
         about = {
             "fingerprint": mark,
             "tolerance": str(self.args.hardness_tolerance),
@@ -200,6 +234,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     def train_policy(self, resume_from_checkpoint: str | None = None) -> Any:
         """Phase `policy`: the policies alone learn on stored exit states; backbone and heads stay as they are."""
+        self.check_phases(["policy"])
         result = self._policy(self._folder("policy"), resume_from_checkpoint)
         self._renew_budgets()
         return result
@@ -228,8 +263,8 @@ class ConsistentEETrainer(EarlyExitTrainer):
         family = {}
         config = copy.copy(self._exit_model.config)
         config.policy_condition = "none"
+        self.check_phases(["policy"])
         own = next(self._exit_model.exit_policies.parameters())
-        self._check_rows()
         mark = fingerprint(self._exit_model, self.train_dataset)
         for alpha in alphas:
             set_seed(self.args.seed)
@@ -238,39 +273,13 @@ class ConsistentEETrainer(EarlyExitTrainer):
             family[alpha] = policies.eval()
         return family
 
-    def fit_exit_budgets(self) -> list[list[float]]:
-        """Maps budgets to prices of a layer on the evaluation set, of conditioned policies: `exit_budget=` then works.
-        `train()` ends with it; labels are not looked at. See `evaluation.exit_budget`.
-
-        Raises:
-            ValueError: policies that are not conditioned, or not one evaluation set.
-        """
-        if self.eval_dataset is None or isinstance(self.eval_dataset, dict):
-            raise ValueError(f"`eval_dataset` of type {type(self.eval_dataset).__name__} must be one data set.")
-        model = self._exit_model
-        store = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
-        first_layer = getattr(model.config, "min_exit_layer", None)
-        policies = active_module(model.exit_policies)
-        model.config.exit_budgets = fit_exit_budgets(policies, store, min_exit_layer=first_layer)
-        return model.config.exit_budgets
-
-    def train_consistent(self) -> dict[str, Any]:
+    def train_consistent(self) -> RunOutput:
         """Phase `consistent`: rounds of a model step (loss at the exits that the policies take) and a policy step."""
+        start = time.time()
+        self.check_phases(["consistent"])
         results = {step: run(self._folder(step), None) for step, run in self._rounds().items()}
         self._renew_budgets()
-        return results
-
-    def _renew_budgets(self) -> None:
-        """Fits budgets to the policies as they are, if there are rows for it; names what is older than the weights."""
-        config, older = self._exit_model.config, ["exit_operating_points", "exit_estimators"]
-        is_conditioned = active_module(self._exit_model.exit_policies).is_conditioned
-        if is_conditioned and self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
-            self.fit_exit_budgets()
-        else:
-            older.append("exit_budgets")
-        stale = [name for name in older if getattr(config, name)]
-        if stale:
-            logger.warning(f"{' and '.join(stale)} of the config were fitted before this training: fit them again.")
+        return RunOutput.of(results, time.time() - start)
 
     def _steps(self) -> dict[str, Callable[[str, str | None], Any]]:
         """All steps of the run by name, in order."""
@@ -282,7 +291,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
                 steps |= self._heads_steps()
             else:
                 steps[phase] = {
-                    "hardness": lambda folder, checkpoint: self.compute_hardness(),
+                    "hardness": lambda folder, checkpoint: self._hardness(),
                     "policy": self._policy,
                 }[phase]
         return steps
@@ -304,34 +313,40 @@ class ConsistentEETrainer(EarlyExitTrainer):
 
     # Phases
 
+    def check_phases(self, phases: Sequence[str] | None = None) -> None:
+        """Raises whatever would stop one of the phases, before any of them has begun: `train()` and the phases' own
+        methods start with it. A script that has work of its own before calls it first.
+
+        Args:
+            phases (sequence of `str`, *optional*): phases to come; `args.phases` by default.
+
+        Raises:
+            ValueError, TypeError: data, labels, metrics, arguments or a model that a phase could not work with.
+        """
+        check_phases(self, self.args.phases if phases is None else phases)
+
+    def _model_phases(self, phases: Collection[str]) -> list[ModelPhase]:
+        """Those of the phases that train the model itself, all their stages."""
+        found = list(map(self._heads_phase, self._heads_steps())) if "heads" in phases else []
+        return [*found, self._consistent_phase()] if "consistent" in phases else found
+
     def _heads_phase(self, stage: str) -> ModelPhase:
-        return heads_phase(self.args, self._exit_model, lambda: self.state, stage)
+        return heads_phase(self.args, self._exit_model, lambda: self.state, stage, self.own_loss)
 
-    def _check_run(self) -> None:
-        """Raises `ValueError` where a step of the run would have nothing to train, or could not be evaluated."""
-        self._check_rows()
-        judges_policies = self.args.eval_strategy != "no" and {"policy", "consistent"} & {*self.args.phases}
-        if judges_policies and self.compute_metrics is not None and self.args.include_for_metrics:
-            raise ValueError(
-                f"`include_for_metrics`={self.args.include_for_metrics} is not supported with `eval_strategy`="
-                f"'{self.args.eval_strategy}': policies are judged on stored exits, of which logits and labels alone "
-                "are known; accepted is []."
-            )
-        checked = list(map(self._heads_phase, self._heads_steps())) if "heads" in self.args.phases else []
-        if "consistent" in self.args.phases:
-            checked.append(consistent_phase(self.args, self._exit_model, self._problem_type))
-        for phase in checked:
-            with keeping_requires_grad(self.model):
-                freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
+    def _consistent_phase(self) -> ModelPhase:
+        return consistent_phase(self.args, self._exit_model, self._problem_type, self.own_loss)
 
-    def _check_rows(self) -> None:
-        """Raises `ValueError` unless there is a data set of which every phase can take the same rows."""
-        rows = self.train_dataset
-        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-            raise ValueError(
-                f"`train_dataset` of type {type(rows).__name__} must have a length and rows by number: phases come "
-                "back to the same rows."
-            )
+    @contextmanager
+    def _evaluating_as(self, phase: ModelPhase | None) -> Iterator[None]:
+        """`evaluate()` does what it does inside of a phase."""
+        kept = (self._phase, self._in_phase, self._exit_arguments, self._exit_loss)
+        if phase is not None:
+            self._phase, self._in_phase = phase, True
+            self._exit_arguments, self._exit_loss = phase.evaluation, phase.exit_loss
+        try:
+            yield
+        finally:
+            self._phase, self._in_phase, self._exit_arguments, self._exit_loss = kept
 
     def _heads(self, stage: str, folder: str, checkpoint: str | None) -> Any:
         epochs = self.args.heads_num_train_epochs
@@ -346,7 +361,7 @@ class ConsistentEETrainer(EarlyExitTrainer):
     def _consistent_model(self, folder: str, checkpoint: str | None) -> Any:
         rate = self.args.consistent_learning_rate
         return self._train_model(
-            consistent_phase(self.args, self._exit_model, self._problem_type),
+            self._consistent_phase(),
             folder,
             checkpoint,
             self.args.learning_rate if rate is None else rate,
@@ -358,30 +373,32 @@ class ConsistentEETrainer(EarlyExitTrainer):
     ) -> Any:
         """Trainer's own loop with the phase's loss, on the rows of the heads, where only what the phase trains is not
         frozen."""
-        self._check_rows()
         own = copy.copy(self.args)
         own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
         own.push_to_hub = False
         if phase.trainable == "internal_exits" and own.metric_for_best_model is not None:
             # Nothing else that an evaluation reports can change.
             own.metric_for_best_model, own.greater_is_better = "exit_loss", False
-        kept = (self.args, self.train_dataset, self._exit_arguments)
-        with keeping_requires_grad(self.model):
+        kept = (self.args, self.train_dataset, self.model_init, self.optimizer_cls_and_kwargs)
+        with keeping_requires_grad(self.model), self._evaluating_as(phase), self._finite_labels():
             freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
             # A wrapper that an earlier phase left would wait for the gradients of that phase.
             self.model_wrapped = self.model
-            self.args, self._phase, self._in_phase = own, phase, True
-            self.train_dataset = _subset(self.train_dataset, self._split()[0])
-            self._exit_arguments, self._exit_loss = phase.evaluation, phase.exit_loss
-            self.optimizer = self.lr_scheduler = None
+            if self.accelerator.num_processes > 1:
+                # An evaluation before any training marks the model as prepared: gradients would not be averaged.
+                vars(self.model).pop("_is_accelerate_prepared", None)
+            self.args = own
+            self.train_dataset = subset(self.train_dataset, self._split()[0].tolist())
+            # The model of this phase is the one that earlier phases left.
+            self.optimizer = self.lr_scheduler = self.model_init = None
+            self.optimizer_cls_and_kwargs = at_rate(self.optimizer_cls_and_kwargs, learning_rate)
             for callback in self.callback_handler.callbacks:
                 if hasattr(callback, "early_stopping_patience_counter"):
                     callback.early_stopping_patience_counter = 0
             try:
                 return super().train(resume_from_checkpoint=checkpoint)
             finally:
-                self.args, self.train_dataset, self._exit_arguments = kept
-                self._phase, self._in_phase = None, False
+                self.args, self.train_dataset, self.model_init, self.optimizer_cls_and_kwargs = kept
 
     def _policy(
         self,
@@ -393,25 +410,21 @@ class ConsistentEETrainer(EarlyExitTrainer):
     ) -> Any:
         """Trains the model's policies, or others at a reward weight of their own; `mark` is the fingerprint of the
         training rows, if it is known."""
-        self._check_rows()
         model = self._exit_model
         config = model.config
-        if len(config.exit_layer_numbers) == 1:
-            raise ValueError("`exit_layers` leaves the last layer as the only exit: there is nothing to decide.")
         mark = fingerprint(model, self.train_dataset) if mark is None else mark
         store = self._store("train", self.train_dataset, mark)
         entries = store.deciding(self._split()[1])
         used = active_module(model.exit_policies) if policies is None else policies
         train = self._stored_rewards(store, self._hardness(mark), alpha, used.is_conditioned, entries)
-        evaluation = None
-        if self.args.eval_strategy != "no" and isinstance(self.eval_dataset, dict):
-            logger.warning("`eval_dataset` holds several data sets: policies learn without being evaluated.")
-        elif self.args.eval_strategy != "no" and self.eval_dataset is not None:
-            stored = self._store("eval", self.eval_dataset, fingerprint(model, self.eval_dataset))
-            memorized = memorized_layers(stored.correct, stored.layers)
-            evaluation = self._stored_rewards(stored, memorized, alpha, used.is_conditioned, stored.deciding())
+        evaluation = {}
+        if self.args.eval_strategy != "no":
+            for name, stored in self._evaluation_stores().items():
+                memorized = memorized_layers(stored.correct, stored.layers)
+                entries = stored.deciding()
+                evaluation[name] = self._stored_rewards(stored, memorized, alpha, used.is_conditioned, entries)
         criterion, threshold = operating_point(model)
-        return run_policy_phase(
+        output, history = run_policy_phase(
             used,
             self.args,
             folder,
@@ -419,72 +432,14 @@ class ConsistentEETrainer(EarlyExitTrainer):
             evaluation,
             exit_threshold=threshold if criterion == "policy" else 0.5,
             first_exit=first_exit(config),
-            metrics=self._stored_metrics(),
-            callbacks=self._own_callbacks,
+            metrics=stored_metrics(self.compute_metrics, self.preprocess_logits_for_metrics),
+            callbacks=self.callback_handler.callbacks,
+            processing_class=self.processing_class,
+            optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs,
             resume_from_checkpoint=checkpoint,
         )
-
-    def _stored_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """`compute_metrics` for stored logits, which `preprocess_logits_for_metrics` has not seen yet."""
-        compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
-        if compute is None or preprocess is None:
-            return compute
-
-        def metrics(prediction: EvalPrediction) -> dict[str, float]:
-            labels = prediction.label_ids
-            seen = preprocess(torch.as_tensor(prediction.predictions), torch.as_tensor(labels))
-            return compute(EvalPrediction(nested_numpify(seen), labels))
-
-        return metrics
-
-    # What the phases need
-
-    def collect_exits(
-        self, dataset: Any, name: str = "other", max_tokens: int | None = None, rows: Tensor | None = None
-    ) -> ExitStore:
-        """Every exit's states and results for each row, or counted token, of `dataset`, in evaluation mode. What a
-        phase has stored of the same rows and weights is not computed again.
-
-        Args:
-            dataset (sized, indexable): rows as the model takes them, with labels.
-            name (`str`): names the file in `output_dir/exit_store` of states above `args.store_memory_limit_mb`.
-            max_tokens (`int`, *optional*): of a decoder, the most tokens to keep, those of rows drawn at random.
-            rows (`LongTensor`, *optional*): rows to draw from with `max_tokens`.
-        """
-        if max_tokens is None and self.args.policy_max_tokens is None and self._stores:
-            mark = fingerprint(self._exit_model, dataset)
-            for stored_mark, store in self._stores.values():
-                if stored_mark == mark:
-                    return store
-        description = "exit states"
-        collator = self.data_collator
-        if hasattr(dataset, "column_names"):
-            dataset = self._remove_unused_columns(dataset, description=description)
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description=description)
-        return collect_exits(
-            self._exit_model,
-            dataset,
-            collator,
-            self.accelerator,
-            problem_type=self._problem_type(dataset),
-            batch_size=self.args.per_device_eval_batch_size,
-            directory=os.path.join(self.args.output_dir, "exit_store", name),
-            memory_limit_mb=self.args.store_memory_limit_mb,
-            tolerance=self.args.hardness_tolerance,
-            max_tokens=max_tokens,
-            rows=rows,
-            seed=self._data_seed,
-            disable_tqdm=self.args.disable_tqdm,
-        )
-
-    def _store(self, name: str, dataset: Any, mark: str) -> ExitStore:
-        if self._stores.get(name, ("", None))[0] != mark:
-            self._stores.pop(name, None)
-            limit = self.args.policy_max_tokens
-            rows = self._split()[1] if name == "train" and limit is not None else None
-            self._stores[name] = (mark, self.collect_exits(dataset, name, limit, rows))
-        return self._stores[name][1]
+        self.state.log_history += history
+        return output
 
     def _stored_rewards(
         self, store: ExitStore, memorized: Tensor, alpha: float | None, is_conditioned: bool, entries: Tensor
@@ -499,19 +454,6 @@ class ConsistentEETrainer(EarlyExitTrainer):
             reward_function=self.reward_function,
             entries=entries,
         )
-
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """Row numbers that the heads learn from, and those that the policies learn from."""
-        rows = len(self.train_dataset)
-        held_out = round(self.args.policy_holdout * rows)
-        if held_out == 0:
-            return torch.arange(rows), torch.arange(rows)
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(self._data_seed))
-        return order[held_out:].sort().values, order[:held_out].sort().values
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _folder(self, step: str) -> str:
         return PhaseLog.of(self.args.output_dir, None).folder(step)
@@ -555,9 +497,3 @@ class ConsistentEETrainer(EarlyExitTrainer):
         if self.args.exit_learning_rate is not None and len(optimizer.param_groups) < 4:
             split_exit_groups(optimizer, self.model, self.args.exit_learning_rate)
         return optimizer
-
-
-def _subset(dataset: Any, rows: Tensor) -> Any:
-    if len(rows) == len(dataset):
-        return dataset
-    return dataset.select(rows.tolist()) if hasattr(dataset, "select") else Subset(dataset, rows.tolist())

@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Arguments of [`ConsistentEETrainer`]."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +12,51 @@ from transformers import TrainingArguments
 
 PHASES = ("heads", "hardness", "policy", "consistent")
 POLICY_GRADIENTS = ("exact", "reinforce", "optimal_stopping")
-REWARD_LOSSES = ("ce", "error", "disagreement")
 CONSISTENT_OBJECTIVES = ("expected", "sampled")
 TRAINABLE = ("all", "exits")
+
+
+_AT_LEAST_0 = (lambda value: value >= 0, "of at least 0")
+_AT_LEAST_1 = (lambda value: value >= 1, "of at least 1")
+_SHARE = (lambda value: 0 <= value < 1, "in [0, 1)")
+_RATE_OR_DEFAULT = (lambda value: value is None or value >= 0, "of at least 0, or None")
+# What numbers may be: whole or any, a condition, and how it is said.
+NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "heads_learning_rate": (float, *_RATE_OR_DEFAULT),
+    "consistent_learning_rate": (float, *_RATE_OR_DEFAULT),
+    "exit_learning_rate": (float, *_RATE_OR_DEFAULT),
+    "heads_num_train_epochs": (float, *_RATE_OR_DEFAULT),
+    "policy_learning_rate": (float, *_AT_LEAST_0),
+    "policy_num_train_epochs": (float, *_AT_LEAST_0),
+    "consistent_num_train_epochs": (float, *_AT_LEAST_0),
+    "policy_batch_size": (int, *_AT_LEAST_1),
+    "policy_samples": (int, *_AT_LEAST_1),
+    "consistent_samples": (int, *_AT_LEAST_1),
+    "consistent_num_rounds": (int, *_AT_LEAST_1),
+    "policy_holdout": (float, *_SHARE),
+    "policy_exploration": (float, *_SHARE),
+    "policy_max_tokens": (int, lambda value: value is None or value >= 1, "of at least 1, or None for all"),
+    "policy_entropy_bonus": (float, lambda value: value is not None, "that is finite"),
+    "hardness_tolerance": (float, *_AT_LEAST_0),
+    "store_memory_limit_mb": (int, *_AT_LEAST_0),
+    "eval_timing_rows": (int, *_AT_LEAST_0),
+}
+
+
+def check_number(name: str, value: Any, kind: type, accepts: Callable[[Any], bool], wanted: str) -> None:
+    """Raises `ValueError` unless an argument is a finite number of a kind, or None, that is accepted."""
+    whole = kind is int
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not (value is None or (is_number and math.isfinite(value))) or not _passes(accepts, value):
+        raise ValueError(f"`{name}`={value!r} must be a {'whole ' if whole else ''}number {wanted}.")
+
+
+def _passes(accepts: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return accepts(value)
+    except TypeError:
+        # None, where that is not accepted.
+        return False
 
 
 @dataclass
@@ -127,12 +171,22 @@ class ConsistentEETrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_phases()
+
+    def check_phases(self) -> None:
+        """Raises `ValueError` for options of the phases that are unknown or out of their range; asked again before a
+        run, since arguments may have been changed."""
+        from transformers_cee.evaluation.store import REWARD_LOSSES
         from transformers_cee.exits.token_losses import TOKEN_LOSSES
         from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 
         unknown = [phase for phase in self.phases if phase not in PHASES]
         if unknown or not self.phases:
             raise ValueError(f"`phases`={self.phases}: {unknown} unknown; accepted are {', '.join(PHASES)}.")
+        if len({*self.phases}) < len(self.phases):
+            raise ValueError(f"`phases`={self.phases} names a phase twice; `consistent_num_rounds` repeats.")
+        for name, (kind, accepts, wanted) in NUMBERS.items():
+            check_number(name, getattr(self, name), kind, accepts, wanted)
         for name, accepted in (
             ("trainable", TRAINABLE),
             ("heads_objective", tuple(HEADS_OBJECTIVES)),
@@ -148,14 +202,6 @@ class ConsistentEETrainingArguments(TrainingArguments):
                 f"`policy_exploration`={self.policy_exploration} and `policy_entropy_bonus`="
                 f"{self.policy_entropy_bonus} must be 0 with `policy_gradient`='optimal_stopping': it draws nothing."
             )
-        for name in ("policy_holdout", "policy_exploration"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}`={getattr(self, name)} must lie in [0, 1).")
-        for name in ("policy_batch_size", "policy_samples", "consistent_samples", "consistent_num_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
-        if self.policy_max_tokens is not None and self.policy_max_tokens < 1:
-            raise ValueError(f"`policy_max_tokens`={self.policy_max_tokens} must be at least 1, or None for all.")
         if self.trainable == "exits" and HEADS_OBJECTIVES[self.heads_objective].last_exit_alone:
             raise ValueError(
                 f"`heads_objective`={self.heads_objective!r} trains the last exit alone, wholly or in turn, which "
@@ -163,8 +209,10 @@ class ConsistentEETrainingArguments(TrainingArguments):
             )
         self.make_heads_objective()
         self.make_token_loss()
-        if not all(0.0 <= threshold <= 1.0 for threshold in self.eval_exit_thresholds):
-            raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds} must lie in [0, 1].")
+        if not isinstance(self.eval_exit_thresholds, list | tuple):
+            raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds!r} must be a list of numbers.")
+        for threshold in self.eval_exit_thresholds:
+            check_number("eval_exit_thresholds", threshold, float, lambda value: 0 <= value <= 1, "in [0, 1]")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor`={self.label_smoothing_factor} is not supported: losses are those of exits."

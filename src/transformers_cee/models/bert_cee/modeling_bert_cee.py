@@ -23,6 +23,7 @@ from transformers_cee.exits.losses import (
     exit_losses,
     layer_weighted,
     resolve_problem_type,
+    say_what_labels_train,
 )
 from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.policy import all_features, make_policies
@@ -163,6 +164,8 @@ class BertForConsistentEE(EarlyExitLoadingMixin, OwnLoss, BertPreTrainedModel):
         output_all_exits = output_all_exits or (all_exits and labels is None)
         if self.training and not asked and labels is None:
             check_training_without_labels(num_items_in_batch)
+        elif self.training and not output_all_exits and not asked:
+            say_what_labels_train(self.config.exit_criterion)
         if labels is not None:
             check_labels(labels, rows, self.num_labels, problem_type)
             # As stock BERT does: what logits mean is saved with the model, for whoever has no labels.

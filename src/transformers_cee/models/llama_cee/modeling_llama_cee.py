@@ -30,7 +30,12 @@ from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
-from transformers_cee.exits.losses import OwnLoss, check_training_without_labels, layer_weighted
+from transformers_cee.exits.losses import (
+    OwnLoss,
+    check_training_without_labels,
+    layer_weighted,
+    say_what_labels_train,
+)
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.policy import make_policies
 from transformers_cee.exits.recording import hide_left, wants_states
@@ -267,6 +272,8 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         full_depth = exit_threshold is None and exit_budget is None and not sample_exits
         if self.training and full_depth and targets is None:
             check_training_without_labels(num_items_in_batch)
+        elif self.training and full_depth and not output_all_exits:
+            say_what_labels_train(self.config.exit_criterion)
         if attention_mask is not None and attention_mask.dim() == 2:
             # What is not 0 is a token, whatever its number.
             attention_mask = attention_mask != 0

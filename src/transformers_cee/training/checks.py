@@ -1,0 +1,241 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What is refused before any work starts: whatever would stop a phase after others have taken their time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import EarlyStoppingCallback
+from transformers.utils import logging
+
+from transformers_cee.exits.configuration import ExitConfigMixin
+from transformers_cee.exits.policy import check_has_classes
+from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES, check_heads_objective
+from transformers_cee.training.labels import check_label_column, check_labelled
+from transformers_cee.training.model_step import operating_point
+from transformers_cee.training.parameters import (
+    active_module,
+    bare_model,
+    freeze_for_model_step,
+    keeping_requires_grad,
+)
+from transformers_cee.training.policy_phase import check_policies_learn, check_reward_function
+from transformers_cee.training.rehearsal import first_batch, rehearse_evaluation, take_rows
+from transformers_cee.training.training_args import ConsistentEETrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+# Phases in which the model itself learns, and in which the policies do.
+MODEL_PHASES = {"heads", "consistent"}
+POLICY_PHASES = {"policy", "consistent"}
+# Rows whose labels are looked at together.
+ROWS = 64
+
+
+def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for arguments of Trainer that early exits do not support."""
+    if not isinstance(args, ConsistentEETrainingArguments):
+        raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
+    if any(kwargs.get("optimizers") or ()):
+        raise ValueError(
+            "`optimizers` is not supported: every phase makes its own; use `args.optim` or `optimizer_cls_and_kwargs`."
+        )
+    fixed = {"lr", "params"} & {*(kwargs.get("optimizer_cls_and_kwargs") or (None, {}))[1]}
+    if fixed:
+        raise ValueError(
+            f"`optimizer_cls_and_kwargs` sets {sorted(fixed)}, which every phase has of its own; use `learning_rate`, "
+            "`exit_learning_rate` and `policy_learning_rate` of `args`."
+        )
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(
+            f"`label_names`={args.label_names!r} must be ['labels'] or None: losses of exits are of those."
+        )
+    if args.prediction_loss_only or args.batch_eval_metrics:
+        raise ValueError("`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed.")
+
+
+def check_model(
+    model: nn.Module,
+    args: ConsistentEETrainingArguments,
+    preprocess: Callable | None = None,
+    own_loss: Callable | None = None,
+) -> None:
+    """Raises `ValueError` for a model without exits, or one that the arguments do not fit.
+
+    Args:
+        preprocess (`Callable`, *optional*): `preprocess_logits_for_metrics`.
+        own_loss (`Callable`, *optional*): `compute_loss_func`.
+    """
+    exit_model = bare_model(model)
+    if not isinstance(getattr(exit_model, "config", None), ExitConfigMixin):
+        raise ValueError(
+            f"`model` of type {type(model).__name__} has no exits; give a model such as BertForConsistentEE."
+        )
+    check_heads_objective(args.heads_objective, exit_model.config, exit_model.exits_per_token)
+    if exit_model.exits_per_token:
+        if preprocess is not None:
+            raise ValueError("`preprocess_logits_for_metrics` is not supported: a decoder's logits are not collected.")
+        if own_loss is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported: a decoder's logits are never held at once; use `token_loss`, "
+                "one of `exits.token_losses.TOKEN_LOSSES`, where others can be put."
+            )
+    elif args.token_loss != "ce" or args.policy_max_tokens is not None:
+        raise ValueError(
+            f"`token_loss`={args.token_loss!r} and `policy_max_tokens`={args.policy_max_tokens} are for decoders; "
+            f"{type(exit_model).__name__} leaves row by row: accepted are 'ce' and None."
+        )
+
+
+def check_phases(trainer: Any, phases: Collection[str]) -> None:
+    """Raises `ValueError` or `TypeError` for whatever would stop one of some phases; nothing has been done by then.
+
+    A few rows of every data set are run, without gradient and without telling callbacks, since only that shows what
+    collators, labels and `compute_metrics` make of them.
+
+    Args:
+        trainer ([`ConsistentEETrainer`]): the trainer as it would run.
+        phases (collection of `str`): phases to come, of `PHASES`.
+    """
+    phases = {*phases}
+    trainer.args.check_phases()
+    _check_train_rows(trainer, phases)
+    _check_evaluation(trainer, phases)
+    model_phases = trainer._model_phases(phases)
+    for phase in model_phases:
+        with keeping_requires_grad(trainer.model):
+            freeze_for_model_step(trainer.model, phase.trainable, phase.trains_policies)
+    _check_exits(trainer, phases)
+    _check_stopping(trainer, phases)
+    _check_first_rows(trainer, phases)
+    # Backends that split a model prepare it for good.
+    splits = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if _judges(trainer) and phases != {"hardness"} and not splits:
+        rehearse_evaluation(trainer, model_phases)
+
+
+def check_rows(rows: Any, name: str) -> None:
+    """Raises `ValueError` unless there is a data set with rows, which can be had by number."""
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise ValueError(
+            f"`{name}` of type {type(rows).__name__} must have a length and rows by number: phases come back to the "
+            "same rows."
+        )
+    if len(rows) == 0:
+        raise ValueError(f"`{name}` is empty; at least one row is needed.")
+
+
+def _check_train_rows(trainer: Any, phases: set[str]) -> None:
+    args, rows = trainer.args, trainer.train_dataset
+    check_rows(rows, "train_dataset")
+    for name, some in zip(("heads", "policies"), trainer._split(), strict=True):
+        if len(some) == 0:
+            raise ValueError(f"`policy_holdout`={args.policy_holdout} leaves no row of {len(rows)} for the {name}.")
+    learnt, batch = len(trainer._split()[0]), args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and phases & MODEL_PHASES and learnt < batch:
+        raise ValueError(
+            f"`dataloader_drop_last`=True leaves no batch: {learnt} rows do not fill one of {batch}. Accepted are "
+            "False, or a smaller `per_device_train_batch_size`."
+        )
+    check_label_column(rows, "train_dataset")
+
+
+def evaluation_sets(trainer: Any) -> dict[str, Any]:
+    """The evaluation sets by name, one of its own as ""; none where there is none."""
+    sets = trainer.eval_dataset
+    if sets is None:
+        return {}
+    return dict(sets) if isinstance(sets, dict) else {"": sets}
+
+
+def _judges(trainer: Any) -> bool:
+    """Is anything evaluated while phases learn?"""
+    return trainer.args.eval_strategy != "no" or (trainer.args.eval_on_start and trainer.eval_dataset is not None)
+
+
+def _check_evaluation(trainer: Any, phases: set[str]) -> None:
+    """Rows of the evaluation sets, and what the policies can be judged by."""
+    args = trainer.args
+    judges = _judges(trainer)
+    stores = POLICY_PHASES & phases and (judges or trainer._has_conditioned_policies)
+    for name, rows in evaluation_sets(trainer).items():
+        named = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        if stores:
+            check_rows(rows, named)
+        if judges and phases != {"hardness"} and hasattr(rows, "__len__"):
+            if len(rows) == 0:
+                raise ValueError(f"`{named}` is empty; at least one row is needed, or `eval_strategy`='no'.")
+            batch = args.eval_batch_size * args.world_size
+            if args.dataloader_drop_last and phases & MODEL_PHASES and len(rows) < batch:
+                raise ValueError(
+                    f"`dataloader_drop_last`=True leaves no batch of `{named}`: {len(rows)} rows do not fill one of "
+                    f"{batch}. Accepted are False, or a smaller `per_device_eval_batch_size`."
+                )
+        check_label_column(rows, named)
+    if judges and phases & POLICY_PHASES and trainer.compute_metrics is not None and args.include_for_metrics:
+        raise ValueError(
+            f"`include_for_metrics`={args.include_for_metrics} is not supported with `eval_strategy`="
+            f"'{args.eval_strategy}': policies are judged on stored exits, of which logits and labels alone are "
+            "known; accepted is []."
+        )
+
+
+def _check_exits(trainer: Any, phases: set[str]) -> None:
+    """Whether the model's exits, and its policies, can do what the phases want of them."""
+    model, args = trainer._exit_model, trainer.args
+    policies = active_module(model.exit_policies)
+    # Arguments may have been changed since there was a model.
+    check_heads_objective(args.heads_objective, model.config, model.exits_per_token)
+    trained_beside = "heads" in phases and HEADS_OBJECTIVES[args.heads_objective].trains_policies
+    if phases & POLICY_PHASES:
+        if len(model.layer_numbers) == 1:
+            raise ValueError(
+                f"`exit_layers`={model.config.exit_layers} leaves the last layer as the only exit: there is nothing "
+                "to decide."
+            )
+        check_policies_learn(policies)
+        check_reward_function(trainer.reward_function, model.config)
+        operating_point(model)
+    own = [weight for part in (model.exit_heads, model.exit_norms) for weight in active_module(part).parameters()]
+    if "heads" in phases and trainer.model is not model and own and not any(one.requires_grad for one in own):
+        logger.warning(
+            "Adapters learn in the phase 'heads', and heads and norms of the internal exits do not: `modules_to_save` "
+            "does not name them, as `exit_lora_config` does."
+        )
+    if policies.needs_logits and (trained_beside or phases - {"heads"}):
+        check_has_classes(
+            trainer._problem_type(), f"`policy_inputs`={model.config.policy_inputs!r} looks at confidence", "'state'"
+        )
+
+
+def _check_stopping(trainer: Any, phases: set[str]) -> None:
+    stops = any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
+    if not stops or phases == {"hardness"}:
+        return
+    if trainer.args.eval_strategy == "no":
+        raise ValueError("`EarlyStoppingCallback` needs evaluations: `eval_strategy`='no' must be 'steps' or 'epoch'.")
+    if phases & MODEL_PHASES and trainer.args.metric_for_best_model is None:
+        raise ValueError("`EarlyStoppingCallback` needs `metric_for_best_model`, which is None.")
+
+
+def _check_first_rows(trainer: Any, phases: set[str]) -> None:
+    """Runs the first training rows; of a decoder whose policies learn, looks for a token that may leave."""
+    heads, policies = trainer._split()
+    if phases & MODEL_PHASES:
+        objective = HEADS_OBJECTIVES[trainer.args.heads_objective]
+        per_row = "consistent" in phases or ("heads" in phases and objective.needs_rows)
+        first_batch(trainer, trainer.train_dataset, heads, per_row)
+    if phases - {"heads"}:
+        first_batch(trainer, trainer.train_dataset, policies)
+    if phases & POLICY_PHASES and trainer._exit_model.exits_per_token:
+        for some in policies.split(ROWS):
+            labels = check_labelled(take_rows(trainer, trainer.train_dataset, some.tolist()))["labels"]
+            counted = labels != -100
+            # A token leaves as what was generated, and if one comes after it.
+            if bool((counted[:, 1:-1] & counted[:, 2:]).any()):
+                return
+        raise ValueError("`train_dataset` has no token that may leave early: every answer is one token long.")

@@ -1,0 +1,154 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A few rows of each data set, run as the phases would, before any of them has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from transformers_cee.evaluation.store import evaluating
+from transformers_cee.training.labels import FiniteLabels
+from transformers_cee.training.model_step import ModelPhase, own_exit_losses
+
+
+def subset(dataset: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a data set, as a data set of the same kind where it has a way to make one."""
+    if len(rows) == len(dataset):
+        return dataset
+    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
+
+
+def take_rows(trainer: Any, dataset: Any, rows: Sequence[int]) -> Mapping[str, Tensor]:
+    """A batch of some rows, without the columns that the model does not take, as Trainer's loaders make it."""
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    return collator([dataset[row] for row in rows])
+
+
+@torch.no_grad()
+def first_batch(trainer: Any, dataset: Any, rows: Tensor, per_row: bool = False) -> None:
+    """Runs the first of some rows to all exits; raises whatever data set, collator and model have to say.
+
+    Args:
+        per_row (`bool`): must a loss of the caller's own tell rows apart?
+    """
+    batch = FiniteLabels(lambda some: take_rows(trainer, dataset, some))(rows[: _batch_size(trainer)].tolist())
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with _aside(trainer), evaluating(model):
+        inputs = trainer._prepare_inputs(dict(batch))
+        outputs = model(**inputs, output_all_exits=True)
+        if trainer.own_loss is not None:
+            losses = own_exit_losses(trainer.own_loss, outputs, inputs["labels"])
+            if per_row and len(losses) != len(inputs["labels"]):
+                raise ValueError(
+                    "`compute_loss_func` gave one number for all rows, and these phases weigh rows; it must return "
+                    "(rows,), as torch's losses do with `reduction='none'`. One number will do for `phases`=['heads'] "
+                    "with an objective of means."
+                )
+
+
+def rehearse_evaluation(trainer: Any, phases: Sequence[ModelPhase]) -> None:
+    """Evaluates the first rows of each evaluation set as phases will, or else as the model is.
+
+    Raises:
+        TypeError: `compute_metrics` gives something else than numbers by name.
+        ValueError: `metric_for_best_model` is not among the metrics of a phase.
+    """
+    judged: list[ModelPhase | None] = [*phases] or [None]
+    for phase in judged:
+        metrics: dict[str, float] = {}
+        sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        for name, rows in sets.items():
+            prefix = f"eval_{name}" if name else "eval"
+            metrics |= _evaluate(trainer, phase, _first(trainer, rows), rows, prefix)
+            if f"{prefix}_exit_loss" in metrics:
+                metrics["eval_exit_loss"] = metrics[f"{prefix}_exit_loss"]
+        wanted = trainer.args.metric_for_best_model
+        if phase is None or wanted is None or phase.trainable == "internal_exits":
+            continue
+        if f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            found = sorted(name.removeprefix("eval_") for name in metrics)
+            raise ValueError(
+                f"`metric_for_best_model`={wanted!r} is none of the metrics: accepted are {', '.join(found)}."
+            )
+
+
+def _evaluate(trainer: Any, phase: ModelPhase | None, few: Any, rows: Any, prefix: str) -> dict[str, float]:
+    """Metrics of a few rows; of all where `compute_metrics` cannot do with few, such as rows of one class only."""
+    compute, failed = trainer.compute_metrics, []
+
+    def watched(prediction: Any) -> Any:
+        try:
+            result = compute(prediction)
+        except Exception as error:
+            failed.append(error)
+            return {}
+        return _check_metrics(result)
+
+    trainer.compute_metrics = None if compute is None else watched
+    try:
+        metrics = _loop(trainer, phase, few, prefix)
+    finally:
+        trainer.compute_metrics = compute
+    return _loop(trainer, phase, rows, prefix) if failed else metrics
+
+
+def _loop(trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str) -> dict[str, float]:
+    # The loader of tests is never kept for later evaluations.
+    loader = trainer.get_test_dataloader(rows)
+    with _aside(trainer), trainer._evaluating_as(phase), evaluating(trainer.model):
+        return trainer.evaluation_loop(loader, "Rehearsal", metric_key_prefix=prefix).metrics
+
+
+def _check_metrics(result: Any) -> dict[str, Any]:
+    if not isinstance(result, Mapping):
+        raise TypeError(
+            f"`compute_metrics` gave {type(result).__name__} {result!r}; accepted is a dictionary of numbers by name."
+        )
+    for name, value in result.items():
+        is_number = isinstance(value, int | float | np.number) or (np.ndim(value) == 0 and hasattr(value, "item"))
+        if not isinstance(name, str) or not is_number:
+            raise TypeError(
+                f"`compute_metrics` gave {type(value).__name__} {value!r} for {name!r}; accepted are numbers by name."
+            )
+    return dict(result)
+
+
+def _batch_size(trainer: Any) -> int:
+    return trainer.args.eval_batch_size * trainer.args.world_size
+
+
+def _first(trainer: Any, rows: Any) -> Any:
+    """The first rows of a data set, which may be one that can only be gone through."""
+    count = _batch_size(trainer)
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return subset(rows, range(min(count, len(rows))))
+    return list(islice(iter(rows), count))
+
+
+@contextmanager
+def _aside(trainer: Any) -> Iterator[None]:
+    """Nobody is told, no random number is used up, and the model keeps its precision and its problem type.
+
+    Trainer's evaluation prepares a model that nobody has prepared, and marks it: training would then take it as it is,
+    without what averages gradients over processes.
+    """
+    handler, config, prepared = trainer.callback_handler, trainer._exit_model.config, trainer.accelerator._models
+    kept = (handler.callbacks, trainer.is_in_train, handler.eval_dataloader)
+    problem_type = getattr(config, "problem_type", None)
+    handler.callbacks, trainer.is_in_train = [], True
+    prepared.append(trainer.model)
+    try:
+        with torch.random.fork_rng(devices=[]), trainer.accelerator.autocast():
+            yield
+    finally:
+        prepared.pop()
+        handler.callbacks, trainer.is_in_train, handler.eval_dataloader = kept
+        config.problem_type = problem_type
