@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import transformers_cee  # noqa: F401  (registers its models with the Auto classes)
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if "/" not in args.model and not Path(args.model).is_dir():
         parser.error(f"--model: no such folder: {args.model!r}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
     num_layers = model.config.num_hidden_layers
 
     def classify_and_show(sentences: list[str]) -> list[dict]:

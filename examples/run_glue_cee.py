@@ -77,7 +77,11 @@ CARD_ARGUMENTS = (
 def load_config(args: ModelArguments) -> BertCeeConfig:
     """The checkpoint's config with the exits that were asked for."""
     source = {"cache_dir": args.cache_dir, "revision": args.model_revision}
-    return BertCeeConfig.from_pretrained(args.model_name_or_path, **source, **args.exit_options())
+    config = BertCeeConfig.from_pretrained(args.model_name_or_path, **source, **args.exit_options())
+    if config.exit_threshold is None and config.exit_criterion == "policy":
+        # Without a threshold in its config the model would leave at none of the exits that it learns here.
+        config.exit_threshold = 0.5
+    return config
 
 
 def match_corpus(corpus: Corpus, config: BertCeeConfig, args: ModelArguments, trains: bool) -> bool:

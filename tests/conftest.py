@@ -1,9 +1,11 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""One thread, repeatable property tests, and the shared modules of this folder (`tiny`, `reference`, `counters`)."""
+"""A fixed number of threads (`OMP_NUM_THREADS`, else one), repeatable property tests, and the shared modules of this
+folder (`tiny`, `reference`, `counters`)."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def threads():
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))

@@ -2,105 +2,252 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 from __future__ import annotations
 
+import random
+import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 from peft.utils import constants
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
-from tiny_models import run_python, tiny_config
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
+from tiny import tiny_llama
+from tiny_models import run_python, tiny_config, tiny_model, tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaModel,
+    pipeline,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import transformers_cee
-from transformers_cee import BertCeeConfig, BertForConsistentEE, LlamaCeeConfig, auto
+from transformers_cee import BertCeeConfig, BertCeeModel, BertForConsistentEE, LlamaCeeConfig, LlamaCeeModel, auto
 
 
-REGISTERED = """
+SIZES = "hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9"
+REGISTERED = f"""
 import sys
-import transformers_cee
-
-assert not {"torch", "transformers"} & set(sys.modules), "loaded too early"
 exec(sys.argv[1])
+import transformers_cee
+exec(sys.argv[2])
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers_cee import auto
 
-config = AutoConfig.for_model(
-    "bert_cee", hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9
-)
-for auto_class in (AutoModel, AutoModelForSequenceClassification):
-    assert type(auto_class.from_config(config)).__name__ == "BertForConsistentEE", auto_class
-
-config = AutoConfig.for_model(
-    "llama_cee", hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9
-)
-for auto_class in (AutoModel, AutoModelForCausalLM):
-    assert type(auto_class.from_config(config)).__name__ == "LlamaForConsistentEECausalLM", auto_class
+config = AutoConfig.for_model("bert_cee", {SIZES})
+assert type(AutoModelForSequenceClassification.from_config(config)).__name__ == "BertForConsistentEE"
+assert type(AutoModel.from_config(config)).__name__ == "BertCeeModel"
+config = AutoConfig.for_model("llama_cee", {SIZES})
+assert type(AutoModelForCausalLM.from_config(config)).__name__ == "LlamaForConsistentEECausalLM"
+assert type(AutoModel.from_config(config)).__name__ == "LlamaCeeModel"
 
 from transformers.pipelines import PIPELINE_REGISTRY
 
 assert "early-exit-text-classification" in PIPELINE_REGISTRY.supported_tasks
 
-import peft
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
 
 assert targets["llama_cee"] == targets["llama"] and targets["bert_cee"] == targets["bert"]
-assert auto._finder not in sys.meta_path, "still waiting"
 """
+FIRST = [
+    "pass",
+    "from transformers import AutoConfig",
+    # Loads the Auto classes half-way through the module that our model imports from.
+    "from transformers import BertModel",
+    "from transformers import pipeline",
+    "from transformers import Trainer",
+    "import peft",
+]
 
 
-def test_import_loads_neither_torch_nor_transformers():
+def test_import_loads_what_the_auto_classes_load_and_no_model():
     done = run_python(
-        "import sys, transformers_cee; print(*sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+        """
+import sys
+from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig
+
+auto_classes = set(sys.modules)
+import transformers_cee
+
+print(*sorted(name for name in set(sys.modules) - auto_classes if not name.startswith("transformers_cee")))
+"""
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "from transformers import AutoConfig",
-        # Loads the Auto classes half-way through the module that our model imports from.
-        "from transformers import BertModel",
-        "from transformers import pipeline",
-        "from transformers import Trainer",
-        "import peft",
-        "from transformers_cee import BertForConsistentEE",
-        "from transformers_cee import LlamaForConsistentEECausalLM",
-        "from transformers_cee import exit_lora_config",
-    ],
-)
+@pytest.mark.parametrize("first", FIRST)
 def test_registered_whatever_is_imported_first(first):
-    done = run_python(REGISTERED, first)
+    done = run_python(REGISTERED, "pass", first)
     assert done.returncode == 0, done.stderr
 
 
-def test_registered_when_transformers_was_first():
-    done = run_python("import transformers.pipelines, torch, peft\n" + REGISTERED.replace("assert not {", "{"), "pass")
+def test_registered_when_others_were_first():
+    done = run_python(REGISTERED, "import transformers.pipelines, torch, peft", "pass")
     assert done.returncode == 0, done.stderr
 
 
-def test_auto_classes_give_the_model_with_exits(tmp_path):
-    BertForConsistentEE(tiny_config()).save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is BertCeeConfig
-    for auto_class in (AutoModel, AutoModelForSequenceClassification):
-        model, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
-        assert type(model) is BertForConsistentEE
+@pytest.mark.parametrize("first", ["BertForConsistentEE", "LlamaForConsistentEECausalLM", "exit_lora_config"])
+def test_registered_when_a_name_of_ours_is_first(first):
+    done = run_python(REGISTERED, "pass", f"from transformers_cee import {first}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+class TestStraightAfterTheImport:
+    """Nothing of a family has been touched yet: a folder, or a model, is all there is."""
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            """
+from transformers import pipeline
+classify = pipeline("early-exit-text-classification", model=sys.argv[1], device="cpu", exit_threshold=0.0)
+assert classify("a film")[0]["exit_layer"] == 1""",
+            """
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+assert type(model).__name__ == "BertForConsistentEE"
+from transformers import pipeline
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+pipeline("early-exit-text-classification", model=model, tokenizer=tokenizer, device="cpu")""",
+            """
+model = transformers_cee.BertForConsistentEE.from_pretrained(sys.argv[1])
+from peft import LoraConfig, get_peft_model
+assert get_peft_model(model, LoraConfig(task_type="SEQ_CLS")).peft_config["default"].target_modules""",
+        ],
+    )
+    def test_it_works(self, folder, use):
+        done = run_python(f"import sys, transformers_cee\n{use}", folder)
+        assert done.returncode == 0, done.stderr
+
+
+# What a server may import on its first requests; each in a thread of its own.
+IMPORTED = """
+transformers.AutoModel transformers.AutoTokenizer transformers.pipelines.pipeline transformers.Trainer
+transformers.BertModel transformers.LlamaForCausalLM transformers.GenerationConfig transformers.modeling_utils
+transformers.generation.utils transformers.modeling_layers transformers.models.auto.modeling_auto peft
+transformers_cee.BertForConsistentEE transformers_cee.LlamaForConsistentEECausalLM transformers.TextGenerationPipeline
+transformers.AutoModelForSequenceClassification
+""".split()
+# Of a name, the modules are loaded one by one as `import` does, and the last part is asked for.
+THREADS = """
+import importlib, os, sys, threading, traceback
+
+import transformers_cee
+
+barrier, failed = threading.Barrier(len(sys.argv) - 1), []
+
+def load(name):
+    barrier.wait()
+    try:
+        module, _, last = name.rpartition(".")
+        if module and last not in ("utils", "modeling_utils", "modeling_layers", "modeling_auto"):
+            getattr(importlib.import_module(module), last)
+        else:
+            importlib.import_module(name)
+        if last.startswith(("Bert", "Auto")):
+            transformers_cee.BertCeeConfig()
+    except BaseException:
+        failed.append(traceback.format_exc())
+
+threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in sys.argv[1:]]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*failed)
+os._exit(bool(failed))
+"""
+
+
+CHOSEN = {"4": IMPORTED[4:16:3], "16": IMPORTED, "12": [name for name in IMPORTED if "Auto" not in name][:12]}
+
+
+def import_at_the_same_time(names):
+    try:
+        done = run_python(THREADS, *names)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"threads that import {names} wait for each other")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("count", CHOSEN)
+def test_threads_may_import_at_the_same_time(count):
+    assert len(CHOSEN[count]) == int(count)
+    import_at_the_same_time(CHOSEN[count])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round_", range(5))
+@pytest.mark.parametrize("count", CHOSEN)
+def test_threads_may_import_in_any_order(count, round_):
+    names = list(CHOSEN[count])
+    random.Random(round_).shuffle(names)
+    import_at_the_same_time(names)
+
+
+def test_auto_classes_give_the_model_with_exits_and_states_without(tmp_path):
+    for made, for_task, stock, base in (
+        (BertForConsistentEE(tiny_config()), AutoModelForSequenceClassification, BertModel, BertCeeModel),
+        (tiny_llama(), AutoModelForCausalLM, LlamaModel, LlamaCeeModel),
+    ):
+        folder = tmp_path / base.__name__
+        made.save_pretrained(folder)
+        assert type(AutoConfig.from_pretrained(folder)) is type(made.config)
+        model, report = for_task.from_pretrained(folder, output_loading_info=True)
+        assert type(model) is type(made)
         assert not report["missing_keys"] and not report["unexpected_keys"]
+        encoder, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert type(encoder) is base and isinstance(encoder, stock)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        # Wherever it was saved, the checkpoint of the states alone is one of the family.
+        encoder.save_pretrained(folder / "states")
+        assert type(AutoModel.from_pretrained(folder / "states")) is base
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_features_are_the_states_of_the_last_layer(tmp_path, pooling):
+    model, tokenizer = tiny_model(exit_pooling=pooling), tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = pipeline("feature-extraction", model=str(tmp_path), device="cpu")("a film with heart", return_tensors=True)
+    with torch.no_grad():
+        states = model.bert(**tokenizer("a film with heart", return_tensors="pt"))
+    torch.testing.assert_close(found, states.last_hidden_state)
+    assert AutoModel.from_pretrained(tmp_path).pooler is None or pooling == "cls"
 
 
 def test_registering_again_changes_nothing():
-    finders = list(sys.meta_path)
-    auto.register()
+    task = dict(PIPELINE_REGISTRY.supported_tasks["early-exit-text-classification"])
     auto.register_configs()
-    auto.register_models()
+    for model_type in auto.MODELS:
+        auto.register_models(model_type)
     auto.register_pipelines()
     auto.register_peft()
-    assert sys.meta_path == finders
+    assert PIPELINE_REGISTRY.supported_tasks["early-exit-text-classification"] == task
     assert CONFIG_MAPPING["bert_cee"] is BertCeeConfig and CONFIG_MAPPING["llama_cee"] is LlamaCeeConfig
+
+
+def test_every_class_has_an_entry():
+    for entry in auto.MODELS.values():
+        for full_name in (entry.config, entry.model, entry.base):
+            name = full_name.rpartition(".")[2]
+            assert getattr(transformers_cee, name).__module__ == full_name.rpartition(".")[0]
+            assert getattr(sys.modules[entry.package], name) is getattr(transformers_cee, name)
 
 
 def test_peft_knows_every_method_that_it_knows_for_the_stock_model():
@@ -125,49 +272,12 @@ def test_foreign_class_under_our_model_type_is_refused():
     try:
         with pytest.raises(ValueError, match=r"'bert_cee'.*BertCeeConfig.*OtherConfig"):
             auto.register_configs()
-        # A step that failed is tried again.
-        auto._done.discard("transformers.models.auto.configuration_auto")
-        with pytest.raises(ValueError, match="OtherConfig"):
-            auto.register()
     finally:
         AutoConfig.register("bert_cee", BertCeeConfig, exist_ok=True)
-        auto.register()
     assert CONFIG_MAPPING["bert_cee"] is BertCeeConfig
-    assert auto._finder not in sys.meta_path
 
 
-def test_failed_import_leaves_no_trace(tmp_path):
-    done = run_python(
-        """
-import sys
-import transformers_cee
-from transformers_cee import auto
-
-try:
-    import transformers.no_such_module
-except ModuleNotFoundError:
-    pass
-try:
-    import transformers_cee.no_such_module
-except ModuleNotFoundError:
-    pass
-assert getattr(auto._finder._imports, "depth", 0) == 0
-from transformers import AutoConfig
-
-assert AutoConfig.for_model("bert_cee", num_hidden_layers=3).num_hidden_layers == 3
-"""
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_loader_stays_what_it_is():
-    import inspect
-
-    assert "class AutoConfig" in inspect.getsource(sys.modules["transformers.models.auto.configuration_auto"])
-
-
-def test_task_is_registered_once(caplog):
-    auto.register_pipelines()
+def test_task_is_registered_as_transformers_would(caplog):
     task = PIPELINE_REGISTRY.supported_tasks["early-exit-text-classification"]
     assert task["impl"] is transformers_cee.EarlyExitTextClassificationPipeline
     assert task["pt"] == (transformers.AutoModelForSequenceClassification,)

@@ -2,22 +2,26 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
-from tiny import tiny_llama
+from peft import get_peft_model
+from tiny import tiny_llama, with_adapters
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    TextClassificationPipeline,
     TextGenerationPipeline,
     pipeline,
 )
 
-from transformers_cee import EarlyExitTextClassificationPipeline
+from transformers_cee import EarlyExitTextClassificationPipeline, exit_lora_config
 
 
 TASK = "early-exit-text-classification"
@@ -114,9 +118,80 @@ def test_language_models_are_sent_elsewhere(tokenizer):
         make(tiny_llama(), tokenizer)
 
 
-def test_stock_pipeline_works_too(model, tokenizer):
-    results = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(SENTENCES, batch_size=2)
+def test_the_stock_task_works_too(model, tokenizer):
+    classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    results = classifier(SENTENCES, batch_size=2)
     assert [set(result) for result in results] == [{"label", "score"}] * 3
+    for threshold in (0.0, 1.0):
+        early = make(model, tokenizer)(SENTENCES, exit_threshold=threshold)
+        results = classifier(SENTENCES, exit_threshold=threshold)
+        assert results == [{name: one[name] for name in ("label", "score")} for one in early]
+    made = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", exit_threshold=0.0)
+    assert made(SENTENCES) == classifier(SENTENCES, exit_threshold=0.0) != classifier(SENTENCES, exit_threshold=1.0)
+
+
+@pytest.mark.parametrize("task", [TASK, "text-classification"])
+def test_misspelt_arguments_are_refused(model, tokenizer, task):
+    classifier = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+    with pytest.raises(TypeError, match=r"`exit_thresold`=0\.5 is no argument: did you mean `exit_threshold`\?"):
+        classifier(SENTENCES, exit_thresold=0.5)
+    with pytest.raises(TypeError, match=r"did you mean `truncation`\?"):
+        pipeline(task, model=model, tokenizer=tokenizer, device="cpu", truncaton=True)
+    long = [" ".join(SENTENCES * 20)]
+    options = {"truncation": True, "max_length": 8, "padding": True, "add_special_tokens": False, "top_k": 1}
+    assert len(classifier(long, **options)) == 1
+
+
+def test_models_without_exits_keep_the_stock_pipeline(tokenizer):
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=30)
+    stock = BertForSequenceClassification(config).eval()
+    classifier = pipeline("text-classification", model=stock, tokenizer=tokenizer, device="cpu", top_k=1)
+    assert type(classifier) is TextClassificationPipeline
+    assert len(classifier(SENTENCES, any_word="is handed to the tokenizer")) == 3
+
+
+class TestAdapters:
+    """Pipelines around a PeftModel do what they do around the merged model."""
+
+    @pytest.fixture
+    def adapted(self):
+        with warnings.catch_warnings():
+            # PEFT asks for what newer versions of transformers call something else.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(tiny_model(), exit_lora_config("SEQ_CLS", r=4)).eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0.0, 0.3)
+        return model
+
+    @pytest.mark.parametrize("task", [TASK, "text-classification"])
+    def test_classification(self, adapted, tokenizer, task):
+        classifier = pipeline(task, model=adapted, tokenizer=tokenizer, device="cpu")
+        merged = pipeline(task, model=copy.deepcopy(adapted).merge_and_unload(), tokenizer=tokenizer, device="cpu")
+        for threshold in (0.0, [0.49, 0.5, 0.51, 0.5], 1.0):
+            found, expected = (one(SENTENCES, exit_threshold=threshold) for one in (classifier, merged))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.pop("score") == pytest.approx(theirs.pop("score"), abs=1e-5)
+                assert ours == theirs
+        with pytest.raises(TypeError, match="exit_thresold"):
+            classifier(SENTENCES, exit_thresold=0.5)
+
+    def test_generation(self):
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        )
+        model = with_adapters(tiny_llama(eos_token_id=None))
+        merged = copy.deepcopy(model).merge_and_unload()
+        options = {"max_new_tokens": 5, "do_sample": False, "return_tensors": True}
+        generate, expected = (
+            pipeline("text-generation", model=one, tokenizer=words, device="cpu") for one in (model, merged)
+        )
+        for threshold in (0.0, 0.5, 1.0):
+            made = generate(SENTENCES[0], exit_threshold=threshold, **options)
+            assert made == expected(SENTENCES[0], exit_threshold=threshold, **options)
+        assert generate(SENTENCES[0], exit_threshold=0.0, **options) != generate(SENTENCES[0], **options)
 
 
 def test_saved_pipeline_needs_no_remote_code(model, tokenizer, tmp_path):

@@ -33,6 +33,7 @@ def tiny_config(**fields: Any) -> BertCeeConfig:
             "attention_probs_dropout_prob": 0.0,
             "initializer_range": 0.15,
             "pad_token_id": 0,
+            "exit_threshold": 0.5,
             **fields,
         }
     )

@@ -2,19 +2,19 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Early exits for 🤗 Transformers: train, publish and load models in which every input leaves at its own layer.
 
-Importing the package registers its models with the Auto classes. It loads neither torch nor a model until one is used.
+Importing the package registers its configs with `AutoConfig`; a family's models follow with the first config that is
+made.
 """
 
-import importlib
-from typing import Any
-
 from transformers_cee import auto
+from transformers_cee.lazy import lazy_names
 
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "BertCeeConfig": "models.bert_cee",
+    "BertCeeModel": "models.bert_cee",
     "BertForConsistentEE": "models.bert_cee",
     "ConsistentEETrainer": "training.trainer",
     "ConsistentEETrainingArguments": "training.training_args",
@@ -24,6 +24,7 @@ _PUBLIC = {
     "ExitClassifierOutput": "exits.outputs",
     "ExitThresholds": "calibration.thresholds",
     "LlamaCeeConfig": "models.llama_cee",
+    "LlamaCeeModel": "models.llama_cee",
     "LlamaForConsistentEECausalLM": "models.llama_cee",
     "OperatingPoint": "evaluation.operating_points",
     "calibrate_agreement": "calibration.agreement",
@@ -39,12 +40,4 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 auto.register()
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'transformers_cee' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"transformers_cee.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -2,22 +2,17 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Everything that makes the Auto classes and `pipeline` of 🤗 Transformers, and PEFT, find this package.
 
-The Auto classes live in modules that load torch, so `import transformers_cee` must not touch them. Registration
-therefore waits, through one finder on `sys.meta_path`, until they are loaded by others. It also waits until no module
-of these packages is half-way through its own import: `transformers.modeling_layers`, for one, loads the Auto classes
-before it defines what our models import from it.
+Importing the package registers the configs with `AutoConfig` and costs what importing the Auto classes costs. Whoever
+loads or makes a model makes its config first: the first config of a family registers the family's model with its Auto
+classes, and with it the pipeline task and PEFT's defaults. Nothing here reaches into the imports of others, and no
+lock is held while a module is imported: threads may register the same twice, which changes nothing.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
 
@@ -30,14 +25,25 @@ class ModelEntry:
         config (`str`): full name of the config class.
         model (`str`): full name of the model class.
         auto_classes (`tuple[str, ...]`):
-            Auto classes of transformers that load the model. `AutoModel` is among them: it would otherwise give a
-            model without exits and drop their weights.
+            Auto classes of transformers that load the model.
+        base (`str`): full name of the model without exits and heads, which `AutoModel` gives.
     """
 
     stock: str
     config: str
     model: str
     auto_classes: tuple[str, ...]
+    base: str
+
+    @property
+    def package(self) -> str:
+        """Full name of the family's package."""
+        return self.config.rpartition(".")[0].rpartition(".")[0]
+
+    @property
+    def by_auto_class(self) -> dict[str, str]:
+        """Full name of the class that each Auto class gives."""
+        return {"AutoModel": self.base, **dict.fromkeys(self.auto_classes, self.model)}
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -45,13 +51,15 @@ MODELS: dict[str, ModelEntry] = {
         stock="bert",
         config="transformers_cee.models.bert_cee.configuration_bert_cee.BertCeeConfig",
         model="transformers_cee.models.bert_cee.modeling_bert_cee.BertForConsistentEE",
-        auto_classes=("AutoModel", "AutoModelForSequenceClassification"),
+        auto_classes=("AutoModelForSequenceClassification",),
+        base="transformers_cee.models.bert_cee.encoder_bert_cee.BertCeeModel",
     ),
     "llama_cee": ModelEntry(
         stock="llama",
         config="transformers_cee.models.llama_cee.configuration_llama_cee.LlamaCeeConfig",
         model="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaForConsistentEECausalLM",
-        auto_classes=("AutoModel", "AutoModelForCausalLM"),
+        auto_classes=("AutoModelForCausalLM",),
+        base="transformers_cee.models.llama_cee.decoder_llama_cee.LlamaCeeModel",
     ),
 }
 
@@ -59,18 +67,14 @@ EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
 
 
 def register() -> None:
-    """Registers the models and pipelines of this package with transformers and PEFT, now or when these are loaded.
-
-    Calling it again changes nothing. What is not loaded yet is not loaded by this call.
+    """Registers what the import of this package registers.
 
     Raises:
         ValueError: another package has registered a class of its own under one of our model types.
     """
-    if _finder not in sys.meta_path and any(module not in sys.modules for module in _STEPS):
-        sys.meta_path.insert(0, _finder)
-    _register_loaded()
+    register_configs()
     if hasattr(sys.modules.get("peft"), "PeftModel"):
-        # Whoever loads adapters has PEFT; without it, or before it, `transformers_cee.lora` registers itself.
+        # An adapter may be loaded on a stock model, before there is a config of ours.
         importlib.import_module("transformers_cee.lora")
 
 
@@ -93,39 +97,61 @@ def register_configs() -> None:
         AutoConfig.register(model_type, config_class)
 
 
-def register_models() -> None:
-    """Registers the model of every entry of `MODELS` with its Auto classes."""
+def register_family(model_type: str) -> None:
+    """Registers what belongs to a family's model, once: the model with its Auto classes, the pipeline task, PEFT's
+    defaults. The first config of the family calls it."""
+    if model_type in _registered:
+        return
+    register_models(model_type)
+    register_pipelines()
+    register_peft()
+    # Last: until all is done, other threads do it themselves.
+    _registered.add(model_type)
+
+
+def register_models(model_type: str) -> None:
+    """Registers the models of an entry of `MODELS` with its Auto classes."""
     from transformers.models.auto import modeling_auto
 
-    for entry in MODELS.values():
-        for auto_class in entry.auto_classes:
-            getattr(modeling_auto, auto_class).register(_load(entry.config), _load(entry.model))
+    entry = MODELS[model_type]
+    for auto_class, model in entry.by_auto_class.items():
+        getattr(modeling_auto, auto_class).register(_load(entry.config), _load(model))
 
 
 def register_pipelines() -> None:
-    """Registers the task `early-exit-text-classification` with `transformers.pipeline`."""
-    from transformers import AutoModelForSequenceClassification
+    """Registers the task `early-exit-text-classification` with `transformers.pipeline`, and for `text-classification`
+    a pipeline that takes exit arguments where the model has exits."""
+    from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from transformers_cee.pipelines import EarlyExitTextClassificationPipeline
+    from transformers_cee.pipelines import EarlyExitTextClassificationPipeline, ExitTextClassificationPipeline
 
-    if EARLY_EXIT_TEXT_CLASSIFICATION in PIPELINE_REGISTRY.supported_tasks:
-        return
-    PIPELINE_REGISTRY.register_pipeline(
+    # Not by `register_pipeline`, which also marks the class: `Pipeline.save_pretrained` would then copy this package's
+    # source files beside the model and name them in config.json, and loading would ask for `trust_remote_code`.
+    PIPELINE_REGISTRY.supported_tasks.setdefault(
         EARLY_EXIT_TEXT_CLASSIFICATION,
-        pipeline_class=EarlyExitTextClassificationPipeline,
-        pt_model=AutoModelForSequenceClassification,
-        type="text",
+        {
+            "impl": EarlyExitTextClassificationPipeline,
+            "pt": (AutoModelForSequenceClassification,),
+            "type": "text",
+        },
     )
-    # The mark makes `Pipeline.save_pretrained` copy this package's source files beside the model and name them in
-    # config.json; loading would then ask for `trust_remote_code`, with the package installed.
-    del EarlyExitTextClassificationPipeline._registered_impl  # type: ignore[attr-defined]
+    task = PIPELINE_REGISTRY.supported_tasks["text-classification"]
+    if task["impl"] in (TextClassificationPipeline, _full_name(TextClassificationPipeline)):
+        # Models without exits get the stock pipeline from it.
+        task["impl"] = ExitTextClassificationPipeline
 
 
 def register_peft() -> None:
-    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods."""
-    from peft.utils import constants
+    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods, and
+    LoRA the exits."""
+    try:
+        from peft.utils import constants
 
+        importlib.import_module("transformers_cee.lora")
+    except ImportError:
+        # PEFT tells whoever uses it that it does not fit the packages beside it.
+        return
     for name, targets in vars(constants).items():
         if name.endswith("_MAPPING") and isinstance(targets, dict):
             for model_type, entry in MODELS.items():
@@ -133,14 +159,7 @@ def register_peft() -> None:
                     targets.setdefault(model_type, targets[entry.stock])
 
 
-# What to do once a module has been loaded; configs come before the models that they belong to.
-_STEPS: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": register_configs,
-    "transformers.models.auto.modeling_auto": register_models,
-    "transformers.pipelines": register_pipelines,
-    "peft.utils.constants": register_peft,
-}
-_WATCHED = ("transformers.", "transformers_cee.", "peft.")
+_registered: set[str] = set()
 
 
 def _load(full_name: str) -> Any:
@@ -150,54 +169,3 @@ def _load(full_name: str) -> Any:
 
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-class _RegisterAfterImport(MetaPathFinder):
-    """Runs the registration steps when the outermost import of a module of the watched packages is done."""
-
-    def __init__(self) -> None:
-        self._imports = threading.local()
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if path is None or not fullname.startswith(_WATCHED):
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            self._imports.depth = getattr(self._imports, "depth", 0) + 1
-            try:
-                execute(module)
-            finally:
-                self._imports.depth -= 1
-            if self._imports.depth == 0:
-                _register_loaded()
-
-        # On the instance, so that the loader stays what it is for `inspect`, `importlib.resources` and others.
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-_finder = _RegisterAfterImport()
-_lock = threading.RLock()
-_done: set[str] = set()
-
-
-def _register_loaded() -> None:
-    """Runs every step whose module is loaded, once; takes the finder away after the last one."""
-    with _lock:
-        for module, step in _STEPS.items():
-            if module in sys.modules and module not in _done:
-                # Marked first: a step imports modules of its own and comes back here.
-                _done.add(module)
-                try:
-                    step()
-                except BaseException:
-                    _done.discard(module)
-                    raise
-        if len(_done) == len(_STEPS) and _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)

@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Pipeline for text classification that takes the exit threshold and tells where each text left."""
+"""Pipelines for text classification that take the exit threshold; one also tells where each text left."""
 
 from __future__ import annotations
 
@@ -10,14 +10,27 @@ from typing import Any
 from transformers import TextClassificationPipeline
 from transformers.utils import ModelOutput
 
+from transformers_cee.exits.arguments import unknown_argument
 
-class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
-    """Text classification with a model that has exits.
 
-    It is [`~transformers.TextClassificationPipeline`] with three more arguments, given when the pipeline is made or
-    per call, and one more key in each result: `exit_layer`, the layer (1-based) at which the text left. (The stock
-    `"text-classification"` pipeline also runs these models, at the threshold of their config; it hands arguments it
-    does not know to the tokenizer, which drops them silently.)
+EXIT_ARGUMENTS = ("exit_threshold", "exit_criterion", "exit_budget")
+
+
+def exit_model(model: Any) -> Any:
+    """The model with exits itself where adapters of PEFT are around it; other models are returned as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_exits(model: Any) -> bool:
+    """Does a model take an exit threshold?"""
+    forward = getattr(exit_model(model), "forward", None)
+    return forward is not None and "exit_threshold" in inspect.signature(forward).parameters
+
+
+class ExitTextClassificationPipeline(TextClassificationPipeline):
+    """[`~transformers.TextClassificationPipeline`] for models with exits: what `pipeline("text-classification")` makes
+    of them. Exit arguments go to the model, when the pipeline is made or per call; the stock pipeline hands all that
+    it does not know to the tokenizer, which drops it silently. Models without exits get the stock pipeline.
 
     Args:
         exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to the config's):
@@ -30,8 +43,48 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
             Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
 
     Raises:
-        ValueError: the model has no exits or is a language model, or the threshold, criterion or budget is not
-            accepted by the model.
+        ValueError: a language model, or the threshold, criterion or budget is not accepted by the model.
+        TypeError: an argument that neither the pipeline nor the tokenizer takes.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is ExitTextClassificationPipeline and not has_exits(kwargs["model"] if "model" in kwargs else args[0]):
+            return TextClassificationPipeline(*args, **kwargs)
+        return super().__new__(cls)
+
+    def check_model_type(self, supported_models: list[str] | dict[str, Any]) -> None:
+        """Raises `ValueError` unless the model takes an exit threshold and classifies."""
+        model = exit_model(self.model)
+        if not has_exits(model):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, which has no exits; an early-exit model such as "
+                "`BertForConsistentEE` is needed."
+            )
+        if getattr(model, "exits_per_token", False):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, which generates text; use the task 'text-generation', "
+                "which takes `exit_threshold` as well."
+            )
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self, function_to_apply: Any = None, top_k: Any = "", **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
+        given = {name: kwargs.pop(name) for name in EXIT_ARGUMENTS if name in kwargs}
+        accepted = {*EXIT_ARGUMENTS, "function_to_apply", "top_k", *_tokenizer_arguments(self.tokenizer)}
+        for name in kwargs.keys() - accepted:
+            raise unknown_argument(name, kwargs[name], accepted)
+        preprocess, forward, postprocess = super()._sanitize_parameters(function_to_apply, top_k, **kwargs)
+        forward = {**forward, **{name: value for name, value in given.items() if value is not None}}
+        return preprocess, forward, postprocess
+
+    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
+        return self.model(**model_inputs, **exit_arguments)
+
+
+class EarlyExitTextClassificationPipeline(ExitTextClassificationPipeline):
+    """Text classification with a model that has exits, with one more key in each result: `exit_layer`, the layer
+    (1-based) at which the text left. Arguments and errors are those of [`ExitTextClassificationPipeline`]; a model
+    without exits is refused.
 
     Example:
 
@@ -45,34 +98,6 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     ```
     """
 
-    def check_model_type(self, supported_models: list[str] | dict[str, Any]) -> None:
-        """Raises `ValueError` unless the model takes an exit threshold and classifies."""
-        if "exit_threshold" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError(
-                f"`model` is a {type(self.model).__name__}, which has no exits; an early-exit model such as "
-                "`BertForConsistentEE` is needed."
-            )
-        if getattr(self.model, "exits_per_token", False):
-            raise ValueError(
-                f"`model` is a {type(self.model).__name__}, which generates text; use the task 'text-generation', "
-                "which takes `exit_threshold` as well."
-            )
-
-    def _sanitize_parameters(  # type: ignore[override]
-        self,
-        exit_threshold: float | list[float] | str | None = None,
-        exit_criterion: str | None = None,
-        exit_budget: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[dict, dict, dict]:
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        given = {"exit_threshold": exit_threshold, "exit_criterion": exit_criterion, "exit_budget": exit_budget}
-        forward = {**forward, **{name: value for name, value in given.items() if value is not None}}
-        return preprocess, forward, postprocess
-
-    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
-        return self.model(**model_inputs, **exit_arguments)
-
     def postprocess(self, model_outputs: ModelOutput, **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:  # type: ignore[override]
         """Label(s) and score(s) of one text, each with the layer at which the text left."""
         scores = super().postprocess(model_outputs, **kwargs)
@@ -82,4 +107,10 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
         return [{**score, "exit_layer": exit_layer} for score in scores]
 
 
-__all__ = ["EarlyExitTextClassificationPipeline"]
+def _tokenizer_arguments(tokenizer: Any) -> set[str]:
+    """Names that a tokenizer takes beside the texts; its own may stand in a method behind `__call__`."""
+    methods = [getattr(tokenizer, name, None) for name in ("__call__", "_encode_plus")]
+    return {name for method in methods if method is not None for name in inspect.signature(method).parameters}
+
+
+__all__ = ["EarlyExitTextClassificationPipeline", "ExitTextClassificationPipeline"]

@@ -65,7 +65,7 @@ class TestPValues:
         for delta in (0.05, 0.1, 0.3):
             assert float((values <= delta).double().mean()) <= delta + 2 * math.sqrt(delta / 2000)
         # Order of the rows does not matter.
-        assert torch.equal(values.flip(0), risk_p_values(losses.mean(1).flip(0), 50, 0.2, p_value))
+        torch.testing.assert_close(values.flip(0), risk_p_values(losses.mean(1).flip(0), 50, 0.2, p_value))
 
 
 class TestSequence:

@@ -108,7 +108,8 @@ class TestStores:
             assert scores.disagrees[place].tolist() == expected
             assert int(scores.groups[place]) == int(store.rows[token])
         closed = score_store(store, "policy", model, min_exit_layer=3).oriented
-        assert bool((closed[:, :2] == -torch.inf).all()) and torch.equal(closed[:, 2], scores.oriented[:, 2])
+        assert bool((closed[:, :2] == -torch.inf).all())
+        torch.testing.assert_close(closed[:, 2], scores.oriented[:, 2])
         values = torch.rand(len(scores), generator=torch.Generator().manual_seed(0))
         by_text = {}
         for place, value in enumerate(values.tolist()):
@@ -148,13 +149,15 @@ class TestStores:
         assert known.has_labels and not store.has_labels
         for name in ("policy", "margin", "entropy"):
             scores, full = (score_store(one, name, model) for one in (store, known))
-            assert torch.equal(scores.scores, full.scores) and torch.equal(scores.disagrees, full.disagrees)
+            # Rows come in other batches, whose products may differ in the last digits.
+            torch.testing.assert_close(scores.scores, full.scores)
+            assert torch.equal(scores.disagrees, full.disagrees)
             assert bool(scores.losses.isnan().all())
         found = calibrate_agreement(scores, 0.3, "running")
-        assert found == calibrate_agreement(full, 0.3, "running")
+        assert_alike(found, calibrate_agreement(full, 0.3, "running"))
         assert "risk" not in found.check(scores).held_out and "risk" in found.check(full).held_out
         risks = full.losses.double().mean(0)
-        assert calibrate_budget(scores, 3.0, risks=risks) == calibrate_budget(full, 3.0)
+        assert_alike(calibrate_budget(scores, 3.0, risks=risks), calibrate_budget(full, 3.0))
         with pytest.raises(ValueError, match="NaN stands for rows without labels"):
             calibrate_risk(scores, 0.5)
         with pytest.raises(ValueError, match="on rows with labels only"):
@@ -188,6 +191,12 @@ class TestStores:
                 assert bool(many.disagrees[row, index]) == any(signs)
                 far = abs(float(logits[row, index, 0] - logits[row, -1, 0])) > 0.7
                 assert bool(number.disagrees[row, index]) == far
+
+
+def assert_alike(one, other):
+    """The same calibration, up to the last digits of its thresholds."""
+    assert one.thresholds == pytest.approx(other.thresholds, abs=1e-5)
+    assert replace(one, thresholds=other.thresholds) == other
 
 
 @pytest.mark.parametrize(

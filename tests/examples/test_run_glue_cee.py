@@ -14,7 +14,7 @@ import yaml
 from arguments import EvaluationArguments, ModelArguments, parse_arguments
 from common import read_options
 from tiny_bert import QUESTIONS, WORDS, make_options, save_checkpoint, write_questions
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from transformers_cee import ConsistentEETrainingArguments
 
@@ -83,7 +83,8 @@ def test_saved_folder_loads_through_the_auto_classes(run):
     output, _ = run
     import classify_demo
 
-    model, tokenizer = AutoModel.from_pretrained(output).eval(), AutoTokenizer.from_pretrained(output)
+    model = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
     results = classify_demo.classify(model, tokenizer, ["Who painted the city ?", "Where is the river ?"], 1.0)
     assert [result["exit_layer"] for result in results] == [3, 3]
     assert {result["label"] for result in results} <= set(QUESTIONS)

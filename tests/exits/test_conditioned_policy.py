@@ -86,7 +86,6 @@ class TestBudgets:
     @pytest.mark.parametrize(
         ("budget", "alpha", "threshold"),
         [
-            (0.1, 0.4, 0.5),
             (0.25, 0.4, 0.5),
             (0.375, 0.2, 0.5),
             (0.5, 0.1, 0.5),

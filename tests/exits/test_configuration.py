@@ -27,9 +27,8 @@ SHARED = {
     "reward_hardness": True,
 }
 OWN = {
-    BertCeeConfig: {"exit_threshold": 0.5, "exit_pooling": "cls", "exit_norm": "none"},
+    BertCeeConfig: {"exit_threshold": None, "exit_pooling": "cls", "exit_norm": "none"},
     LlamaCeeConfig: {
-        "exit_threshold": 1.0,
         "exit_head": "norm",
         "exit_head_rank": 64,
         "min_exit_layer": None,

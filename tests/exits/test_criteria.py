@@ -51,7 +51,7 @@ class TestRegistry:
     def test_ones_own(self):
         model = tiny_model()
         with scripted([2, 0, 4]) as name:
-            output = model(**pad(random_rows(3, seed=1)), exit_criterion=name)
+            output = model(**pad(random_rows(3, seed=1)), exit_criterion=name, exit_threshold=0.5)
         assert output.exit_layers.tolist() == [3, 1, 5]
         with pytest.raises(ValueError, match=r"scripted"):
             model(**pad(random_rows(3, seed=1)), exit_criterion=name)

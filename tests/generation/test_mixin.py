@@ -151,7 +151,7 @@ class TestWhereOptionsComeFrom:
         model.save_pretrained(tmp_path / "generation")
         loaded = LlamaForConsistentEECausalLM.from_pretrained(tmp_path / "generation").eval()
         assert getattr(loaded.generation_config, name) == value
-        assert loaded.config.exit_threshold == 1.0
+        assert loaded.config.exit_threshold is None
         assert depths(loaded) == {layer}
         tiny_llama(**{name: value}).save_pretrained(tmp_path / "config")
         assert depths(LlamaForConsistentEECausalLM.from_pretrained(tmp_path / "config").eval()) == {layer}
@@ -321,7 +321,10 @@ class TestBudgetsAndNames:
     def test_another_criterion_than_the_configs_budget(self):
         model = self.model(exit_budget=0.4, exit_threshold=0.04)
         options = {"exit_criterion": "max_probability"}
-        assert self.layers(model, **options) == self.layers(self.model(), exit_threshold=0.04, **options)
+        # Nobody has given a threshold for it.
+        assert self.layers(model, **options) == [[4] * NEW] * 3
+        expected = self.layers(self.model(), exit_threshold=0.04, **options)
+        assert self.layers(model, exit_threshold=0.04, **options) == expected != [[4] * NEW] * 3
 
     @pytest.mark.parametrize("asked", [{"exit_budget": 0.4}, {"exit_threshold": "point"}])
     @pytest.mark.parametrize("in_config", [False, True])

@@ -177,7 +177,7 @@ def test_push_sends_everything_that_loading_needs(published):
 
 def test_round_trip_through_the_auto_classes(published, folder, tmp_path):
     loaded = client(published, tmp_path, LOAD, folder, REPO)
-    assert loaded["classes"] == ["LlamaCeeConfig", *["LlamaForConsistentEECausalLM"] * 2]
+    assert loaded["classes"] == ["LlamaCeeConfig", "LlamaCeeModel", "LlamaForConsistentEECausalLM"]
     assert loaded["same_weights"]
     assert loaded["card"]["pipeline_tag"] == "text-generation" and loaded["card"]["library_name"] == "transformers"
     assert {"early-exit", "tiny"} <= set(loaded["card"]["tags"])
@@ -220,7 +220,7 @@ def test_remote_code_of_every_model(tmp_path):
         names = {}
         exec(path.read_text(), names)
         assert names[entry.model.rpartition(".")[2]].config_class is names[entry.config.rpartition(".")[2]]
-        assert set(remote_auto_map(model_type)) == {"AutoConfig", *entry.auto_classes}
+        assert set(remote_auto_map(model_type)) == {"AutoConfig", *entry.by_auto_class}
 
 
 def test_local_classes_win_over_the_file(folder):

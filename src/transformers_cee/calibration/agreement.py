@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from transformers_cee.calibration.risk import certified_threshold
-from transformers_cee.calibration.scores import ExitScores, check_share, unit_weights
+from transformers_cee.calibration.scores import ExitScores, unit_weights
 from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
+from transformers_cee.exits.numbers import share
 
 
 COVERAGES = ("max", "min")
@@ -35,7 +36,7 @@ def running_agreement(oriented: Tensor, disagrees: Tensor, epsilon: float, cover
     Returns:
         `Tensor` of shape `(exits − 1,)`: rows leave strictly above.
     """
-    check_share("epsilon", epsilon)
+    epsilon = share("epsilon", epsilon)
     if coverage not in COVERAGES:
         raise ValueError(f"`coverage`={coverage!r} is unknown; accepted are {', '.join(COVERAGES)}.")
     rows, exits = oriented.shape
@@ -67,7 +68,7 @@ def conformal_agreement(oriented: Tensor, disagrees: Tensor, epsilon: float, pub
     Returns:
         `float`: rows leave strictly above.
     """
-    check_share("epsilon", epsilon)
+    epsilon = share("epsilon", epsilon)
     wrong = disagrees[:, : oriented.shape[1]]
     if oriented.shape[1] == 0:
         return math.inf
@@ -110,7 +111,8 @@ def calibrate_agreement(
     """
     if method not in METHODS:
         raise ValueError(f"`method`={method!r} is unknown; accepted are {', '.join(METHODS)}.")
-    levels = {"epsilon": check_share("epsilon", epsilon)}
+    epsilon = share("epsilon", epsilon)
+    levels = {"epsilon": epsilon}
     internal = scores.num_exits - 1
     if internal == 0:
         return found_thresholds(scores, [], "agreement", levels, method)
@@ -125,7 +127,7 @@ def calibrate_agreement(
         needed = math.ceil(1 / epsilon - (0 if published else 1) - 1e-9)
     else:
         name = "certified"
-        levels["delta"] = check_share("delta", delta)
+        levels["delta"] = delta = share("delta", delta)
         p_value = "binomial" if scores.groups is None else "hoeffding_bentkus"
         losses = scores.disagrees.double()
         shared = certified_threshold(scores.oriented, losses, epsilon, delta, p_value, scores.groups)

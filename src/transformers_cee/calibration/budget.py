@@ -10,6 +10,7 @@ chosen by exponential weights, and its threshold is the quantile of unlabelled s
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from scipy.special import softmax
 from scipy.stats import norm
 from torch import Tensor
 
-from transformers_cee.calibration.scores import ExitScores, check_share, just_below, leave_at, orient, own_thresholds
+from transformers_cee.calibration.scores import ExitScores, just_below, leave_at, orient, own_thresholds
 from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
+from transformers_cee.exits.numbers import number, share
 
 
 def eero_rates(
@@ -57,7 +59,7 @@ def eero_rates(
         raise ValueError(f"`beta`={beta} must be a positive number.")
     if margin < 0:
         raise ValueError(f"`margin`={margin} must not be negative.")
-    _check_budget(budget, float(costs[0]), "the cost of the first exit")
+    budget = _budget(budget, float(costs[0]), "the cost of the first exit")
     if len(costs) == 1 or budget <= float(costs[0]) or (fill and margin == 0 and budget >= float(costs[-1])):
         rates = torch.zeros(len(costs), dtype=torch.double)
         rates[-1 if budget > float(costs[0]) else 0] = 1.0
@@ -184,11 +186,13 @@ def calibrate_budget(
         raise ValueError(f"`batch_rows`={batch_rows} must be at least 1.")
     oriented = scores.oriented
     boldest = leave_at(oriented, [-math.inf] * (scores.num_exits - 1))
-    _check_budget(budget, float(prices[boldest].mean()), f"the least mean cost of {scores.criterion!r} on these rows")
-    levels = {"budget": float(budget), "unit": unit, "costs": prices.tolist()}
+    budget = _budget(
+        budget, float(prices[boldest].mean()), f"the least mean cost of {scores.criterion!r} on these rows"
+    )
+    levels = {"budget": budget, "unit": unit, "costs": prices.tolist()}
     method = "eero_refined" if refine else "eero"
     if refine:
-        levels["delta"] = check_share("delta", delta)
+        levels["delta"] = delta = share("delta", delta)
     if budget >= float(prices[-1]):
         reason = f"the budget of {budget:g} {unit} covers full depth ({float(prices[-1]):g})."
         return exits_off(scores, "budget", levels, method, reason, warn=False)
@@ -252,9 +256,10 @@ def with_rejection(thresholds: ExitThresholds, scores: ExitScores, rate: float) 
     Raises:
         ValueError: a rate outside of (0, 1), or scores without `last_scores` or of another criterion.
     """
-    levels = {**thresholds.levels, "reject_rate": check_share("rate", rate)}
+    levels = {**thresholds.levels, "reject_rate": share("rate", rate)}
     if scores.last_scores is None:
         raise ValueError("`scores.last_scores` is None; rejection compares scores at the last exit.")
+    rate = levels["reject_rate"]
     reached = replace(thresholds, thresholds=[*thresholds.thresholds], levels=levels, held_out=None)
     last = orient(scores.criterion, scores.last_scores)[thresholds.taken_exits(scores) == scores.num_exits - 1]
     ordered = last.sort().values
@@ -273,6 +278,9 @@ def check_costs(costs: Sequence[float] | Tensor, exits: int) -> Tensor:
     return values
 
 
-def _check_budget(budget: float, least: float, what: str) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= least - 1e-9 * least:
-        raise ValueError(f"`budget`={budget!r} must be a number of at least {least:g}, {what}.")
+def _budget(budget: Any, least: float, what: str) -> float:
+    accepted = f"a number of at least {least:g}, {what}"
+    found = number("budget", budget, accepted)
+    if not found >= least - 1e-9 * least:
+        raise ValueError(f"`budget`={budget!r} must be {accepted}.")
+    return found

@@ -18,10 +18,11 @@ from scipy.special import rel_entr
 from scipy.stats import binom
 from torch import Tensor
 
-from transformers_cee.calibration.scores import ExitScores, check_share, unit_weights
+from transformers_cee.calibration.scores import ExitScores, unit_weights
 from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
 from transformers_cee.evaluation.operating_points import exits_taken
 from transformers_cee.exits.criteria import check_thresholds
+from transformers_cee.exits.numbers import plain, share
 
 
 P_VALUES = ("hoeffding_bentkus", "hoeffding", "binomial")
@@ -85,7 +86,7 @@ def fixed_sequence(
     check_losses(losses, p_value, groups)
     weights, units = unit_weights(groups, len(losses))
     risks = (losses.double() * weights.unsqueeze(1)).sum(0) / units
-    passed = risk_p_values(risks, units, check_share("level", level), p_value) <= check_share("delta", delta)
+    passed = risk_p_values(risks, units, share("level", level), p_value) <= share("delta", delta)
     return int(passed.int().cumprod(0).sum())
 
 
@@ -111,8 +112,7 @@ def certified_threshold(
         `float` or None: rows leave strictly above it; None when not even full depth passes.
     """
     check_losses(losses, p_value, groups)
-    check_share("level", level)
-    check_share("delta", delta)
+    level, delta = share("level", level), share("delta", delta)
     weights, units = unit_weights(groups, len(losses))
     scores, changes = _walk_changes(oriented, losses)
     changes = changes * weights.unsqueeze(1)
@@ -171,7 +171,8 @@ def calibrate_risk(
     Raises:
         ValueError: a level or delta outside of (0, 1), losses outside of what the p-value accepts, or a bad grid.
     """
-    levels = {"level": check_share("level", level), "delta": check_share("delta", delta), "risk": scores.risk}
+    level, delta = share("level", level), share("delta", delta)
+    levels = {"level": level, "delta": delta, "risk": scores.risk}
     method = f"learn_then_test_{p_value}"
     units = unit_weights(scores.groups, len(scores))[1]
     if grid is None:
@@ -194,7 +195,7 @@ def calibrate_risk(
 def _certified_in_grid(scores: ExitScores, grid: Sequence[float], level: float, delta: float, p_value: str) -> int:
     if len(grid) == 0:
         raise ValueError("`grid` is empty; it needs at least one threshold.")
-    exits = [exits_taken(scores.criterion, float(threshold), scores.scores) for threshold in grid]
+    exits = [exits_taken(scores.criterion, threshold, scores.scores) for threshold in plain(grid)]
     depths = [float(scores.layers[taken].double().mean()) for taken in exits]
     if any(later > earlier for earlier, later in itertools.pairwise(depths)):
         raise ValueError(f"`grid`={list(grid)} must go from safe to bold thresholds of {scores.criterion!r}.")

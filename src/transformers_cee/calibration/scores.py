@@ -9,7 +9,6 @@ strictly above the threshold, whatever the criterion's own direction. This file 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -234,10 +233,3 @@ def leave_at(oriented: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
 def just_below(value: Tensor) -> Tensor:
     """The largest number below: `score > just_below(v)` is `score >= v`."""
     return torch.nextafter(value, torch.full_like(value, -math.inf))
-
-
-def check_share(name: str, value: Any) -> float:
-    """Raises `ValueError` unless `value` is a number strictly between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
-        raise ValueError(f"`{name}`={value!r} must be a number strictly between 0 and 1.")
-    return float(value)

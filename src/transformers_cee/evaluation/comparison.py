@@ -175,6 +175,9 @@ def budget_curve(
     by_depth = {}
     for depth in depths:
         budget = min(1.0, depth / layers)
+        if prices:
+            # The least that the policies reach, on dev, where they do not get as low.
+            budget = max(budget, prices[0][0])
         alpha, threshold = price_of_budget(prices, budget)
         scores = score_exits("policy", test, policies, CriterionSettings(alpha=alpha))
         point = hindsight_point("policy", threshold, scores, test, metrics)

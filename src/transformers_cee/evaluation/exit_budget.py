@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers_cee.evaluation.operating_points import exits_taken, score_exits
 from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CriterionSettings
+from transformers_cee.exits.numbers import number
 from transformers_cee.exits.policy import ExitPolicies
 
 
@@ -47,6 +48,7 @@ def fit_exit_budgets(
     """
     if not policies.is_conditioned:
         raise ValueError("`policies` have one speed: `policy_condition` of the config must be 'input' or 'film'.")
+    exit_threshold = number("exit_threshold", exit_threshold)
     if not 0.0 <= exit_threshold < 1.0:
         raise ValueError(f"`exit_threshold`={exit_threshold} must lie in [0, 1).")
     stores = [store] if isinstance(store, ExitStore) else store

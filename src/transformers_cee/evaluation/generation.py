@@ -22,6 +22,7 @@ from transformers_cee.evaluation.memory import PeakMemory
 from transformers_cee.evaluation.operating_points import OperatingPoint, depth_figures, exit_histogram
 from transformers_cee.exits.criteria import Thresholds, check_thresholds
 from transformers_cee.exits.deciding import price_of_budget, resolve_decision
+from transformers_cee.exits.numbers import plain
 
 
 TextMetrics = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
@@ -223,7 +224,7 @@ class GenerationBenchmark:
         figures = depth_figures(torch.tensor(layers), numbers[-1])
         point = GenerationPoint(
             criterion,
-            threshold if isinstance(threshold, int | float | str) else list(threshold),
+            plain(threshold),
             depth=figures["depth"],
             saved_layers=figures["saved_layers"],
             layer_speedup=figures["layer_speedup"],

@@ -26,6 +26,7 @@ from transformers_cee.exits.criteria import (
     check_criterion,
     check_thresholds,
 )
+from transformers_cee.exits.numbers import plain
 from transformers_cee.exits.policy import ExitPolicies
 
 
@@ -263,7 +264,7 @@ def point_at(
         values = {} if metrics is None else metrics(EvalPrediction(store.logits[taken].numpy(), store.labels.numpy()))
     return OperatingPoint(
         criterion,
-        threshold if isinstance(threshold, int | float) else list(threshold),
+        plain(threshold),
         **depth_figures(layers, numbers[-1]),
         metrics={name: float(value) for name, value in values.items()},
         exit_histogram=exit_histogram(layers, numbers),

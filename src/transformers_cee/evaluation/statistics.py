@@ -14,6 +14,7 @@ import numpy as np
 import scipy.stats
 
 from transformers_cee.evaluation.operating_points import exits_taken, thresholds_for_depths
+from transformers_cee.exits.numbers import share
 
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def bootstrap_interval(
         ValueError: no rows, arrays of different length, numbers that are not finite, or an argument out of range.
     """
     arrays = tuple(_rows(array) for array in (values, *more))
-    _check_share("confidence", confidence)
+    confidence = share("confidence", confidence)
     if method not in METHODS:
         raise ValueError(f"`method`={method!r} is unknown; accepted are {', '.join(map(repr, METHODS))}.")
     if resamples < 1:
@@ -215,7 +216,7 @@ def paired_differences(
         ValueError: lists of different length, no seed with both values, numbers that are not finite, or a confidence
             out of range.
     """
-    _check_share("confidence", confidence)
+    confidence = share("confidence", confidence)
     if len(first) != len(second):
         raise ValueError(f"`first` and `second` must hold as many seeds; got {len(first)} and {len(second)}.")
     pairs = [(one, other) for one, other in zip(first, second, strict=True) if one is not None and other is not None]
@@ -242,11 +243,6 @@ def _rows(values: Any) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"`values` must be finite; {int((~np.isfinite(array)).sum())} of {len(array)} are not.")
     return array
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"`{name}`={value} must lie between 0 and 1.")
 
 
 def _parameters(function: Statistic) -> Sequence[str]:

@@ -19,6 +19,8 @@ from transformers_cee.exits.fields import (
     text,
     whole,
 )
+from transformers_cee.exits.numbers import plain
+from transformers_cee.exits.numbers import whole as without_point
 
 
 EXIT_POOLINGS = ("cls", "mean")
@@ -73,10 +75,11 @@ class ExitConfigMixin(ConfigLoadingMixin):
             layer, `None` stands for every layer. The last layer is always an exit.
         exit_criterion (`str`, *optional*, defaults to `"policy"`):
             Default rule that decides exit or continue; a name of `transformers_cee.exits.criteria.CRITERIA`.
-        exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to 0.5):
-            Number(s) that the criterion's score is compared with: one for all exits, or one per exit (the last one has
-            no effect, since the last exit takes everything that reaches it); or the name of one of
-            `exit_operating_points`, which brings its criterion.
+        exit_threshold (`float`, `list[float]` or `str`, *optional*):
+            Number(s) that the score of `exit_criterion` is compared with: one for all exits, or one per exit (the last
+            one has no effect, since the last exit takes everything that reaches it); or the name of one of
+            `exit_operating_points`, which brings its criterion. `None` switches exits off, whatever the criterion,
+            until a call gives a threshold or a budget.
         exit_patience (`int`, *optional*, defaults to 2):
             Exits in a row that must agree, of criteria whose threshold is something else.
         exit_tolerance (`float`, *optional*, defaults to 0.5):
@@ -111,7 +114,7 @@ class ExitConfigMixin(ConfigLoadingMixin):
 
     exit_layers: int | list[int] | None = None
     exit_criterion: str = "policy"
-    exit_threshold: float | list[float] | str = 0.5
+    exit_threshold: float | list[float] | str | None = None
     exit_patience: int = 2
     exit_tolerance: float = 0.5
     exit_estimators: list[str] = field(default_factory=list)
@@ -156,6 +159,9 @@ class ExitConfigMixin(ConfigLoadingMixin):
 
     def check_exit_layers(self) -> None:
         """Raises `ValueError` unless `exit_layers` says which layers end in exits."""
+        self.exit_layers = without_point(self.exit_layers)
+        if isinstance(self.exit_layers, list | tuple):
+            self.exit_layers = [without_point(layer) for layer in self.exit_layers]
         last, layers = self.num_hidden_layers, self.exit_layers  # type: ignore[attr-defined]
         check_field("num_hidden_layers", last, whole(1, MAX_LAYERS))
         if is_whole(layers):
@@ -169,7 +175,12 @@ class ExitConfigMixin(ConfigLoadingMixin):
                 raise ValueError(f"`exit_layers`={shown(layers)}: {shown(wrong)} are no layers of 1..{last}.")
 
     def check_exits(self) -> None:
-        """Raises `ValueError` when a field of the exits is out of its range."""
+        """Raises `ValueError` when a field of the exits is out of its range. Numbers of numpy and torch, and whole
+        numbers with a point, become Python's own."""
+        for name in _NUMBERS:
+            setattr(self, name, plain(getattr(self, name)))
+        for name in _WHOLE_NUMBERS & vars(self).keys():
+            setattr(self, name, without_point(getattr(self, name)))
         self.check_exit_layers()
         for name, kind in _KINDS.items():
             if hasattr(self, name):
@@ -220,8 +231,6 @@ class DecoderExitConfigMixin(ExitConfigMixin):
     """Exit fields of a causal language model, in which every generated token leaves at its own layer.
 
     Args:
-        exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to 1.0):
-            As in `ExitConfigMixin`. Exits are off by default: a checkpoint without trained exits generates as before.
         exit_head (`str`, *optional*, defaults to `"norm"`):
             LM head of the internal exits: `"shared"` (the model's own final norm and head, no new weights), `"norm"`
             (a norm per exit, shared head), `"low_rank"` (norm and a residual adapter of rank `exit_head_rank` per
@@ -238,7 +247,6 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         kwargs: fields of `ExitConfigMixin`.
     """
 
-    exit_threshold: float | list[float] | str = 1.0
     exit_head: str = "norm"
     exit_head_rank: int = 64
     min_exit_layer: int | None = None
@@ -264,9 +272,20 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         check_min_exit_layer(self.min_exit_layer, self.num_hidden_layers)  # type: ignore[attr-defined]
 
 
+_NUMBERS = (
+    "exit_threshold",
+    "exit_tolerance",
+    "exit_budget",
+    "exit_budgets",
+    "policy_alphas",
+    "reward_alpha",
+)
+_WHOLE_NUMBERS = {"exit_patience", "policy_hidden_size", "exit_head_rank", "min_exit_layer"}
+
+
 def check_min_exit_layer(layer: int | None, num_layers: int) -> None:
     """Raises `ValueError` unless `layer` is a layer (1-based) or `None`."""
-    if layer is not None and not (is_whole(layer) and 1 <= layer <= num_layers):
+    if layer is not None and not (is_whole(without_point(layer)) and 1 <= layer <= num_layers):
         raise ValueError(f"`min_exit_layer`={shown(layer)} must lie in 1..{num_layers}, or be None.")
 
 

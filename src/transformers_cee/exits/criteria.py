@@ -6,7 +6,6 @@ estimator or something outside of the exits are in `learned_criteria`.
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from transformers_cee.exits.learned_criteria import (
     StateSimilarity,
     TokenHash,
 )
+from transformers_cee.exits.numbers import number, plain
 from transformers_cee.exits.policy import ExitHistory, ExitPolicies, check_has_classes, class_probabilities
 
 
@@ -261,25 +261,26 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
 
     Args:
         criterion (`str`): a name of the registry.
-        threshold (`float` or sequence of `float`): one number for all exits or one per exit, the last included.
+        threshold (`float` or sequence of `float`):
+            One number for all exits or one per exit, the last included; arrays and scalars of numpy and torch, too.
         num_exits (`int`): number of exits, the last included.
 
     Raises:
         ValueError: unknown criterion, a list of the wrong length, or a threshold outside of the criterion's range.
     """
     check_criterion(criterion)
-    if isinstance(threshold, Tensor) and threshold.dim() == 0:
-        threshold = threshold.item()
-    if isinstance(threshold, Sequence | Tensor) and not isinstance(threshold, str):
-        thresholds = [float(value) for value in threshold]
-        if len(thresholds) != num_exits:
+    given, accepted = plain(threshold), "a number or a list of numbers"
+    if isinstance(given, list):
+        if len(given) != num_exits:
             raise ValueError(
-                f"`exit_threshold` has {len(thresholds)} values; accepted: one number, or one per exit ({num_exits})."
+                f"`exit_threshold` has {len(given)} values; accepted: one number, or one per exit ({num_exits})."
             )
-    elif isinstance(threshold, Real) and not isinstance(threshold, bool):
-        thresholds = [float(threshold)] * num_exits
+        try:
+            thresholds = [number("exit_threshold", value) for value in given]
+        except ValueError:
+            raise ValueError(f"`exit_threshold`={given} must be {accepted}.") from None
     else:
-        raise ValueError(f"`exit_threshold`={threshold!r} must be a number or a list of numbers.")
+        thresholds = [number("exit_threshold", given, accepted)] * num_exits
     cls = CRITERIA[criterion]
     if not all(cls.check(value) for value in thresholds):
         raise ValueError(f"`exit_threshold`={threshold} for the criterion {criterion!r} must be {cls.accepted}.")

@@ -9,7 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transformers_cee.exits.criteria import CriterionSettings, ExitCriterion, Thresholds, build_criterion
+from transformers_cee.exits.criteria import (
+    CRITERIA,
+    CriterionSettings,
+    ExitCriterion,
+    Thresholds,
+    build_criterion,
+    check_criterion,
+)
+from transformers_cee.exits.numbers import number
+
+
+# Difference up to which two budgets are the same: people round.
+BUDGET_RESOLUTION = 0.005
 
 
 @dataclass(frozen=True)
@@ -33,12 +45,14 @@ def resolve_decision(
     exit_criterion: str | None = None,
     exit_budget: float | None = None,
 ) -> ExitDecision:
-    """What a caller asks for, with the config's defaults.
+    """What a caller asks for, with the config's defaults. Exits are off until somebody gives a threshold or a budget:
+    the caller, or the config for its own criterion.
 
     Args:
         config (`ExitConfigMixin`): fields of the exits.
         exit_threshold (`float`, `list[float]` or `str`, *optional*):
-            Number(s), or the name of one of `config.exit_operating_points`.
+            Number(s), or the name of one of `config.exit_operating_points`; the config's, if the criterion is the
+            config's, too.
         exit_criterion (`str`, *optional*): name of an exit criterion; a named operating point brings its own.
         exit_budget (`float`, *optional*): wanted mean depth as a share of all layers, of policies conditioned on α.
 
@@ -56,9 +70,14 @@ def resolve_decision(
             )
         alpha, limit = price_of_budget(config.exit_budgets, exit_budget)
         return ExitDecision("policy", limit, alpha)
-    threshold = config.exit_threshold if exit_threshold is None else exit_threshold
+    threshold, criterion = exit_threshold, config.exit_criterion if exit_criterion is None else exit_criterion
+    if threshold is None and (exit_criterion is None or criterion == config.exit_criterion):
+        threshold = config.exit_threshold
+    if threshold is None:
+        check_criterion(criterion)
+        return ExitDecision(criterion, CRITERIA[criterion].off)
     if not isinstance(threshold, str):
-        return ExitDecision(exit_criterion or config.exit_criterion, threshold)
+        return ExitDecision(criterion, threshold)
     point = config.exit_operating_points.get(threshold)
     if point is None:
         known = ", ".join(map(repr, sorted(config.exit_operating_points))) or "none yet"
@@ -80,7 +99,8 @@ def default_arguments(config: Any) -> dict[str, Any]:
         return {"exit_budget": config.exit_budget}
     if isinstance(config.exit_threshold, str):
         return {"exit_threshold": config.exit_threshold}
-    return {"exit_criterion": config.exit_criterion, "exit_threshold": config.exit_threshold}
+    decision = resolve_decision(config)
+    return {"exit_criterion": decision.criterion, "exit_threshold": decision.threshold}
 
 
 def price_of_budget(points: Sequence[Sequence[float]], budget: float) -> tuple[float, float]:
@@ -91,13 +111,20 @@ def price_of_budget(points: Sequence[Sequence[float]], budget: float) -> tuple[f
         budget (`float`): wanted mean depth as a share of all layers, in (0, 1]; 1 closes the exits.
 
     Raises:
-        ValueError: no points, or a budget out of range.
+        ValueError: no points, a budget out of range, or one below what the points reach.
     """
     if not points:
         raise ValueError(f"`exit_budget`={budget}: this model has no fitted budgets (`config.exit_budgets` is empty).")
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0.0 < budget <= 1.0:
-        raise ValueError(f"`exit_budget`={budget!r} must be a share of all layers, in (0, 1].")
+    accepted = "a share of all layers, in (0, 1]"
+    budget = number("exit_budget", budget, accepted)
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(f"`exit_budget`={budget!r} must be {accepted}.")
     budgets = [point[0] for point in points]
+    if budget < budgets[0] - BUDGET_RESOLUTION:
+        raise ValueError(
+            f"`exit_budget`={budget!r} is less than this model reaches: its fitted budgets (`config.exit_budgets`) "
+            f"begin at {budgets[0]:.4g}. Accepted are shares of all layers from there to 1, which closes the exits."
+        )
     if budget >= budgets[-1]:
         # As deep as was fitted; the whole depth closes the exits.
         return points[-1][1], 1.0 if budget == 1.0 else points[-1][2]

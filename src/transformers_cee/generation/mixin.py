@@ -18,6 +18,7 @@ from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, renam
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import CRITERIA, Thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
+from transformers_cee.exits.numbers import plain
 from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
@@ -178,7 +179,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
     def _exit_settings(self, *sources: Any) -> dict[str, Any]:
         """Exit arguments from mappings and configs, first come first; the model's config comes last.
 
-        The first source that has a threshold or a budget settles both, and, unless it is a number, the criterion.
+        The first source that has a threshold or a budget settles both, and, unless it is a number, the criterion. A
+        threshold beside a criterion is that criterion's alone.
         """
         settings: dict[str, Any] = {}
         for source in (*sources, self.config):
@@ -187,12 +189,15 @@ class EarlyExitGenerationMixin(GenerationMixin):
             for name in self._settled(settings, found, source is self.config):
                 found.pop(name, None)
             for name, value in found.items():
-                settings.setdefault(name, value.tolist() if isinstance(value, Tensor) else value)
+                settings.setdefault(name, plain(value))
         return settings
 
     def _settled(self, settings: dict[str, Any], found: dict[str, Any], is_default: bool) -> list[str]:
         """Names that a source has no say in, after what earlier sources said."""
         names = []
+        criterion = settings.get("exit_criterion")
+        if criterion is not None and found.get("exit_criterion", criterion) != criterion:
+            names.append("exit_threshold")
         if "exit_threshold" in settings or "exit_budget" in settings:
             names += ["exit_threshold", "exit_budget"]
         elif settings.get("exit_criterion", "policy") != "policy":

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers_cee.auto import MODELS
+from transformers_cee.auto import MODELS, register_family
 from transformers_cee.files import write_text
 
 
@@ -23,7 +23,7 @@ REMOTE_CODE_FILE = "modeling_cee.py"
 _REMOTE_CODE = '''"""Hands out the installed package transformers-cee; no model code lives here."""
 
 try:
-    import transformers_cee
+    from {package} import {names}
 except ModuleNotFoundError as error:
     if error.name != "transformers_cee":
         raise
@@ -31,18 +31,15 @@ except ModuleNotFoundError as error:
         "This checkpoint is an early-exit model of the package transformers-cee, which is not installed. "
         "Run `pip install transformers-cee`."
     ) from error
-
-{config} = transformers_cee.{config}
-{model} = transformers_cee.{model}
 '''
 
 
 def remote_auto_map(model_type: str) -> dict[str, str]:
     """The `auto_map` of config.json for a model type of this package: Auto class to `file.Class`."""
     module = Path(REMOTE_CODE_FILE).stem
-    config, model = _class_names(model_type)
-    models = dict.fromkeys(MODELS[model_type].auto_classes, f"{module}.{model}")
-    return {"AutoConfig": f"{module}.{config}", **models}
+    entry = MODELS[model_type]
+    classes = {"AutoConfig": entry.config, **entry.by_auto_class}
+    return {auto_class: f"{module}.{_class_name(cls)}" for auto_class, cls in classes.items()}
 
 
 def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -> Path:
@@ -51,24 +48,29 @@ def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -
     Returns:
         `Path`: the file.
     """
-    config, model = _class_names(model_type)
+    entry = MODELS[model_type]
+    names = [_class_name(cls) for cls in (entry.config, entry.model, entry.base)]
     path = Path(save_directory) / REMOTE_CODE_FILE
-    write_text(path, _REMOTE_CODE.format(config=config, model=model))
+    write_text(path, _REMOTE_CODE.format(package=entry.package, names=", ".join(names)))
     return path
 
 
-def _class_names(model_type: str) -> tuple[str, str]:
-    entry = MODELS[model_type]
-    return entry.config.rpartition(".")[2], entry.model.rpartition(".")[2]
+def _class_name(full_name: str) -> str:
+    return full_name.rpartition(".")[2]
 
 
 class RemoteCodeConfigMixin:
-    """Config whose saved folder also loads with `trust_remote_code=True`; mix in before `PreTrainedConfig`.
+    """Config of a family that the Auto classes find, and whose saved folder also loads with `trust_remote_code=True`;
+    mix in before `PreTrainedConfig`.
 
     A model saves its config with it, so this covers `model.save_pretrained`, `push_to_hub` and `Trainer`.
     """
 
     model_type: str
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        register_family(type(self).model_type)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any

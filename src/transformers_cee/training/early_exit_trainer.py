@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
-from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
+from transformers.trainer_utils import default_compute_objective, has_length
 from transformers.utils import logging
 
 from transformers_cee.evaluation.operating_points import (
+    FULL_DEPTH,
     OperatingPoint,
     depth_figures,
     exit_histogram,
@@ -188,9 +189,6 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Trainer's loop; metrics get the depth, predictions are the logits alone, or a decoder's tokens."""
-        if has_length(dataloader) and len(dataloader) == 0:
-            # Loaders of some releases give a batch that is None.
-            return EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=0)
         compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
         if compute is not None:
             chosen = aligned_prediction if self._per_token else _without_exit_layers
@@ -261,7 +259,8 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
             split=split,
             other_sets={f"the {prefix.partition('_')[2]} rows": _card_points(found) for prefix, found in others},
             exit_layers=None if config.exit_layers is None else config.exit_layer_numbers,
-            exit_threshold=config.exit_threshold,
+            # What the policies were judged at, where the config names none.
+            exit_threshold=0.5 if config.exit_threshold is None else config.exit_threshold,
             full_depth=full,
             base_model=finetuned_from,
             figure=None,
@@ -377,6 +376,9 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
         """The point that the config asks for."""
         config = self._exit_model.config
         decision, name = resolve_decision(config), config.exit_threshold
+        if config.exit_budget is None and name is None:
+            # Off, in the words of every full depth: not every criterion's own word for it can be written as JSON.
+            return self._point(FULL_DEPTH["exit_criterion"], FULL_DEPTH["exit_threshold"], metrics, prefix)
         is_named = config.exit_budget is None and isinstance(name, str)
         point = self._point(decision.criterion, name if is_named else decision.threshold, metrics, prefix)
         point.exit_budget = config.exit_budget

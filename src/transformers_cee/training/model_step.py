@@ -164,12 +164,13 @@ def consistent_phase(
 
 
 def operating_point(exit_model: nn.Module) -> tuple[str, Thresholds]:
-    """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. Exits
-    that are off, as they are in a fresh decoder, would show nothing of them; then it is the policy at 0.5. A budget
-    does not count, whose price was fitted before."""
+    """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. A config
+    without a threshold, whose exits are off, would show nothing of them; then it is the policy at 0.5. A budget does
+    not count, whose price was fitted before."""
+    if exit_model.config.exit_threshold is None:
+        return "policy", 0.5
     own = resolve_decision(exit_model.config, exit_model.config.exit_threshold)
-    off = exit_model.exits_per_token and (own.criterion, own.threshold) == ("policy", 1.0)
-    return own.criterion, 0.5 if off else own.threshold
+    return own.criterion, own.threshold
 
 
 @torch.no_grad()

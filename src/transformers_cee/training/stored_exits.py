@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.store import ExitStore, collect_exits
+from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.training.checks import evaluation_sets
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
 from transformers_cee.training.hardness import fingerprint
@@ -108,6 +109,7 @@ class StoredExitsTrainer(EarlyExitTrainer):
         policies = active_module(model.exit_policies)
         stores = list(self._evaluation_stores().values())
         model.config.exit_budgets = fit_exit_budgets(policies, stores, min_exit_layer=first_layer)
+        _check_default_budget(model.config)
         return model.config.exit_budgets
 
     def _evaluation_stores(self) -> dict[str, ExitStore]:
@@ -144,3 +146,14 @@ class StoredExitsTrainer(EarlyExitTrainer):
             yield
         finally:
             self.data_collator = collator
+
+
+def _check_default_budget(config: Any) -> None:
+    """Forgets a default budget that the policies no longer reach, with a warning: the config could not be loaded."""
+    if config.exit_budget is None:
+        return
+    try:
+        resolve_decision(config)
+    except ValueError as error:
+        logger.warning(f"`exit_budget` of the config is dropped: {error}")
+        config.exit_budget = None

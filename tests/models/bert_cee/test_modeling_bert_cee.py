@@ -302,7 +302,7 @@ class TestWhatIsComputed:
         lengths, exits = [12, 12, 9, 9, 5, 3], [0, 2, 1, 2, 4, 5]
         rows = [random_rows(1, seed, length, length)[0] for seed, length in enumerate(lengths)]
         with scripted(exits) as criterion, layer_inputs(model) as seen:
-            output = model(**pad(rows, side, extra=2), exit_criterion=criterion)
+            output = model(**pad(rows, side, extra=2), exit_criterion=criterion, exit_threshold=0.5)
         assert output.exit_layers.tolist() == [exit + 1 for exit in exits]
         assert seen == [(1, 6, 14), (2, 5, 12), (3, 4, 12), (4, 2, 5), (5, 2, 5), (6, 1, 3)]
         for row, walk in enumerate(walks_of(model, rows, "policy", 1.0)):
@@ -318,7 +318,7 @@ class TestWhatIsComputed:
             layer.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[1]))
         rows = [random_rows(1, seed, length, length)[0] for seed, length in enumerate([9, 4, 4, 7])]
         with scripted([1, 5, 3, 0]) as criterion:
-            output = model(**pad(rows, side), exit_criterion=criterion)
+            output = model(**pad(rows, side), exit_criterion=criterion, exit_threshold=0.5)
         assert [mask is None for mask in masks] == [False, False, True, True, True, True]
         for row, walk in enumerate(walks_of(model, rows, "policy", 1.0)):
             torch.testing.assert_close(output.logits[row], walk.all_logits[[1, 5, 3, 0][row]], **TOLERANCE)

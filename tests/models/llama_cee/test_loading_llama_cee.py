@@ -13,7 +13,6 @@ from tiny import tiny_llama, tiny_llama_config, weights
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -66,7 +65,7 @@ class TestStockCheckpoints:
         assert not info["unexpected_keys"] and not info["mismatched_keys"]
         self.check_new_parts(ours, kind)
         assert type(ours.config) is LlamaCeeConfig and ours.config.model_type == "llama_cee"
-        assert ours.config.exit_threshold == 1.0 and ours.generation_config.temperature == 0.7
+        assert ours.config.exit_threshold is None and ours.generation_config.temperature == 0.7
         ours.eval()
         assert torch.equal(ours(IDS).logits, model(IDS).logits)
 
@@ -146,7 +145,7 @@ class TestOwnCheckpoints:
         )
         model.save_pretrained(tmp_path)
         assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
-        for load in (LlamaForConsistentEECausalLM, AutoModelForCausalLM, AutoModel):
+        for load in (LlamaForConsistentEECausalLM, AutoModelForCausalLM):
             loaded, info = load.from_pretrained(tmp_path, output_loading_info=True)
             assert type(loaded) is LlamaForConsistentEECausalLM
             assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,9 +1,16 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""BERT with exits."""
+"""BERT with exits. The config alone is loaded without the model."""
 
-from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfig
-from transformers_cee.models.bert_cee.modeling_bert_cee import BertForConsistentEE
+from transformers_cee.lazy import lazy_names
 
 
-__all__ = ["BertCeeConfig", "BertForConsistentEE"]
+_PUBLIC = {
+    "BertCeeConfig": "configuration_bert_cee",
+    "BertCeeModel": "encoder_bert_cee",
+    "BertForConsistentEE": "modeling_bert_cee",
+}
+
+__all__ = list(_PUBLIC)
+
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -12,6 +12,7 @@ from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedMode
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
@@ -129,8 +130,8 @@ class BertForConsistentEE(EarlyExitLoadingMixin, OwnLoss, BertPreTrainedModel):
                 returned there, and a loss on `logits` trains the last exit alone.
             exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to `config.exit_threshold`):
                 A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
-                all out at the first exit. A list holds one number per exit; a name stands for one of
-                `config.exit_operating_points`.
+                all out at the first exit. Without one, of the call or the config, no row leaves early. A list holds
+                one number per exit; a name stands for one of `config.exit_operating_points`.
             exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`):
                 `"policy"`, or a baseline such as `"max_probability"`, `"entropy"` or `"patience"`; see
                 `transformers_cee.exits.criteria.CRITERIA`.
@@ -154,6 +155,7 @@ class BertForConsistentEE(EarlyExitLoadingMixin, OwnLoss, BertPreTrainedModel):
                 layer has run by then.
         """
         problem_type = resolve_problem_type(self.config.problem_type, self.num_labels, labels)
+        check_arguments(BertForConsistentEE.forward, self.config, kwargs)
         rows = _check_inputs(input_ids, inputs_embeds, attention_mask)
         if attention_mask is not None:
             # What is not 0 is a token, whatever its number.

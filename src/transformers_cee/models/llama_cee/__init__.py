@@ -1,9 +1,16 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""LLaMA with exits."""
+"""LLaMA with exits. The config alone is loaded without the model."""
 
-from transformers_cee.models.llama_cee.configuration_llama_cee import LlamaCeeConfig
-from transformers_cee.models.llama_cee.modeling_llama_cee import LlamaForConsistentEECausalLM
+from transformers_cee.lazy import lazy_names
 
 
-__all__ = ["LlamaCeeConfig", "LlamaForConsistentEECausalLM"]
+_PUBLIC = {
+    "LlamaCeeConfig": "configuration_llama_cee",
+    "LlamaCeeModel": "decoder_llama_cee",
+    "LlamaForConsistentEECausalLM": "modeling_llama_cee",
+}
+
+__all__ = list(_PUBLIC)
+
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

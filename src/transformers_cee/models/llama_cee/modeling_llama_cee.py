@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
@@ -55,7 +56,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
 
     Loads from its own checkpoints and from any LLaMA checkpoint, GGUF files included (`gguf_file=`). Norms and heads
     of the internal exits start as copies of the model's own, policies at random; [`ConsistentEETrainer`] trains them.
-    Until then exits are off (`config.exit_threshold` is 1.0) and the model does what the stock one does.
+    Until then exits are off (`config.exit_threshold` is None) and the model does what the stock one does.
 
     Args:
         config ([`LlamaCeeConfig`]): sizes of LLaMA and the fields of the exits.
@@ -265,6 +266,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, `labels` that do not fit or are
                 missing, also where Trainer took them out, or an exit argument out of range. No layer has run by then.
         """
+        check_arguments(LlamaForConsistentEECausalLM.forward, self.config, kwargs)
         shape = _check_inputs(input_ids, inputs_embeds)
         targets = token_targets(labels, shape, kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100))
         if targets is None and (output_all_exits or sample_exits):
@@ -539,10 +541,8 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         order, logits = [], []
         for index in range(len(self.layer_numbers)):
             mine = (taken[positions] == index).nonzero().squeeze(1)
-            if len(mine):
-                # Not every kind of quantized layer takes nothing.
-                order.append(mine)
-                logits.append(self.exit_logits(states[positions[mine]], index))
+            order.append(mine)
+            logits.append(self.exit_logits(states[positions[mine]], index))
         return torch.cat(logits)[torch.cat(order).argsort()]
 
     def _first_exit(self, min_exit_layer: int | None) -> int:
