@@ -176,6 +176,10 @@ class TestEvaluation:
         run_glue_cee.main(evaluation(trained, path, tmp_path / "out", max_seq_length=512))
         assert "--max_seq_length 512 is more than the model's 32 positions; 32 is used." in capsys.readouterr().out
 
+    def test_more_layers_than_the_checkpoint_has(self, trained, train_file, tmp_path):
+        with pytest.raises(ValueError, match=r"`num_hidden_layers`=6, but .* has the weights of 3 layers"):
+            run_glue_cee.main(evaluation(trained, train_file, tmp_path, num_hidden_layers=6))
+
     def test_a_damaged_record_is_written_anew(self, trained, train_file, tmp_path, capsys):
         (tmp_path / "results.json").write_text('{"train": {"heads"')
         results = run_glue_cee.main(evaluation(trained, train_file, tmp_path))

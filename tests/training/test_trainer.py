@@ -844,8 +844,8 @@ class TestCard:
         assert "Measured on the first rows;" in card
         parts = dict(zip(sets, card.split("On the second rows:"), strict=True))
         for name, part in parts.items():
-            point = metrics[f"eval_{name}_operating_points"][0]
-            assert f"{point['metrics']['accuracy']:.4f}" in part
+            for point in trainer.operating_points[f"eval_{name}"]:
+                assert f"{point.metrics['accuracy']:.4f}" in part
             assert f"{metrics[f'eval_{name}_accuracy']:.4f}" in part
         assert "language:" not in card
         # One set alone afterwards: the card is about that one.
