@@ -262,3 +262,9 @@ def test_another_loss_function_is_refused(make):
     with pytest.raises(ValueError, match=r"`loss_function`=.*all exits learn.*`output_all_exits`=True"):
         model.loss_function = F.cross_entropy
     assert callable(model.loss_function)
+
+
+@pytest.mark.parametrize("name,value", [("shift_labels", torch.zeros(8, dtype=torch.long)), ("ignore_index", 0)])
+def test_losses_of_tokens_are_not_those_of_rows(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is for language models"):
+        tiny_model()(**pad(ROWS), labels=torch.arange(8) % 3, **{name: value})

@@ -5,6 +5,7 @@
 Logits carry any leading dimensions: (rows, labels) of one exit or (rows, exits, labels) of all.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -124,6 +125,13 @@ def say_what_labels_train(criterion: str) -> None:
             "leave. `ConsistentEETrainer.train_policy()` trains the policies afterwards; other values of "
             "`exit_criterion`, such as 'max_probability', do without."
         )
+
+
+def check_labels_of_rows(arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for arguments of losses of tokens, where a row has labels and its tokens have none."""
+    for name in ("shift_labels", "ignore_index"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"`{name}` is for language models; a row is learnt by its `labels`, all of which count.")
 
 
 def check_training_without_labels(num_items_in_batch: Any) -> None:

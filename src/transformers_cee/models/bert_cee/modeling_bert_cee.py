@@ -20,6 +20,7 @@ from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean
 from transformers_cee.exits.losses import (
     OwnLoss,
     check_labels,
+    check_labels_of_rows,
     check_training_without_labels,
     exit_losses,
     layer_weighted,
@@ -160,6 +161,7 @@ class BertForConsistentEE(EarlyExitLoadingMixin, OwnLoss, BertPreTrainedModel):
         if attention_mask is not None:
             # What is not 0 is a token, whatever its number.
             attention_mask = attention_mask != 0
+        check_labels_of_rows(kwargs)
         # In training mode nothing leaves unless it is asked to: the config says how the model is used.
         asked = any(one is not None for one in (exit_threshold, exit_criterion, exit_budget))
         all_exits = output_all_exits or (self.training and not asked)
