@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(basename $(notdir $(CONSTRAINTS)))
 SOURCES := $(wildcard src tests examples benchmarks)
 
-.PHONY: help venv demo demo-llm test test-lowest test-newest test-ends test-slow quality style clean
+.PHONY: test-robustness help venv demo demo-llm test test-lowest test-newest test-ends test-slow quality style clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test      run the tests with branch coverage"
 	@echo "make test-slow run the tests marked slow"
 	@echo "make test-ends run the tests with the oldest promised and the newest published releases (before a release)"
+	@echo "make test-robustness  hostile files and arguments, and training runs that are killed"
 	@echo "make quality   lint, format check, types"
 	@echo "make style     apply lint fixes and format"
 
@@ -65,6 +66,10 @@ test-newest:
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m slow
+
+test-robustness: $(STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/robustness/fuzz.py --inputs 1000
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/robustness/kills.py --kills 100
 
 quality: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

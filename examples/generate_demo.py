@@ -10,7 +10,6 @@ folder), or those given by --exit_threshold.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import transformers_cee  # noqa: F401  (registers its models with the Auto classes)
 from transformers_cee.evaluation.answers import FULL_DEPTH, Answers, answer
 from transformers_cee.evaluation.generation_report import setting_name
+from transformers_cee.files import read_json
 
 
 PROMPT = "What is machine translation, and why is it hard?"
@@ -37,8 +37,13 @@ def measured_thresholds(folder: Path, criterion: str, count: int = 3) -> list[fl
     path = folder / "results.json"
     if not path.is_file():
         return []
-    points = json.loads(path.read_text(encoding="utf-8")).get("curves", {}).get(criterion, [])
-    thresholds = [point["exit_threshold"] for point in sorted(points, key=lambda point: -point["depth"])]
+    way_out = "Give --exit_threshold, or measure the model again."
+    results = read_json(path, way_out)
+    try:
+        points = results.get("curves", {}).get(criterion, [])
+        thresholds = [point["exit_threshold"] for point in sorted(points, key=lambda point: -point["depth"])]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no curves of operating points. {way_out}") from error
     if len(thresholds) <= count:
         return thresholds
     return [thresholds[round(index * (len(thresholds) - 1) / (count - 1))] for index in range(count)]
