@@ -73,8 +73,7 @@ def configs(generator: random.Random, folder: Path) -> Iterator[Input]:
         path.mkdir()
         content = mutations.text_of(values).encode()
         if generator.random() < 0.15:
-            content = mutations.damaged(generator, content)
-            changed = []
+            content, changed = mutations.damaged(generator, content), [f"`{name}`" for name in own]
         (path / "config.json").write_bytes(content)
 
         def call(path: Path = path, model_class: Any = model_class) -> None:
@@ -84,7 +83,7 @@ def configs(generator: random.Random, folder: Path) -> Iterator[Input]:
                 with torch.no_grad():
                     model_class(config).eval()(input_ids=ids)
 
-        told = {name: mutations.shown(values.get(name, "missing")) for name in changed}
+        told = {name: mutations.shown(values[name]) for name in changed if name in values}
         yield call, f"{model_class.__name__} {told or content[:60]}", [*changed, str(path)]
 
 
@@ -210,8 +209,8 @@ ROWS = {
     },
     "clm": {
         ".csv": "instruction,input,output\nname two cats,red,the cats\nname a dog,,a dog .\n" * 8,
-        ".txt": "the red cats run and sleep .\nfish swim\n" * 12,
-        ".jsonl": "".join(json.dumps({"text": f"the birds fly {row}"}) + "\n" for row in range(24)),
+        ".txt": "the red cats run and sleep .\nfish swim\n" * 60,
+        ".jsonl": "".join(json.dumps({"text": f"the birds fly {row}"}) + "\n" for row in range(120)),
         ".json": json.dumps([{"instruction": "name a dog", "input": "", "output": f"dog {row}"} for row in range(24)]),
     },
 }
@@ -250,9 +249,14 @@ def readers(generator: random.Random, folder: Path) -> Iterator[Input]:
                 regression = path.suffix == ".json"
                 load_corpus(DataArguments(train_file=str(path), regression=regression, **shares))
             else:
-                load_text_corpus(TextArguments(train_file=str(path), max_seq_length=32, **shares), tokenizer)
+                lengths = {"max_seq_length": 32, "text_prompt_length": 8}
+                load_text_corpus(TextArguments(train_file=str(path), **lengths, **shares), tokenizer)
 
-        yield call, f"{script} {path.name} {mutations.shown(made)}", [str(path), "train_file"]
+        yield (
+            call,
+            f"{script} {path.name} {mutations.shown(made)}",
+            [str(path), "train_file", "training rows", "`max_seq_length`"],
+        )
 
 
 def script_configs(generator: random.Random, folder: Path) -> Iterator[Input]:

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from tiny import changed, tiny_model, tiny_trainer, weights
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_cee.training.checkpoints import Needs, damage, newest_readable
 
@@ -145,6 +145,14 @@ class TestDamage:
         results = trainer.train(resume_from_checkpoint=True)
         assert any("nothing to resume; starting anew" in message for message in warnings())
         check_same(trainer, results, uninterrupted)
+
+    def test_a_callback_that_the_first_run_had_not(self, stopped):
+        patience = EarlyStoppingCallback(early_stopping_patience=50)
+        fields = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+        trainer = run(stopped, patience, load_best_model_at_end=True, **fields)
+        trainer.train(resume_from_checkpoint=True)
+        state = json.loads((stopped / "phases" / "policy" / "checkpoint-12" / "trainer_state.json").read_text())
+        assert {"EarlyStoppingCallback", "TrainerControl"} <= set(state["stateful_callbacks"])
 
     def test_other_folders_are_no_checkpoints(self, stopped, uninterrupted):
         folder = stopped / "phases" / "heads"

@@ -252,7 +252,7 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
 
 def check_criterion(criterion: str) -> None:
     """Raises `ValueError` unless `criterion` is a name of the registry."""
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(f"`exit_criterion`={criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -205,8 +206,12 @@ class ResumableTrainer(Trainer):
                 self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             )
             total = self._loss_before + self._total_loss_scalar + float(self._tr_loss)
-            # NaN is no JSON, and a training that ends in it has no loss to report either.
+            # A text, since NaN is no JSON.
             write_json(os.path.join(folder, LOSS_NAME), str(total))
+            # Trainer asks the state of the checkpoint that it resumed from for each of them, new ones included.
+            for one in (*self.callback_handler.callbacks, self.control):
+                if isinstance(one, ExportableState):
+                    self.state.stateful_callbacks.setdefault(type(one).__name__, one.state())
         super()._save_checkpoint(model, trial)
 
 
