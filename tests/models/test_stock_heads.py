@@ -42,7 +42,7 @@ def test_from_our_checkpoints(stock, make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stock,config", [(one, tiny_config) for one in OF_BERT] + [(one, tiny_llama_config) for one in OF_LLAMA[:2]]
+    "stock,config", [(one, tiny_config) for one in OF_BERT] + [(one, tiny_llama_config) for one in OF_LLAMA]
 )
 @torch.no_grad()
 def test_from_our_configs(stock, config):
