@@ -77,6 +77,26 @@ def _placed(values: Tensor, place: Place, shape: tuple[int, ...], columns: int) 
     return values.new_full(shape, _MISSING).index_copy(0, place.rows, values)
 
 
+def restore_step(found: dict[str, Any], places: Sequence[Place], num_layers: int) -> dict[str, Captured]:
+    """Hidden states (batch, 1, hidden) and attention weights (batch, heads, 1, keys) of a decode step.
+
+    Args:
+        found (`dict`): what was captured, in which other tokens may stand before the new one.
+        places (sequence of `Place`): of each layer that ran.
+        num_layers (`int`): layers of the model.
+    """
+    new = {
+        name: tuple(None if one is None else one[..., -1:, :] for one in found[name])
+        for name in ("hidden_states", "attentions")
+        if found.get(name)
+    }
+    if "hidden_states" in new:
+        new["hidden_states"] = restore_states(new["hidden_states"], places, num_layers)
+    if "attentions" in new:
+        new["attentions"] = restore_attentions(new["attentions"], places, num_layers)
+    return new
+
+
 def hide_left(values: Captured, exit_layers: Tensor, first: int) -> Captured:
     """NaN where a token had left before the layer, of hidden states (batch, time, hidden) or attention weights (batch,
     heads, time, keys).

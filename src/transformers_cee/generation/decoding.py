@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import ExitCriterion
+from transformers_cee.exits.recording import Place
 from transformers_cee.exits.runner import ExitRun, Exits, Layer, RowBatch, run_exits
 from transformers_cee.generation.cache import EarlyExitCache, ExitCacheLayer, RowView, WaitingTokens
 
@@ -58,6 +59,7 @@ def decode_step(
     first_exit: int = 0,
     skipped_kv: str = "copy",
     layer_arguments: dict[str, Any] | None = None,
+    places: list[Place] | None = None,
 ) -> ExitRun:
     """Runs one token per row until it leaves, without gradients. Rows that left are gone from the deeper layers.
 
@@ -68,6 +70,7 @@ def decode_step(
         first_exit (`int`): exit (0-based) before which no token leaves.
         skipped_kv (`str`): `"copy"` or `"deferred"`.
         layer_arguments (`dict`, *optional*): further keyword arguments of the layers.
+        places (`list[Place]`, *optional*): gets, for each layer that runs, which rows it saw.
     """
     past = cache.get_seq_length()
     mask = _causal_mask(decoder, hidden_states, attention_mask, past, position_ids)
@@ -77,7 +80,14 @@ def decode_step(
     step = step_class(decoder, cache, hidden_states, attention_mask, position_ids, layer_arguments or {})
     layers: list[Layer] = [step.bind(index) for index in range(len(decoder.layers))]
     run = run_exits(
-        RowBatch(hidden_states, mask), layers, exits, criterion, first_exit, step.leave, score_closed=False
+        RowBatch(hidden_states, mask),
+        layers,
+        exits,
+        criterion,
+        first_exit,
+        step.leave,
+        score_closed=False,
+        places=places,
     )
     step.finish(run)
     return run

@@ -104,6 +104,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
         if self._exits_are_on(settings):
             trace.decay = settings.pop("exit_threshold_decay", None)
             trace.settings = settings
+            self._check_rows_can_leave()
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
             check_rows_can_leave(self.config, self._layers)

@@ -314,7 +314,7 @@ class TestAllWays:
 
 def test_class_declares_what_trainer_and_compile_ask():
     model = tiny_llama()
-    assert model.exits_per_token and not model._can_compile_fullgraph and model.loss_type == "ForCausalLM"
+    assert model.exits_per_token and model._can_compile_fullgraph and model.loss_type == "ForCausalLM"
     assert {"exit_layers", CACHE_NAME, "all_exit_losses"} <= set(model.config.keys_to_ignore_at_inference)
     assert isinstance(model, LlamaForConsistentEECausalLM) and model.get_decoder() is model.model
     assert model.layer_numbers == [1, 2, 3, 4]

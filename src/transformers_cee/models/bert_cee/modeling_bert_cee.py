@@ -12,6 +12,7 @@ from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedMode
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
@@ -182,6 +183,7 @@ class BertForConsistentEE(EarlyExitLoadingMixin, OwnLoss, BertPreTrainedModel):
             criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask)
             if not criterion.is_off:
                 check_rows_can_leave(self.config, self.bert.encoder.layer)
+        check_adapters(self, self.bert.encoder.layer, rows_leave=not all_exits and not criterion.is_off)
         batch = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [_bind(layer, kwargs) for layer in self.bert.encoder.layer]
         places: list[Place] = []

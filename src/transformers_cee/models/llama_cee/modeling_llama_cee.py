@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
@@ -39,8 +40,8 @@ from transformers_cee.exits.losses import (
 )
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.policy import make_policies
-from transformers_cee.exits.recording import hide_left, wants_states
-from transformers_cee.exits.runner import Layer, RowBatch, TokenRun, collect_states, run_token_exits
+from transformers_cee.exits.recording import Place, hide_left, restore_step, wants_states
+from transformers_cee.exits.runner import ExitRun, Layer, RowBatch, TokenRun, collect_states, run_token_exits
 from transformers_cee.exits.support import check_no_graph, check_rows_can_leave
 from transformers_cee.exits.token_losses import CrossEntropy, TokenLoss, taken_exit_losses, token_exit_losses
 from transformers_cee.exits.token_targets import TokenTargets, token_targets
@@ -72,8 +73,6 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
     _fsdp_plan = getattr(LlamaForCausalLM, "_fsdp_plan", None)
     # Every token leaves on its own.
     exits_per_token = True
-    # How deep a token goes depends on the data.
-    _can_compile_fullgraph = False
 
     def __init__(self, config: LlamaCeeConfig) -> None:
         check_config_class(config, type(self))
@@ -461,7 +460,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
                 "with exits, where rows leave; set `exit_threshold`=1.0 for other masks."
             )
         if not criterion.is_off:
-            check_rows_can_leave(self.config, self._layers)
+            self._check_rows_can_leave()
         decoder = self._as_decoder
         if skipped_kv == "copy":
             complete_waiting(decoder, cache)
@@ -470,40 +469,54 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         one_head = self.exit_heads.share_head and not criterion.needs_logits
         if one_head:
             exits.logits = self.head_state
-        run = decode_step(
-            decoder,
-            exits,
-            criterion,
-            cache,
-            inputs_embeds,
-            attention_mask,
-            _position_ids(position_ids, inputs_embeds, cache),
-            first_exit=first_exit,
-            skipped_kv=skipped_kv,
-            layer_arguments={name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
+        places: list[Place] = []
+
+        def walk() -> ExitRun:
+            return decode_step(
+                decoder,
+                exits,
+                criterion,
+                cache,
+                inputs_embeds,
+                attention_mask,
+                _position_ids(position_ids, inputs_embeds, cache),
+                first_exit=first_exit,
+                skipped_kv=skipped_kv,
+                layer_arguments={name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
+                places=places,
+            )
+
+        wanted = wants_states(self.config, kwargs)
+        found = (
+            _with_captured(self.model, walk, **wanted, return_dict=True) if any(wanted.values()) else {"run": walk()}
         )
+        run, captured = found["run"], restore_step(found, places, len(self._layers))
+        if "hidden_states" in captured:
+            *states, last = captured["hidden_states"]
+            captured["hidden_states"] = (*states, self.model.norm(last))
         logits = self.lm_head(run.logits) if one_head else run.logits
         return ExitCausalLMOutput(
             logits=logits.unsqueeze(1),
             exit_layers=run.exit_layers.unsqueeze(1),
             exit_probabilities=run.scores.unsqueeze(1),
+            **captured,
             **{CACHE_NAME: cache},
         )
 
     # Parts
 
+    def _check_rows_can_leave(self) -> None:
+        check_rows_can_leave(self.config, self._layers)
+        check_adapters(self, self._layers, rows_leave=True)
+
     def _captured(self, walk: Callable[[], Any], arguments: dict) -> dict[str, Any]:
         """A walk's result as `run`, and what its layers gave that the arguments or the config ask for. The last hidden
         states are normed, as the stock model has them."""
-        found = self._with_captured(walk, **wants_states(self.config, arguments), return_dict=True)
+        found = _with_captured(self.model, walk, **wants_states(self.config, arguments), return_dict=True)
         states = found.get("hidden_states")
         if states and states[-1] is not None:
             found["hidden_states"] = (*states[:-1], self.model.norm(states[-1]))
         return found
-
-    @capture_outputs
-    def _with_captured(self, walk: Callable[[], Any], **kwargs: Any) -> dict[str, Any]:
-        return {"run": walk()}
 
     def _last_losses(self, states: Tensor, logits: Tensor, targets: TokenTargets) -> Tensor:
         """Losses (tokens,) of the last exit, from its normed states, or its logits where they are all there."""
@@ -516,6 +529,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
     def _prepare(self, inputs: tuple, kwargs: dict) -> tuple[RowBatch, list[Layer]]:
         """The embedded batch and the layers bound to masks, positions and cache."""
         inputs_embeds, attention_mask, position_ids, cache = inputs
+        check_adapters(self, self._layers, rows_leave=False)
         if isinstance(cache, EarlyExitCache):
             complete_waiting(self._as_decoder, cache)
         position_ids = _position_ids(position_ids, inputs_embeds, cache)
@@ -569,6 +583,13 @@ class _Exits:
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         self.seen = hidden_states
         return self._model.exit_state(self._pick(hidden_states), index)
+
+
+@capture_outputs
+def _with_captured(model: LlamaModel, walk: Callable[[], Any], **kwargs: Any) -> dict[str, Any]:
+    """A walk's result as `run`, and what its layers gave. Asked of the part of the model that captures at full depth:
+    hooks of transformers on both would note everything twice."""
+    return {"run": walk()}
 
 
 def _bind(layer: nn.Module, arguments: dict[str, Any]) -> Layer:
