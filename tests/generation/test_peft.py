@@ -117,8 +117,8 @@ def test_adapters_that_choose_for_each_row(kind):
     if kind == "mixed":
         with torch.no_grad(), pytest.raises(ValueError, match=WAY_OUT):
             model(**batch, **more, exit_threshold=0.5)
-        # One adapter for all rows is no mixture.
-        assert len(model.generate(**batch, exit_threshold=0.5, **OPTIONS)) == 3
+        # One adapter for all rows is no mixture. (PEFT's hooks outlive an error, whatever its cause: a new model.)
+        assert len(make().generate(**batch, exit_threshold=0.5, **OPTIONS)) == 3
 
 
 def test_classifiers_with_mixed_adapters():
@@ -126,7 +126,7 @@ def test_classifiers_with_mixed_adapters():
     with torch.no_grad(), pytest.raises(ValueError, match=WAY_OUT):
         model(**batch, adapter_names=["a", "b"] * 2, exit_threshold=0.5)
     with torch.no_grad():
-        assert len(model(**batch, exit_threshold=0.5).logits) == 4
+        assert len(mixed(tiny_model(), "SEQ_CLS")(**batch, exit_threshold=0.5).logits) == 4
 
 
 @pytest.mark.skipif(not hasattr(peft, "ShadowConfig"), reason="newer than the oldest PEFT")
