@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import pytest
@@ -332,6 +333,41 @@ class TestWhatGoesThrough:
             tmp_path, trainer={"compute_metrics": metrics}, metric_for_best_model="accuracy", **EVALUATES
         )
         trainer.check_phases()
+
+    def test_metrics_that_only_all_rows_have(self, tmp_path):
+        def metrics(prediction):
+            return accuracy(prediction) if len(prediction.label_ids) == 24 else {}
+
+        best = {"metric_for_best_model": "accuracy"}
+        encoder(tmp_path, trainer={"compute_metrics": metrics}, **best, **EVALUATES).check_phases()
+
+    def test_metrics_of_subclasses_and_callbacks(self, tmp_path):
+        class Own(ConsistentEETrainer):
+            def evaluate(self, *args, **kwargs):
+                return {**super().evaluate(*args, **kwargs), "eval_own": 1.0}
+
+        class Adds(TrainerCallback):
+            def on_evaluate(self, args, state, control, metrics, **kwargs):
+                metrics["eval_own"] = 1.0
+
+        for kind, callbacks in ((Own, []), (ConsistentEETrainer, [Adds()])):
+            given = encoder(tmp_path, metric_for_best_model="own", phases=["heads"], **EVALUATES)
+            data = {"train_dataset": given.train_dataset, "eval_dataset": given.eval_dataset, "data_collator": collate}
+            kind(given.model, given.args, callbacks=callbacks, **data).train()
+
+    def test_adapters_without_exits_are_said(self, tmp_path, caplog):
+        """They may be left alone on purpose."""
+        logger = logging.getLogger("transformers_cee")
+        logger.addHandler(caplog.handler)
+        try:
+            for own, said in ((["exit_policies"], True), (["exit_policies", "exit_norms"], False)):
+                caplog.clear()
+                model = with_adapters(tiny_llama(), modules_to_save=own)
+                text(tmp_path, model=model, phases=["heads"]).check_phases()
+                messages = [record.getMessage() for record in caplog.records]
+                assert any("`exit_lora_config`" in message for message in messages) == said
+        finally:
+            logger.removeHandler(caplog.handler)
 
     def test_numbers_of_any_library(self, tmp_path):
         import numpy as np

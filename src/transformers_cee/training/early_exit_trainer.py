@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
-from transformers.trainer_utils import default_compute_objective, has_length
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
 from transformers.utils import logging
 
 from transformers_cee.evaluation.operating_points import (
@@ -189,6 +189,9 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Trainer's loop; metrics get the depth, predictions are the logits alone, or a decoder's tokens."""
+        if has_length(dataloader) and len(dataloader) == 0:
+            # Loaders of some releases give a batch that is None.
+            return EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=0)
         compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
         if compute is not None:
             chosen = aligned_prediction if self._per_token else _without_exit_layers

@@ -32,7 +32,9 @@ def check_label_column(dataset: Any, name: str) -> None:
         if "float" not in getattr(kind, "dtype", ""):
             continue
         try:
-            values = torch.as_tensor(dataset.with_format("numpy", columns=[column], dtype=np.float64)[:][column])
+            found = dataset.with_format("numpy", columns=[column], dtype=np.float64)[:][column]
+            # What is missing becomes NaN.
+            values = torch.from_numpy(np.array(found, dtype=np.float64))
         except (TypeError, ValueError):
             # Rows of different lengths: the collator or the model has its say.
             continue

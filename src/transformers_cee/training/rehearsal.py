@@ -55,49 +55,68 @@ def first_batch(trainer: Any, dataset: Any, rows: Tensor, per_row: bool = False)
 
 
 def rehearse_evaluation(trainer: Any, phases: Sequence[ModelPhase]) -> None:
-    """Evaluates the first rows of each evaluation set as phases will, or else as the model is.
+    """Evaluates the first rows of each evaluation set as phases will, or else as the model is; all rows where a metric
+    cannot do with few, or is not among theirs.
 
     Raises:
         TypeError: `compute_metrics` gives something else than numbers by name.
         ValueError: `metric_for_best_model` is not among the metrics of a phase.
     """
+    wanted = trainer.args.metric_for_best_model
     judged: list[ModelPhase | None] = [*phases] or [None]
     for phase in judged:
-        metrics: dict[str, float] = {}
-        sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-        for name, rows in sets.items():
-            prefix = f"eval_{name}" if name else "eval"
-            metrics |= _evaluate(trainer, phase, _first(trainer, rows), rows, prefix)
-            if f"{prefix}_exit_loss" in metrics:
-                metrics["eval_exit_loss"] = metrics[f"{prefix}_exit_loss"]
-        wanted = trainer.args.metric_for_best_model
-        if phase is None or wanted is None or phase.trainable == "internal_exits":
+        metrics = _evaluate_sets(trainer, phase)
+        if phase is None or wanted is None or phase.trainable == "internal_exits" or _others_add_metrics(trainer):
             continue
-        if f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+        name = f"eval_{wanted.removeprefix('eval_')}"
+        if name not in metrics and name not in (metrics := _evaluate_sets(trainer, phase, whole=True)):
             found = sorted(name.removeprefix("eval_") for name in metrics)
             raise ValueError(
                 f"`metric_for_best_model`={wanted!r} is none of the metrics: accepted are {', '.join(found)}."
             )
 
 
-def _evaluate(trainer: Any, phase: ModelPhase | None, few: Any, rows: Any, prefix: str) -> dict[str, float]:
-    """Metrics of a few rows; of all where `compute_metrics` cannot do with few, such as rows of one class only."""
+def _others_add_metrics(trainer: Any) -> bool:
+    """May a subclass or a callback put metrics of its own beside those of an evaluation?"""
+    asked = [type(trainer).evaluate, *(type(one).on_evaluate for one in trainer.callback_handler.callbacks)]
+    return not all(one.__module__.split(".")[0] in ("transformers", "transformers_cee") for one in asked)
+
+
+def _evaluate_sets(trainer: Any, phase: ModelPhase | None, whole: bool = False) -> dict[str, float]:
+    """Metrics of the first rows of all evaluation sets, or of all rows."""
+    metrics: dict[str, float] = {}
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    for name, rows in sets.items():
+        prefix = f"eval_{name}" if name else "eval"
+        found = None if whole else _evaluate(trainer, phase, _first(trainer, rows), prefix, forgives=True)
+        metrics |= (_evaluate(trainer, phase, rows, prefix) if found is None else found) or {}
+        if f"{prefix}_exit_loss" in metrics:
+            metrics["eval_exit_loss"] = metrics[f"{prefix}_exit_loss"]
+    return metrics
+
+
+def _evaluate(
+    trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str, forgives: bool = False
+) -> dict[str, float] | None:
+    """Metrics of some rows. With `forgives`, None where `compute_metrics` fails, such as on rows of one class only."""
     compute, failed = trainer.compute_metrics, []
 
     def watched(prediction: Any) -> Any:
         try:
             result = compute(prediction)
         except Exception as error:
+            if not forgives:
+                raise
             failed.append(error)
             return {}
         return _check_metrics(result)
 
     trainer.compute_metrics = None if compute is None else watched
     try:
-        metrics = _loop(trainer, phase, few, prefix)
+        metrics = _loop(trainer, phase, rows, prefix)
     finally:
         trainer.compute_metrics = compute
-    return _loop(trainer, phase, rows, prefix) if failed else metrics
+    return None if failed else metrics
 
 
 def _loop(trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str) -> dict[str, float]:
