@@ -291,7 +291,11 @@ def script_configs(generator: random.Random, folder: Path) -> Iterator[Input]:
 
         told = {name: mutations.shown(values.get(name, "missing")) for name in changed}
         # Options that need each other name each other.
-        yield call, f"{flow} {path.name} {told or mutations.shown(made)}", [*changed, str(path), "--", "`"]
+        yield (
+            call,
+            f"{flow} {path.name} {told or mutations.shown(made)}",
+            [*changed, str(path), "--", "`", "no option"],
+        )
 
 
 def exit_arguments(generator: random.Random, folder: Path) -> Iterator[Input]:

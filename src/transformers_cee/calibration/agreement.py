@@ -37,7 +37,7 @@ def running_agreement(oriented: Tensor, disagrees: Tensor, epsilon: float, cover
         `Tensor` of shape `(exits − 1,)`: rows leave strictly above.
     """
     epsilon = share("epsilon", epsilon)
-    if coverage not in COVERAGES:
+    if not isinstance(coverage, str) or coverage not in COVERAGES:
         raise ValueError(f"`coverage`={coverage!r} is unknown; accepted are {', '.join(COVERAGES)}.")
     rows, exits = oriented.shape
     ordered, order = oriented.sort(dim=0, descending=True)
@@ -109,7 +109,7 @@ def calibrate_agreement(
     Raises:
         ValueError: epsilon or delta outside of (0, 1), or an unknown method.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"`method`={method!r} is unknown; accepted are {', '.join(METHODS)}.")
     epsilon = share("epsilon", epsilon)
     levels = {"epsilon": epsilon}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from transformers_cee.calibration.scores import ExitScores, just_below, leave_at, orient, own_thresholds
 from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
-from transformers_cee.exits.numbers import number, share
+from transformers_cee.exits.numbers import number, numbers, share
 
 
 def eero_rates(
@@ -52,9 +52,10 @@ def eero_rates(
             cost.
     """
     costs = check_costs(costs, len(costs))
-    risks = torch.as_tensor(risks, dtype=torch.double)
+    risks = torch.tensor(numbers("risks", risks), dtype=torch.double)
     if risks.shape != costs.shape or not bool(risks.isfinite().all()):
         raise ValueError(f"`risks`={risks.tolist()} must be {len(costs)} finite numbers, one per exit.")
+    beta, margin = number("beta", beta), number("margin", margin)
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta`={beta} must be a positive number.")
     if margin < 0:
@@ -182,7 +183,7 @@ def calibrate_budget(
             criterion can reach: the cost of the first exit, or more if there are rows that it never lets out there.
     """
     prices = check_costs(scores.layers if costs is None else costs, scores.num_exits)
-    if batch_rows is not None and batch_rows < 1:
+    if batch_rows is not None and not number("batch_rows", batch_rows) >= 1:
         raise ValueError(f"`batch_rows`={batch_rows} must be at least 1.")
     oriented = scores.oriented
     boldest = leave_at(oriented, [-math.inf] * (scores.num_exits - 1))
@@ -271,7 +272,7 @@ def with_rejection(thresholds: ExitThresholds, scores: ExitScores, rate: float) 
 
 def check_costs(costs: Sequence[float] | Tensor, exits: int) -> Tensor:
     """Costs (exits,) in float64; raises `ValueError` unless they are positive and increasing, one per exit."""
-    values = torch.as_tensor(costs, dtype=torch.double)
+    values = torch.tensor(numbers("costs", costs), dtype=torch.double)
     good = values.shape == (exits,) and bool(values.isfinite().all()) and bool((values[1:] > values[:-1]).all())
     if not good or float(values[0]) <= 0:
         raise ValueError(f"`costs`={values.tolist()} must be {exits} increasing positive numbers, one per exit.")

@@ -22,7 +22,7 @@ from transformers_cee.calibration.scores import ExitScores, unit_weights
 from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
 from transformers_cee.evaluation.operating_points import exits_taken
 from transformers_cee.exits.criteria import check_thresholds
-from transformers_cee.exits.numbers import plain, share
+from transformers_cee.exits.numbers import numbers, share
 
 
 P_VALUES = ("hoeffding_bentkus", "hoeffding", "binomial")
@@ -193,12 +193,13 @@ def calibrate_risk(
 
 
 def _certified_in_grid(scores: ExitScores, grid: Sequence[float], level: float, delta: float, p_value: str) -> int:
-    if len(grid) == 0:
+    grid = numbers("grid", grid)
+    if not grid:
         raise ValueError("`grid` is empty; it needs at least one threshold.")
-    exits = [exits_taken(scores.criterion, threshold, scores.scores) for threshold in plain(grid)]
+    exits = [exits_taken(scores.criterion, threshold, scores.scores) for threshold in grid]
     depths = [float(scores.layers[taken].double().mean()) for taken in exits]
     if any(later > earlier for earlier, later in itertools.pairwise(depths)):
-        raise ValueError(f"`grid`={list(grid)} must go from safe to bold thresholds of {scores.criterion!r}.")
+        raise ValueError(f"`grid`={grid} must go from safe to bold thresholds of {scores.criterion!r}.")
     losses = scores.losses.gather(1, torch.stack(exits, dim=1))
     return fixed_sequence(losses, level, delta, p_value, scores.groups)
 
@@ -218,5 +219,5 @@ def check_losses(losses: Tensor, p_value: str, groups: Tensor | None = None) -> 
 
 
 def _check_p_value(p_value: str) -> None:
-    if p_value not in P_VALUES:
+    if not isinstance(p_value, str) or p_value not in P_VALUES:
         raise ValueError(f"`p_value`={p_value!r} is unknown; accepted are {', '.join(P_VALUES)}.")

@@ -60,6 +60,8 @@ def resolve_decision(
         ValueError: an unknown name, a criterion beside a name, a budget beside a threshold, or one that the model
             knows nothing of.
     """
+    if exit_criterion is not None:
+        check_criterion(exit_criterion)
     if exit_threshold is None and exit_budget is None and exit_criterion in (None, "policy"):
         exit_budget = config.exit_budget
     if exit_budget is not None:

@@ -33,7 +33,18 @@ def number(name: str, value: Any, accepted: str = "a number") -> float:
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise ValueError(f"`{name}`={value!r} must be {accepted}.")
-    return float(found)
+    try:
+        return float(found)
+    except OverflowError:
+        raise ValueError(f"`{name}` has more digits than a `float` holds; accepted is {accepted}.") from None
+
+
+def numbers(name: str, values: Any, accepted: str = "a list of numbers") -> list[float]:
+    """Several numbers as a list of `float`. Raises `ValueError` for anything else, as `number`."""
+    found = plain(values)
+    if not isinstance(found, list):
+        raise ValueError(f"`{name}`={values!r} must be {accepted}.")
+    return [number(name, one, accepted) for one in found]
 
 
 def share(name: str, value: Any) -> float:
@@ -54,4 +65,4 @@ def whole(value: Any) -> Any:
     return found
 
 
-__all__ = ["number", "plain", "share", "whole"]
+__all__ = ["number", "numbers", "plain", "share", "whole"]
