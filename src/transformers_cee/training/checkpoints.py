@@ -35,7 +35,7 @@ STATE_KINDS: dict[str, tuple[type, ...]] = {
     "logging_steps": (int, float),
     "eval_steps": (int, float),
     "save_steps": (int, float),
-    "train_batch_size": (int, type(None)),
+    "train_batch_size": (int,),
     "num_train_epochs": (int, float),
     "num_input_tokens_seen": (int,),
     "total_flos": (int, float),

@@ -75,7 +75,7 @@ class PublishingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress, {os.path.basename(checkpoint_folder)}"
         job = self._upload(checkpoint_folder, message, True, self.args.hub_token, None)
-        if busy:
+        if running is not None and busy:
             running.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])
