@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from peft.utils import constants
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from tiny import tiny_llama
@@ -20,14 +21,22 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
-    LlamaModel,
+    FeatureExtractionPipeline,
     pipeline,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import transformers_cee
-from transformers_cee import BertCeeConfig, BertCeeModel, BertForConsistentEE, LlamaCeeConfig, LlamaCeeModel, auto
+from transformers_cee import (
+    BertCeeConfig,
+    BertCeeModel,
+    BertForConsistentEE,
+    LlamaCeeConfig,
+    LlamaCeeModel,
+    auto,
+    exit_lora_config,
+)
 
 
 SIZES = "hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9"
@@ -200,22 +209,23 @@ def test_threads_may_import_in_any_order(count, round_):
     import_at_the_same_time(names)
 
 
-def test_auto_classes_give_the_model_with_exits_and_states_without(tmp_path):
-    for made, for_task, stock, base in (
-        (BertForConsistentEE(tiny_config()), AutoModelForSequenceClassification, BertModel, BertCeeModel),
-        (tiny_llama(), AutoModelForCausalLM, LlamaModel, LlamaCeeModel),
+def test_auto_classes_give_the_model_with_its_exits(tmp_path):
+    """`AutoModel`, too: exits and heads that were published are loaded. What was saved without them is loaded so."""
+    for made, for_task, base in (
+        (BertForConsistentEE(tiny_config()), AutoModelForSequenceClassification, BertCeeModel),
+        (tiny_llama(), AutoModelForCausalLM, LlamaCeeModel),
     ):
         folder = tmp_path / base.__name__
         made.save_pretrained(folder)
         assert type(AutoConfig.from_pretrained(folder)) is type(made.config)
-        model, report = for_task.from_pretrained(folder, output_loading_info=True)
-        assert type(model) is type(made)
+        for auto_class in (for_task, AutoModel):
+            model, report = auto_class.from_pretrained(folder, output_loading_info=True)
+            assert type(model) is type(made)
+            assert not report["missing_keys"] and not report["unexpected_keys"]
+            assert all(torch.equal(value, made.state_dict()[name]) for name, value in model.state_dict().items())
+        states, report = base.from_pretrained(folder, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
-        encoder, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-        assert type(encoder) is base and isinstance(encoder, stock)
-        assert not report["missing_keys"] and not report["unexpected_keys"]
-        # Wherever it was saved, the checkpoint of the states alone is one of the family.
-        encoder.save_pretrained(folder / "states")
+        states.save_pretrained(folder / "states")
         assert type(AutoModel.from_pretrained(folder / "states")) is base
 
 
@@ -224,11 +234,21 @@ def test_features_are_the_states_of_the_last_layer(tmp_path, pooling):
     model, tokenizer = tiny_model(exit_pooling=pooling), tiny_tokenizer()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    found = pipeline("feature-extraction", model=str(tmp_path), device="cpu")("a film with heart", return_tensors=True)
     with torch.no_grad():
-        states = model.bert(**tokenizer("a film with heart", return_tensors="pt"))
-    torch.testing.assert_close(found, states.last_hidden_state)
-    assert AutoModel.from_pretrained(tmp_path).pooler is None or pooling == "cls"
+        states = model.bert(**tokenizer("a film with heart", return_tensors="pt")).last_hidden_state
+    for given in (str(tmp_path), model, get_peft_model(model, exit_lora_config("SEQ_CLS")).eval()):
+        extract = pipeline("feature-extraction", model=given, tokenizer=tokenizer, device="cpu")
+        torch.testing.assert_close(extract("a film with heart", return_tensors=True), states)
+
+
+def test_features_of_stock_models_come_from_the_stock_pipeline():
+    config, tokenizer = tiny_config(), tiny_tokenizer()
+    stock = BertModel(
+        BertConfig(vocab_size=config.vocab_size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    extract = pipeline("feature-extraction", model=stock, tokenizer=tokenizer, device="cpu")
+    assert type(extract) is FeatureExtractionPipeline
+    assert extract("a film", return_tensors=True).shape[-1] == 8
 
 
 def test_registering_again_changes_nothing():

@@ -25,8 +25,8 @@ class ModelEntry:
         config (`str`): full name of the config class.
         model (`str`): full name of the model class.
         auto_classes (`tuple[str, ...]`):
-            Auto classes of transformers that load the model.
-        base (`str`): full name of the model without exits and heads, which `AutoModel` gives.
+            Auto classes of transformers that load the model, beside `AutoModel`.
+        base (`str`): full name of the model without exits and heads.
     """
 
     stock: str
@@ -39,11 +39,6 @@ class ModelEntry:
     def package(self) -> str:
         """Full name of the family's package."""
         return self.config.rpartition(".")[0].rpartition(".")[0]
-
-    @property
-    def by_auto_class(self) -> dict[str, str]:
-        """Full name of the class that each Auto class gives."""
-        return {"AutoModel": self.base, **dict.fromkeys(self.auto_classes, self.model)}
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -110,21 +105,44 @@ def register_family(model_type: str) -> None:
 
 
 def register_models(model_type: str) -> None:
-    """Registers the models of an entry of `MODELS` with its Auto classes."""
+    """Registers the model of an entry of `MODELS` with its Auto classes."""
     from transformers.models.auto import modeling_auto
 
     entry = MODELS[model_type]
-    for auto_class, model in entry.by_auto_class.items():
-        getattr(modeling_auto, auto_class).register(_load(entry.config), _load(model))
+    config, model = _load(entry.config), _load(entry.model)
+    for auto_class in entry.auto_classes:
+        getattr(modeling_auto, auto_class).register(config, model)
+    modeling_auto.AutoModel.register(config, _of_auto_model(_load(entry.base), model))
+
+
+def _of_auto_model(base: Any, model: Any) -> type:
+    """What `AutoModel` is given. Its `from_pretrained` loads a checkpoint whole, exits and heads included, unless it
+    was saved without; its `from_config`, by which stock heads make their body, makes the model without them."""
+
+    class OfAutoModel(base):
+        @classmethod
+        def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            saved = getattr(config, "architectures", None) or ()
+            return (base if base.__name__ in saved else model).from_pretrained(*args, config=config, **kwargs)
+
+        @classmethod
+        def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
+            return base._from_config(*args, **kwargs)
+
+    return OfAutoModel
 
 
 def register_pipelines() -> None:
-    """Registers the task `early-exit-text-classification` with `transformers.pipeline`, and for `text-classification`
-    a pipeline that takes exit arguments where the model has exits."""
-    from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
+    """Registers the task `early-exit-text-classification` with `transformers.pipeline`, and for the stock tasks of
+    these models pipelines that know of exits."""
+    from transformers import AutoModelForSequenceClassification
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from transformers_cee.pipelines import EarlyExitTextClassificationPipeline, ExitTextClassificationPipeline
+    from transformers_cee.pipelines import (
+        EarlyExitTextClassificationPipeline,
+        ExitFeatureExtractionPipeline,
+        ExitTextClassificationPipeline,
+    )
 
     # Not by `register_pipeline`, which also marks the class: `Pipeline.save_pretrained` would then copy this package's
     # source files beside the model and name them in config.json, and loading would ask for `trust_remote_code`.
@@ -136,10 +154,14 @@ def register_pipelines() -> None:
             "type": "text",
         },
     )
-    task = PIPELINE_REGISTRY.supported_tasks["text-classification"]
-    if task["impl"] in (TextClassificationPipeline, _full_name(TextClassificationPipeline)):
-        # Models without exits get the stock pipeline from it.
-        task["impl"] = ExitTextClassificationPipeline
+    for name, own in (
+        ("feature-extraction", ExitFeatureExtractionPipeline),
+        ("text-classification", ExitTextClassificationPipeline),
+    ):
+        task = PIPELINE_REGISTRY.supported_tasks[name]
+        # Older releases hold the class, newer ones its name. Models without exits get the stock pipeline from ours.
+        if task["impl"] in (own.stock, _full_name(own.stock)):
+            task["impl"] = own
 
 
 def register_peft() -> None:

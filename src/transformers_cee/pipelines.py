@@ -1,13 +1,14 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Pipelines for text classification that take the exit threshold; one also tells where each text left."""
+"""Pipelines for models with exits: text classification that takes the exit threshold, one that also tells where each
+text left, and features at full depth."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import TextClassificationPipeline
+from transformers import FeatureExtractionPipeline, Pipeline, TextClassificationPipeline
 from transformers.utils import ModelOutput
 
 from transformers_cee.exits.arguments import unknown_argument
@@ -27,7 +28,29 @@ def has_exits(model: Any) -> bool:
     return forward is not None and "exit_threshold" in inspect.signature(forward).parameters
 
 
-class ExitTextClassificationPipeline(TextClassificationPipeline):
+class _InPlaceOfStock:
+    """Mixin before a pipeline of transformers that takes its place in the table of tasks: models without exits get the
+    stock pipeline, which is `stock` of the class in the table."""
+
+    stock: ClassVar[type[Pipeline]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "stock" in vars(cls) and not has_exits(kwargs["model"] if "model" in kwargs else args[0]):
+            return cls.stock(*args, **kwargs)
+        return super().__new__(cls)
+
+
+class ExitFeatureExtractionPipeline(_InPlaceOfStock, FeatureExtractionPipeline):
+    """[`~transformers.FeatureExtractionPipeline`] for models with exits: what `pipeline("feature-extraction")` makes
+    of them. Features are the last layer's states at full depth, not the logits that the model itself returns."""
+
+    stock = FeatureExtractionPipeline
+
+    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:  # type: ignore[override]
+        return exit_model(self.model).base_model(**model_inputs)
+
+
+class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline):
     """[`~transformers.TextClassificationPipeline`] for models with exits: what `pipeline("text-classification")` makes
     of them. Exit arguments go to the model, when the pipeline is made or per call; the stock pipeline hands all that
     it does not know to the tokenizer, which drops it silently. Models without exits get the stock pipeline.
@@ -47,10 +70,7 @@ class ExitTextClassificationPipeline(TextClassificationPipeline):
         TypeError: an argument that neither the pipeline nor the tokenizer takes.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if cls is ExitTextClassificationPipeline and not has_exits(kwargs["model"] if "model" in kwargs else args[0]):
-            return TextClassificationPipeline(*args, **kwargs)
-        return super().__new__(cls)
+    stock = TextClassificationPipeline
 
     def check_model_type(self, supported_models: list[str] | dict[str, Any]) -> None:
         """Raises `ValueError` unless the model takes an exit threshold and classifies."""
@@ -113,4 +133,8 @@ def _tokenizer_arguments(tokenizer: Any) -> set[str]:
     return {name for method in methods if method is not None for name in inspect.signature(method).parameters}
 
 
-__all__ = ["EarlyExitTextClassificationPipeline", "ExitTextClassificationPipeline"]
+__all__ = [
+    "EarlyExitTextClassificationPipeline",
+    "ExitFeatureExtractionPipeline",
+    "ExitTextClassificationPipeline",
+]

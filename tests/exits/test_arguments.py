@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import pad, random_rows, tiny_llama, tiny_model
-from transformers import AttentionInterface, AutoModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_cee import BertCeeModel, LlamaCeeModel
@@ -77,8 +77,7 @@ def test_generate_refuses_them_too():
 @pytest.mark.parametrize(("make", "base"), [(tiny_model, BertCeeModel), (tiny_llama, LlamaCeeModel)])
 def test_states_alone_know_no_exits(make, base, tmp_path):
     make().save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path)
-    assert type(model) is base
+    model = base.from_pretrained(tmp_path)
     assert model(IDS, output_hidden_states=True).last_hidden_state.shape == (1, 3, 32)
     with pytest.raises(TypeError, match=r"`exit_threshold`=0\.5 is no argument"):
         model(IDS, exit_threshold=0.5)

@@ -126,7 +126,7 @@ def test_push_sends_everything_that_loading_needs(published):
 
 def test_round_trip_through_the_auto_classes(published, saved, tmp_path):
     loaded = client(published, tmp_path, LOAD, saved, REPO)
-    assert loaded["classes"] == ["BertCeeConfig", "BertCeeModel", "BertForConsistentEE"]
+    assert loaded["classes"] == ["BertCeeConfig", "BertForConsistentEE", "BertForConsistentEE"]
     assert loaded["same_keys"] and loaded["same_weights"] and loaded["same_tokens"]
     assert loaded["card"]["pipeline_tag"] == "text-classification"
     assert loaded["card"]["library_name"] == "transformers"
@@ -148,7 +148,7 @@ def test_remote_code_needs_no_import(published, tmp_path):
     assert loaded["tokenizer"].startswith("BertTokenizer")
     assert loaded["classes"] == [
         "transformers_cee.models.bert_cee.modeling_bert_cee.BertForConsistentEE",
-        "BertCeeModel",
+        "BertForConsistentEE",
     ]
     assert loaded["exit_layers"] == [1]
     # A model loaded that way saves as any other: no copies of this package's source, no reference to the hub.

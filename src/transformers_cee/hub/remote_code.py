@@ -38,7 +38,7 @@ def remote_auto_map(model_type: str) -> dict[str, str]:
     """The `auto_map` of config.json for a model type of this package: Auto class to `file.Class`."""
     module = Path(REMOTE_CODE_FILE).stem
     entry = MODELS[model_type]
-    classes = {"AutoConfig": entry.config, **entry.by_auto_class}
+    classes = {"AutoConfig": entry.config, **dict.fromkeys(("AutoModel", *entry.auto_classes), entry.model)}
     return {auto_class: f"{module}.{_class_name(cls)}" for auto_class, cls in classes.items()}
 
 
@@ -49,7 +49,7 @@ def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -
         `Path`: the file.
     """
     entry = MODELS[model_type]
-    names = [_class_name(cls) for cls in (entry.config, entry.model, entry.base)]
+    names = [_class_name(cls) for cls in (entry.config, entry.model)]
     path = Path(save_directory) / REMOTE_CODE_FILE
     write_text(path, _REMOTE_CODE.format(package=entry.package, names=", ".join(names)))
     return path

@@ -12,9 +12,8 @@ from transformers_cee.models.bert_cee.configuration_bert_cee import BertCeeConfi
 
 
 class BertCeeModel(BertModel):
-    """The encoder of a [`BertForConsistentEE`] at full depth, without exits and heads: what `AutoModel` and
-    `pipeline("feature-extraction")` load from its checkpoints, as they load `BertModel` from those of a stock
-    classifier.
+    """The encoder of a [`BertForConsistentEE`] at full depth, without exits and heads: what stock heads and
+    `AutoModel.from_config` make of its config.
 
     Args:
         config ([`BertCeeConfig`]): there is a pooler where the exits use one (`exit_pooling="cls"`).

@@ -12,8 +12,8 @@ from transformers_cee.models.llama_cee.configuration_llama_cee import LlamaCeeCo
 
 
 class LlamaCeeModel(LlamaModel):
-    """The decoder of a [`LlamaForConsistentEECausalLM`] at full depth, without exits and heads: what `AutoModel` and
-    `pipeline("feature-extraction")` load from its checkpoints, as they load `LlamaModel` from those of a stock model.
+    """The decoder of a [`LlamaForConsistentEECausalLM`] at full depth, without exits and heads: what stock heads and
+    `AutoModel.from_config` make of its config.
 
     Args:
         config ([`LlamaCeeConfig`]): sizes of LLaMA; the fields of the exits have no effect.
