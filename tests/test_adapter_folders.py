@@ -19,6 +19,7 @@ from peft import (
 )
 from tiny import tiny_trainer
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -102,6 +103,17 @@ class TestLoadedAnew:
         model.save_pretrained(tmp_path / "adapter")
         right = OURS[task_type].from_pretrained(folder, **FIELDS[task_type])
         same(model, PeftModel.from_pretrained(right, tmp_path / "adapter").eval(), exit_threshold=0.5)
+
+    def test_by_transformers(self, base, tmp_path):
+        """Which puts adapters into the model that it is asked for, or that the base folder names."""
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        model.save_pretrained(tmp_path / "adapter")
+        again = OURS[task_type].from_pretrained(tmp_path / "adapter", **FIELDS[task_type]).eval()
+        same(model, again, exit_threshold=0.5)
+        stock = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+        with pytest.raises(ValueError, match=r"a model with exits, and cannot be put into a .*AutoPeftModelFor"):
+            stock.from_pretrained(tmp_path / "adapter")
 
     def test_forgotten_fields(self, base, tmp_path):
         task_type, folder = base

@@ -78,6 +78,14 @@ class ExitLoraModel(LoraModel):
     def __init__(self, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         adapter = config if isinstance(config, PeftConfig) else config[adapter_name]
         if NOTE in (adapter.auto_mapping or {}) and not isinstance(model, EarlyExitLoadingMixin):
+            if adapter is config:
+                # Put into a model by transformers, without PEFT's wrapper: it stays the model that it is.
+                name = adapter.auto_mapping.get("base_model_class")
+                raise ValueError(
+                    f"The adapter was trained on a {name}, a model with exits, and cannot be put into a "
+                    f"{type(model).__name__}. Load it with `AutoPeftModelFor...` or "
+                    "`PeftModel.from_pretrained`, which make the one of the other."
+                )
             model = _with_exits(model, adapter.auto_mapping)
         super().__init__(model, config, adapter_name, *args, **kwargs)
         self._note_exits()

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_llama, tiny_model
 from torch import distributed, nn
 from torch.export import Dim
-from transformers import DynamicCache
+from transformers import BertModel, DynamicCache
 
 from transformers_cee.generation.cache import EarlyExitCache
 
@@ -72,6 +72,10 @@ def test_exported_for_any_batch(name, implementation):
 def test_traced_for_any_batch(name):
     """What older exporters do."""
     model = MODELS[name]().eval()
+    try:
+        torch.jit.trace(BertModel(model.model.config).eval(), batch(3, 7), check_trace=False, strict=False)
+    except IndexError:
+        pytest.skip("the masks of this release of transformers cannot be traced")
     graph = torch.jit.trace(model, batch(3, 7), check_trace=False)
     for rows, time in ((5, 11), (2, 4)):
         example = batch(rows, time, seed=rows)

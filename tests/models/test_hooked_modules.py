@@ -115,6 +115,18 @@ def test_generation_with_moved_weights(skipped_kv, head, way, tmp_path):
     assert output.exit_layers.tolist() == expected.exit_layers.tolist()
 
 
+@pytest.mark.parametrize("threshold", [0.0, [1.0, 0.0, 0.5, 0.5], [1.0, 1.0, 0.0, 1.0]])
+@pytest.mark.parametrize("head", ["norm", "untied"])
+@torch.no_grad()
+def test_no_module_is_called_for_nothing(head, threshold):
+    """Some kinds of quantized layers cannot take inputs without rows."""
+    model, seen = tiny_llama(exit_head=head), []
+    for module in (model.lm_head, *model.exit_heads.heads, *(network[0] for network in model.exit_policies.networks)):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    assert len(model(IDS, exit_threshold=threshold).exit_layers.unique()) == 1
+    assert seen and all(seen)
+
+
 @pytest.mark.skipif(not torch.backends.quantized.supported_engines[1:], reason="no engine for int8 on this machine")
 class TestQuantized:
     """Eight bits are near enough: scores at the first exit, which all come to, are close to those of 32."""

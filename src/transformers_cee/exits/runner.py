@@ -359,7 +359,7 @@ def run_token_exits(
         after = layer(batch)
         batch = replace(batch, hidden_states=torch.where(frozen, batch.hidden_states, after) if copy_states else after)
         index = exit_of.get(number, last)
-        if index == last:
+        if index == last or not len(active):
             continue
         state = exits.state(batch.hidden_states, None, index).flatten(0, 1)
         step = ExitStep(index, state[active], lambda states, index=index: exits.logits(states, index), active)

@@ -555,8 +555,10 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         order, logits = [], []
         for index in range(len(self.layer_numbers)):
             mine = (taken[positions] == index).nonzero().squeeze(1)
-            order.append(mine)
-            logits.append(self.exit_logits(states[positions[mine]], index))
+            if len(mine):
+                # Not every kind of quantized layer takes nothing.
+                order.append(mine)
+                logits.append(self.exit_logits(states[positions[mine]], index))
         return torch.cat(logits)[torch.cat(order).argsort()]
 
     def _first_exit(self, min_exit_layer: int | None) -> int:
