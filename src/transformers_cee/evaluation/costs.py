@@ -100,7 +100,8 @@ def _policy_cost(config: Any) -> int:
     )
     width += config.policy_condition == "input"
     hidden = config.policy_hidden_size
-    return 2 * width * hidden + 2 * hidden
+    film = 4 * hidden if config.policy_condition == "film" else 0
+    return 2 * width * hidden + film + 2 * hidden
 
 
 def _bert_costs(config: Any, length: int) -> tuple[int, int, int, list[int]]:

@@ -2,9 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """LLaMA with exits: `transformers`' own decoder layers, walked by the early-exit loop token by token."""
 
-import os
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,12 +20,11 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
-from transformers_cee.exits.configuration import DecoderExitConfigMixin, check_min_exit_layer, check_skipped_kv
+from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
@@ -48,11 +45,25 @@ from transformers_cee.exits.token_targets import TokenTargets, token_targets
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, Rotary, complete_waiting, decode_step
 from transformers_cee.generation.mixin import EarlyExitGenerationMixin
+from transformers_cee.models.decoder_parts import (
+    OUTPUT_FLAGS,
+    PickedExits,
+    bind,
+    captured_by,
+    check_inputs,
+    check_known_text,
+    kept,
+    positions_of,
+    reduced,
+)
+from transformers_cee.models.gguf import GGUFLoadingMixin
 from transformers_cee.models.llama_cee.configuration_llama_cee import LlamaCeeConfig
-from transformers_cee.models.loading import EarlyExitLoadingMixin, announce_untrained, check_config_class
+from transformers_cee.models.loading import EarlyExitLoadingMixin, check_config_class
 
 
-class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGenerationMixin, LlamaPreTrainedModel):
+class LlamaForConsistentEECausalLM(
+    GGUFLoadingMixin, EarlyExitLoadingMixin, OwnLoss, EarlyExitGenerationMixin, LlamaPreTrainedModel
+):
     """LLaMA for text generation in which every token leaves at its own layer (ConsistentEE, Zeng et al., AAAI 2024).
 
     Loads from its own checkpoints and from any LLaMA checkpoint, GGUF files included (`gguf_file=`). Norms and heads
@@ -65,6 +76,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
 
     config_class = LlamaCeeConfig
     config: LlamaCeeConfig
+    stock_class = LlamaForCausalLM
     task_modules: ClassVar[tuple[str, ...]] = ("lm_head",)
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     # How the head is spread over devices is the stock model's matter.
@@ -112,34 +124,6 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             init.copy_(module.weight, (self.model.embed_tokens if tied else self.lm_head).weight)
         elif any(module is getattr(head, "up", None) for head in self.exit_heads.heads):
             init.zeros_(module.weight)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: Any, *args: Any, gguf_file: str | None = None, **kwargs: Any
-    ) -> "LlamaForConsistentEECausalLM":
-        """As `PreTrainedModel.from_pretrained`. With `gguf_file`, the weights are read into a stock LLaMA first, since
-        GGUF files name stock architectures only; the model is then saved as any other."""
-        if gguf_file is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        names = {one.name for one in fields(LlamaCeeConfig)}
-        exits = {name: kwargs.pop(name) for name in list(kwargs) if name in names - {"dtype"}}
-        given = kwargs.pop("config", None)
-        stock = LlamaForCausalLM.from_pretrained(
-            pretrained_model_name_or_path, *args, gguf_file=gguf_file, **{"dtype": torch.float32, **kwargs}
-        )
-        values = {} if given is None else given.to_diff_dict()
-        values = {**stock.config.to_dict(), **{name: values[name] for name in values if name in _EXIT_FIELDS}, **exits}
-        for name in ("model_type", "quantization_config", "architectures", "transformers_version"):
-            values.pop(name, None)
-        config = LlamaCeeConfig(**values)
-        model = cls._from_config(config, attn_implementation=stock.config._attn_implementation).to(stock.dtype)
-        model.load_state_dict(stock.state_dict(), strict=False)
-        for module in (*model.exit_norms.modules(), *model.exit_heads.modules()):
-            model._init_weights(module)
-        own = [name for name, _ in model.named_parameters() if name.startswith("exit_")]
-        announce_untrained(model, own, os.path.join(pretrained_model_name_or_path, gguf_file))
-        model.generation_config = stock.generation_config
-        return model.eval()
 
     def get_decoder(self) -> nn.Module:
         return self.model
@@ -266,7 +250,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
                 missing, also where Trainer took them out, or an exit argument out of range. No layer has run by then.
         """
         check_arguments(LlamaForConsistentEECausalLM.forward, self.config, kwargs)
-        shape = _check_inputs(input_ids, inputs_embeds)
+        shape = check_inputs(input_ids, inputs_embeds)
         targets = token_targets(labels, shape, kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100))
         if targets is None and (output_all_exits or sample_exits):
             raise ValueError("`output_all_exits` and `sample_exits` need `labels`, which say what positions count.")
@@ -300,7 +284,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
         if inputs_embeds.shape[1] == 1 and cache is not None and targets is None:
             return self._decode(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv, kwargs)
-        _check_known_text(skipped_kv, cache)
+        check_known_text(skipped_kv, cache)
         if not criterion.is_off:
             check_no_graph()
         return self._known_text(
@@ -330,10 +314,10 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             **kwargs,
         )
         states = outputs.last_hidden_state
-        logits = self.lm_head(_kept(states, logits_to_keep))
+        logits = self.lm_head(kept(states, logits_to_keep))
         loss = None
         if targets is not None:
-            loss = _reduce(self._last_losses(states, logits, targets), items)
+            loss = reduced(self._last_losses(states, logits, targets), items)
         layers = torch.full(inputs_embeds.shape[:2], self.layer_numbers[-1], device=inputs_embeds.device)
         return ExitCausalLMOutput(
             loss=loss,
@@ -354,7 +338,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         logits_to_keep: Any,
         kwargs: dict,
     ) -> ExitCausalLMOutput:
-        exits = _Exits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, targets.positions))
+        exits = PickedExits(self, lambda hidden_states: hidden_states.flatten(0, 1).index_select(0, targets.positions))
         batch, layers = self._prepare(inputs, kwargs)
         captured = self._captured(lambda: collect_states(batch, layers, exits, equilibrium), kwargs)
         states = torch.stack(captured.pop("run"), dim=1)
@@ -364,7 +348,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         logits = None
         if logits_to_keep is not None:
             last = len(self.layer_numbers) - 1
-            logits = self.lm_head(self.exit_state(_kept(exits.seen, logits_to_keep), last))
+            logits = self.lm_head(self.exit_state(kept(exits.seen, logits_to_keep), last))
         # Summed first where the divisor is given: a part of a batch may hold nothing that counts.
         sums = found.losses.sum(0, keepdim=True)
         loss = layer_weighted(found.losses) if items is None else layer_weighted(sums) / items
@@ -402,7 +386,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             run_token_exits,
             batch,
             layers,
-            _Exits(self, lambda hidden_states: hidden_states),
+            PickedExits(self, lambda hidden_states: hidden_states),
             criterion,
             may_exit,
             first_exit=first_exit,
@@ -423,7 +407,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
                 states[places], taken[places], targets.tokens, self.exit_logits, num_exits
             )
             found = {
-                "loss": _reduce(losses, items),
+                "loss": reduced(losses, items),
                 "token_losses": losses,
                 "token_predictions": predictions,
                 "token_labels": targets.tokens,
@@ -433,7 +417,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         logits = None
         if not draw:
             positions = torch.arange(len(states), device=device).view(*shape, 1)
-            positions = _kept(positions, logits_to_keep).squeeze(-1)
+            positions = kept(positions, logits_to_keep).squeeze(-1)
             logits = self._taken_logits(states, taken, positions.flatten())
             logits = logits.view(*positions.shape, logits.shape[-1])
         return ExitCausalLMOutput(
@@ -464,7 +448,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         decoder = self._as_decoder
         if skipped_kv == "copy":
             complete_waiting(decoder, cache)
-        exits = _Exits(self, lambda hidden_states: hidden_states[:, -1])
+        exits = PickedExits(self, lambda hidden_states: hidden_states[:, -1])
         # A shared head is asked once for all rows of the step, wherever they left: it costs as much as several layers.
         one_head = self.exit_heads.share_head and not criterion.needs_logits
         if one_head:
@@ -479,17 +463,15 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
                 cache,
                 inputs_embeds,
                 attention_mask,
-                _position_ids(position_ids, inputs_embeds, cache),
+                positions_of(position_ids, inputs_embeds, cache),
                 first_exit=first_exit,
                 skipped_kv=skipped_kv,
-                layer_arguments={name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
+                layer_arguments={name: value for name, value in kwargs.items() if name not in OUTPUT_FLAGS},
                 places=places,
             )
 
         wanted = wants_states(self.config, kwargs)
-        found = (
-            _with_captured(self.model, walk, **wanted, return_dict=True) if any(wanted.values()) else {"run": walk()}
-        )
+        found = captured_by(self.model, walk, **wanted, return_dict=True) if any(wanted.values()) else {"run": walk()}
         run, captured = found["run"], restore_step(found, places, len(self._layers))
         if "hidden_states" in captured:
             *states, last = captured["hidden_states"]
@@ -512,7 +494,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
     def _captured(self, walk: Callable[[], Any], arguments: dict) -> dict[str, Any]:
         """A walk's result as `run`, and what its layers gave that the arguments or the config ask for. The last hidden
         states are normed, as the stock model has them."""
-        found = _with_captured(self.model, walk, **wants_states(self.config, arguments), return_dict=True)
+        found = captured_by(self.model, walk, **wants_states(self.config, arguments), return_dict=True)
         states = found.get("hidden_states")
         if states and states[-1] is not None:
             found["hidden_states"] = (*states[:-1], self.model.norm(states[-1]))
@@ -532,7 +514,7 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         check_adapters(self, self._layers, rows_leave=False)
         if isinstance(cache, EarlyExitCache):
             complete_waiting(self._as_decoder, cache)
-        position_ids = _position_ids(position_ids, inputs_embeds, cache)
+        position_ids = positions_of(position_ids, inputs_embeds, cache)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -545,9 +527,9 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
             "position_ids": position_ids,
             CACHE_NAME: cache,
             "use_cache": cache is not None,
-            **{name: value for name, value in kwargs.items() if name not in _OUTPUT_FLAGS},
+            **{name: value for name, value in kwargs.items() if name not in OUTPUT_FLAGS},
         }
-        layers = [_bind(layer, arguments) for layer in self._layers]
+        layers = [bind(layer, arguments) for layer in self._layers]
         return RowBatch(inputs_embeds, mask), layers
 
     def _taken_logits(self, states: Tensor, taken: Tensor, positions: Tensor) -> Tensor:
@@ -566,74 +548,6 @@ class LlamaForConsistentEECausalLM(EarlyExitLoadingMixin, OwnLoss, EarlyExitGene
         layer = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
         check_min_exit_layer(layer, self.config.num_hidden_layers)
         return 0 if layer is None else sum(number < layer for number in self.layer_numbers)
-
-
-_EXIT_FIELDS = {one.name for one in fields(DecoderExitConfigMixin)}
-_OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
-
-
-class _Exits:
-    """The model's exits for one walk; `pick` chooses the positions that are looked at."""
-
-    def __init__(self, model: LlamaForConsistentEECausalLM, pick: Callable[[Tensor], Tensor]) -> None:
-        self.layer_numbers = model.layer_numbers
-        self.logits = model.exit_logits
-        self._model, self._pick = model, pick
-        # Hidden states (batch, time, hidden) of the last exit that was asked for its state.
-        self.seen: Tensor
-
-    def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
-        self.seen = hidden_states
-        return self._model.exit_state(self._pick(hidden_states), index)
-
-
-@capture_outputs
-def _with_captured(model: LlamaModel, walk: Callable[[], Any], **kwargs: Any) -> dict[str, Any]:
-    """A walk's result as `run`, and what its layers gave. Asked of the part of the model that captures at full depth:
-    hooks of transformers on both would note everything twice."""
-    return {"run": walk()}
-
-
-def _bind(layer: nn.Module, arguments: dict[str, Any]) -> Layer:
-    return lambda batch: layer(batch.hidden_states, attention_mask=batch.attention_mask, **arguments)
-
-
-def _position_ids(position_ids: Tensor | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
-    if position_ids is not None:
-        return position_ids
-    past = 0 if cache is None else cache.get_seq_length()
-    return torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-
-
-def _kept(tensor: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Positions of (batch, time, …) whose logits are wanted."""
-    if isinstance(logits_to_keep, int):
-        return tensor[:, -logits_to_keep:] if logits_to_keep else tensor
-    return tensor[:, logits_to_keep]
-
-
-def _reduce(losses: Tensor, items: Any) -> Tensor:
-    return losses.mean() if items is None else losses.sum() / items
-
-
-def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, ...]:
-    """(batch, time) of the input; raises `ValueError` on input that cannot be run."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    assert given is not None
-    shape = tuple(given.shape[:2])
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"The input of shape {shape} is empty; (batch, time) with at least one row and token needed.")
-    return shape
-
-
-def _check_known_text(skipped_kv: str | None, cache: Cache | None) -> None:
-    if skipped_kv == "deferred" and cache is not None:
-        raise ValueError(
-            "`skipped_kv`='deferred' with several tokens at once is not supported: give one token per row, or use "
-            "'copy'."
-        )
 
 
 __all__ = ["LlamaForConsistentEECausalLM"]
