@@ -322,6 +322,9 @@ class _NotedCriteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ends: Tensor = super().__call__(input_ids, *args, **kwargs)
+        if not self.trace.exit_layers:
+            # Older versions of transformers ask about drafts before a first pass has checked them.
+            return ends
         if not self.trace.ended:
             self.trace.prompt_length = input_ids.shape[1] - len(self.trace.exit_layers)
         self.trace.ended.append(ends)
