@@ -34,7 +34,6 @@ from transformers_cee import BertForConsistentEE, LlamaForConsistentEECausalLM, 
 
 
 # PEFT asks for what newer versions of transformers call something else.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 IDS = torch.randint(3, 60, (6, 7), generator=torch.Generator().manual_seed(0))
 SIZES = {

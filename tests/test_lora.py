@@ -23,8 +23,6 @@ KINDS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj"]
 THRESHOLDS = [0.6, 0.5, 0.5, 1.0]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 def adapted(kind="norm", seed=0, targets=TARGETS, **fields):
     """A model whose adapter is far from doing nothing, exits included."""

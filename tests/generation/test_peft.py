@@ -13,7 +13,6 @@ from transformers_cee.exits.cache_name import CACHE_NAME
 
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),
 ]
 LEARNT = {

@@ -220,7 +220,7 @@ def test_remote_code_of_every_model(tmp_path):
         names = {}
         exec(path.read_text(), names)
         assert names[entry.model.rpartition(".")[2]].config_class is names[entry.config.rpartition(".")[2]]
-        assert set(remote_auto_map(model_type)) == {"AutoConfig", *entry.by_auto_class}
+        assert set(remote_auto_map(model_type)) == {"AutoConfig", "AutoModel", *entry.auto_classes}
 
 
 def test_local_classes_win_over_the_file(folder):

@@ -23,7 +23,7 @@ def test_file_is_short_and_hides_no_requirement(tmp_path):
 
 def test_auto_map_covers_every_registered_class():
     entry = auto.MODELS["bert_cee"]
-    assert set(remote_auto_map("bert_cee")) == {"AutoConfig", *entry.by_auto_class}
+    assert set(remote_auto_map("bert_cee")) == {"AutoConfig", "AutoModel", *entry.auto_classes}
     assert {reference.partition(".")[0] for reference in remote_auto_map("bert_cee").values()} == {"modeling_cee"}
 
 
