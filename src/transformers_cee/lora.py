@@ -19,8 +19,8 @@ from peft import LoraConfig, LoraModel, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
-from transformers_cee.auto import MODELS
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, EncoderExitConfigMixin
+from transformers_cee.families import MODELS
 from transformers_cee.models.loading import EarlyExitLoadingMixin
 from transformers_cee.training.parameters import EXIT_MODULES
 

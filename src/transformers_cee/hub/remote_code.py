@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers_cee.auto import MODELS, register_family
+from transformers_cee.auto import register_family
+from transformers_cee.families import MODELS
 from transformers_cee.files import write_text
 
 
