@@ -29,6 +29,17 @@ class TestCalibration:
         with pytest.raises(ValueError, match=f"`{name}`"):
             calibrate_budget(population(50), 4.0, **{name: value})
 
+    @pytest.mark.parametrize("asked", [{"beta": 1e-320}, {"risks": [1e308] * 7 + [-1e308]}])
+    def test_what_cannot_be_weighed_ends(self, asked):
+        with pytest.raises(ValueError, match=r"`beta`.*`risks`.*too far apart"):
+            calibrate_budget(population(50), 4.0, **asked)
+
+    @pytest.mark.parametrize("method", ["certified", "conformal"])
+    def test_a_level_next_to_nothing_switches_exits_off(self, method):
+        with pytest.warns(UserWarning, match="too few for an agreement of 1; it takes at least 9007199254740992"):
+            found = calibrate_agreement(population(50), 1e-320, method)
+        assert found.reason is not None
+
     def test_names_are_texts(self):
         with pytest.raises(ValueError, match="`method`"):
             calibrate_agreement(population(50), 0.1, method=np.array(["certified", "x"]))

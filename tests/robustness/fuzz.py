@@ -115,7 +115,7 @@ def thresholds(generator: random.Random, folder: Path) -> Iterator[Input]:
             assert config.exit_threshold == "point"
 
         told = {name: mutations.shown(values.get(name, "missing")) for name in changed}
-        names = [*changed, "values", "exit_operating_points", "exit_threshold"]
+        names = [*changed, "values", "scores", "exit_operating_points", "exit_threshold"]
         yield (read if generator.random() < 0.6 else load), f"{told}", names
 
 

@@ -88,6 +88,11 @@ def state_of_another_kind(checkpoint):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"global_step": "8"}))
 
 
+def state_with_another_history(checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"log_history": [1]}))
+
+
 def weights_gone(checkpoint):
     (checkpoint / "model.safetensors").unlink()
 
@@ -113,6 +118,7 @@ def without(name):
 DAMAGE = [
     (state_emptied, "trainer_state.json"),
     (state_of_another_kind, "trainer_state.json"),
+    (state_with_another_history, "trainer_state.json"),
     (weights_gone, "model.safetensors"),
     (weights_cut, "model.safetensors"),
     (optimizer_cut, "optimizer.pt"),

@@ -124,7 +124,7 @@ def calibrate_agreement(
         shared: float | None = conformal_agreement(scores.oriented, scores.disagrees, epsilon, published)
         units = int(scores.disagrees.any(1).sum()) if published else len(scores)
         # The quantile of the released code wants one row more.
-        needed = math.ceil(1 / epsilon - (0 if published else 1) - 1e-9)
+        wanted = 1 / epsilon - (0 if published else 1)
     else:
         name = "certified"
         levels["delta"] = delta = share("delta", delta)
@@ -132,9 +132,11 @@ def calibrate_agreement(
         losses = scores.disagrees.double()
         shared = certified_threshold(scores.oriented, losses, epsilon, delta, p_value, scores.groups)
         units = unit_weights(scores.groups, len(scores))[1]
-        needed = math.ceil(math.log(delta) / math.log1p(-epsilon) - 1e-9)
+        wanted = math.log(delta) / math.log1p(-epsilon)
     if shared is None or shared == math.inf:
         rows = "calibration rows with an exit that disagrees" if published else "calibration rows"
+        # An ε next to nothing takes more rows than there are numbers for.
+        needed = math.ceil(min(wanted, 2.0**53) - 1e-9)
         reason = f"{units} {rows} are too few for an agreement of {1 - epsilon:g}; it takes at least {needed}."
         return exits_off(scores, "agreement", levels, name, reason, units)
     return found_thresholds(scores, [shared] * internal, "agreement", levels, name, units)

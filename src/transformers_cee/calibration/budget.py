@@ -76,7 +76,11 @@ def eero_rates(
         mean = rates @ scaled
         return mean + margin * math.sqrt(rates @ (scaled - mean) ** 2) <= limit
 
-    return torch.from_numpy(rates_at(0.0 if not fill and fits(0.0) else _smallest(fits)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        rates = rates_at(0.0 if not fill and fits(0.0) else _smallest(fits))
+    if not np.isfinite(rates).all():
+        raise ValueError(f"`beta`={beta} and `risks`={risks.tolist()} are too far apart to weigh the exits by.")
+    return torch.from_numpy(rates)
 
 
 def _smallest(fits: Callable[[float], bool]) -> float:
@@ -84,7 +88,7 @@ def _smallest(fits: Callable[[float], bool]) -> float:
     low, high = -1.0, 1.0
     while fits(low) and low > -1e9:
         low *= 2
-    while not fits(high):
+    while not fits(high) and high < 1e300:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2

@@ -154,6 +154,8 @@ def _state_damage(path: Path, needs_best: bool) -> str | None:
         value = state.get(name)
         if name in state and (not isinstance(value, kinds) or isinstance(value, bool)):
             return f"{path} cannot be read (`{name}` is {json.dumps(value)[:80]})"
+    if not all(isinstance(entry, dict) for entry in state["log_history"]):
+        return f"{path} cannot be read (`log_history` holds other things than figures by name)"
     if path.parent.name != f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}":
         return f"{path} is of another step (`global_step` is {state['global_step']})"
     best = state["best_model_checkpoint"]
