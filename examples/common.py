@@ -5,6 +5,7 @@
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
@@ -142,7 +143,8 @@ def check_files(paths: dict[str, str | None], file_types: tuple[str, ...]) -> No
             continue
         if Path(path).suffix not in file_types:
             raise ValueError(f"`{name}` must end in one of {', '.join(file_types)}; got {path!r}.")
-        if not Path(path).is_file():
+        # Where `Path` raises for names that no file can have, this is False.
+        if not os.path.isfile(path):
             raise ValueError(f"`{name}` must be an existing file; got {path!r}.")
 
 

@@ -8,6 +8,7 @@ numbers come from `test`. Where a corpus has no labelled test split, one is made
 `Corpus.notes` says so.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ class DataArguments:
         if self.data_dir is not None:
             if self.task_name is None:
                 raise ValueError("`data_dir` needs `task_name`, which says how to read the folder's files.")
-            if not Path(self.data_dir).is_dir():
+            if not os.path.isdir(self.data_dir):
                 raise ValueError(f"`data_dir` must be an existing folder; got {self.data_dir!r}.")
         check_files(files, FILE_TYPES)
         self._check_numbers()

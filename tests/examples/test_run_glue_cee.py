@@ -13,6 +13,7 @@ import torch
 import yaml
 from arguments import EvaluationArguments, ModelArguments, parse_arguments
 from common import read_options
+from glue_data import DataArguments
 from tiny_bert import QUESTIONS, WORDS, make_options, save_checkpoint, write_questions
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -110,6 +111,12 @@ def test_evaluation_alone(run, questions, tmp_path):
     assert results["comparisons"]["test"].keys() >= {"curves", "full"}
     again = run[1]["comparisons"]["test"]["full"]["metrics"]
     assert results["comparisons"]["test"]["full"].metrics == pytest.approx(again)
+
+
+@pytest.mark.parametrize("name", ["train_file", "data_dir"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be an existing"):
+        DataArguments(**{"task_name": "sst2" if name == "data_dir" else None, name: "x" * 5000 + ".csv"})
 
 
 class TestWrittenBefore:

@@ -73,7 +73,8 @@ def configs(generator: random.Random, folder: Path) -> Iterator[Input]:
         path.mkdir()
         content = mutations.text_of(values).encode()
         if generator.random() < 0.15:
-            content, changed = mutations.damaged(generator, content), [f"`{name}`" for name in own]
+            content = mutations.damaged(generator, content)
+            changed = [f"`{name}`" for name in (*own, "num_hidden_layers", "model_type")]
         (path / "config.json").write_bytes(content)
 
         def call(path: Path = path, model_class: Any = model_class) -> None:
