@@ -534,6 +534,8 @@ class LlamaForConsistentEECausalLM(
 
     def _taken_logits(self, states: Tensor, taken: Tensor, positions: Tensor) -> Tensor:
         """Logits (positions, vocabulary) of flat positions, each from its own exit."""
+        if not len(positions):
+            return states.new_empty(0, self.config.vocab_size)
         order, logits = [], []
         for index in range(len(self.layer_numbers)):
             mine = (taken[positions] == index).nonzero().squeeze(1)
