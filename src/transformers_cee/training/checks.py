@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import EarlyStoppingCallback
 from transformers.utils import logging
@@ -91,7 +92,7 @@ def check_model(
         )
 
 
-def check_phases(trainer: Any, phases: Collection[str]) -> None:
+def check_phases(trainer: Any, some: Collection[str] | None = None) -> None:
     """Raises `ValueError` or `TypeError` for whatever would stop one of some phases; nothing has been done by then.
 
     A few rows of every data set are run, without gradient and without telling callbacks, since only that shows what
@@ -99,12 +100,14 @@ def check_phases(trainer: Any, phases: Collection[str]) -> None:
 
     Args:
         trainer ([`ConsistentEETrainer`]): the trainer as it would run.
-        phases (collection of `str`): phases to come, of `PHASES`.
+        some (collection of `str`, *optional*): phases to come, of `PHASES`; by default the whole run.
     """
-    phases = {*phases}
+    phases = {*(trainer.args.phases if some is None else some)}
+    # A run ends with the budgets, whatever its phases are.
+    fits_budgets = trainer._has_conditioned_policies and bool(some is None or POLICY_PHASES & phases)
     trainer.args.check_phases()
     _check_train_rows(trainer, phases)
-    _check_evaluation(trainer, phases)
+    _check_evaluation(trainer, phases, fits_budgets)
     model_phases = trainer._model_phases(phases)
     for phase in model_phases:
         with keeping_requires_grad(trainer.model):
@@ -116,6 +119,9 @@ def check_phases(trainer: Any, phases: Collection[str]) -> None:
     splits = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if _judges(trainer) and phases != {"hardness"} and not splits:
         rehearse_evaluation(trainer, model_phases)
+    elif fits_budgets:
+        for rows in evaluation_sets(trainer).values():
+            first_batch(trainer, rows, torch.arange(len(rows)), needs_labels=trainer._per_token)
 
 
 def check_rows(rows: Any, name: str) -> None:
@@ -157,11 +163,11 @@ def _judges(trainer: Any) -> bool:
     return trainer.args.eval_strategy != "no" or (trainer.args.eval_on_start and trainer.eval_dataset is not None)
 
 
-def _check_evaluation(trainer: Any, phases: set[str]) -> None:
+def _check_evaluation(trainer: Any, phases: set[str], fits_budgets: bool) -> None:
     """Rows of the evaluation sets, and what the policies can be judged by."""
     args = trainer.args
     judges = _judges(trainer)
-    stores = POLICY_PHASES & phases and (judges or trainer._has_conditioned_policies)
+    stores = fits_budgets or (judges and POLICY_PHASES & phases)
     for name, rows in evaluation_sets(trainer).items():
         named = f"eval_dataset[{name!r}]" if name else "eval_dataset"
         if stores:
@@ -176,6 +182,9 @@ def _check_evaluation(trainer: Any, phases: set[str]) -> None:
                     f"{batch}. Accepted are False, or a smaller `per_device_eval_batch_size`."
                 )
         check_label_column(rows, named)
+        if trainer._per_token and stores:
+            learnt = judges and args.eval_strategy != "no" and POLICY_PHASES & phases
+            _check_tokens(trainer, rows, torch.arange(len(rows)), named, must_leave=bool(learnt))
     if judges and phases & POLICY_PHASES and trainer.compute_metrics is not None and args.include_for_metrics:
         raise ValueError(
             f"`include_for_metrics`={args.include_for_metrics} is not supported with `eval_strategy`="
@@ -231,11 +240,19 @@ def _check_first_rows(trainer: Any, phases: set[str]) -> None:
         first_batch(trainer, trainer.train_dataset, heads, per_row)
     if phases - {"heads"}:
         first_batch(trainer, trainer.train_dataset, policies)
-    if phases & POLICY_PHASES and trainer._exit_model.exits_per_token:
-        for some in policies.split(ROWS):
-            labels = check_labelled(take_rows(trainer, trainer.train_dataset, some.tolist()))["labels"]
-            counted = labels != -100
-            # A token leaves as what was generated, and if one comes after it.
-            if bool((counted[:, 1:-1] & counted[:, 2:]).any()):
-                return
-        raise ValueError("`train_dataset` has no token that may leave early: every answer is one token long.")
+    if phases & POLICY_PHASES and trainer._per_token:
+        _check_tokens(trainer, trainer.train_dataset, policies, "train_dataset")
+
+
+def _check_tokens(trainer: Any, dataset: Any, rows: torch.Tensor, name: str, must_leave: bool = True) -> None:
+    """Raises `ValueError` unless one of the rows has a token that may leave early, or else one to predict."""
+    for some in rows.split(ROWS):
+        labels = check_labelled(take_rows(trainer, dataset, some.tolist()))["labels"]
+        counted = labels != -100
+        # A token leaves as what was generated, and if one comes after it.
+        found = counted[:, 1:-1] & counted[:, 2:] if must_leave else counted[:, 1:]
+        if bool(found.any()):
+            return
+    if must_leave:
+        raise ValueError(f"`{name}` has no token that may leave early: every answer is one token long.")
+    raise ValueError(f"`{name}` has no token to predict: every label is -100, or rows have one token only.")

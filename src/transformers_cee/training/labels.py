@@ -62,6 +62,11 @@ def check_labelled(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return batch
 
 
+def without_labels(collator: Callable[[list], Mapping[str, Any]]) -> Callable[[list], dict[str, Any]]:
+    """The collator, whose batches come without labels: what is not looked at need not be there, nor be right."""
+    return lambda rows: {name: value for name, value in collator(rows).items() if name != "labels"}
+
+
 class FiniteLabels:
     """Collator that raises `ValueError` for a batch without labels, or with one that is no finite number. It looks
     before a batch is sent to a device, which need not wait.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from transformers_cee.evaluation.store import evaluating
-from transformers_cee.training.labels import FiniteLabels
+from transformers_cee.training.labels import FiniteLabels, without_labels
 from transformers_cee.training.model_step import ModelPhase, own_exit_losses
 
 
@@ -33,18 +33,20 @@ def take_rows(trainer: Any, dataset: Any, rows: Sequence[int]) -> Mapping[str, T
 
 
 @torch.no_grad()
-def first_batch(trainer: Any, dataset: Any, rows: Tensor, per_row: bool = False) -> None:
+def first_batch(trainer: Any, dataset: Any, rows: Tensor, per_row: bool = False, needs_labels: bool = True) -> None:
     """Runs the first of some rows to all exits; raises whatever data set, collator and model have to say.
 
     Args:
         per_row (`bool`): must a loss of the caller's own tell rows apart?
+        needs_labels (`bool`): with `False`, labels are not looked at.
     """
-    batch = FiniteLabels(lambda some: take_rows(trainer, dataset, some))(rows[: _batch_size(trainer)].tolist())
+    checked = FiniteLabels if needs_labels else without_labels
+    batch = checked(lambda some: take_rows(trainer, dataset, some))(rows[: _batch_size(trainer)].tolist())
     model = trainer.accelerator.unwrap_model(trainer.model)
     with _aside(trainer), evaluating(model):
         inputs = trainer._prepare_inputs(dict(batch))
         outputs = model(**inputs, output_all_exits=True)
-        if trainer.own_loss is not None:
+        if trainer.own_loss is not None and needs_labels:
             losses = own_exit_losses(trainer.own_loss, outputs, inputs["labels"])
             if per_row and len(losses) != len(inputs["labels"]):
                 raise ValueError(
@@ -120,9 +122,9 @@ def _evaluate(
 
 
 def _loop(trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str) -> dict[str, float]:
-    # The loader of tests is never kept for later evaluations.
-    loader = trainer.get_test_dataloader(rows)
-    with _aside(trainer), trainer._evaluating_as(phase), evaluating(trainer.model):
+    with trainer._finite_labels(), _aside(trainer), trainer._evaluating_as(phase), evaluating(trainer.model):
+        # The loader of tests is never kept for later evaluations.
+        loader = trainer.get_test_dataloader(rows)
         return trainer.evaluation_loop(loader, "Rehearsal", metric_key_prefix=prefix).metrics
 
 

@@ -4,7 +4,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.training.checks import evaluation_sets
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
 from transformers_cee.training.hardness import fingerprint
-from transformers_cee.training.labels import FiniteLabels
+from transformers_cee.training.labels import FiniteLabels, without_labels
 from transformers_cee.training.parameters import active_module
 
 
@@ -33,7 +33,12 @@ class StoredExitsTrainer(EarlyExitTrainer):
         self._stores: dict[str, tuple[str, ExitStore]] = {}
 
     def collect_exits(
-        self, dataset: Any, name: str = "other", max_tokens: int | None = None, rows: Tensor | None = None
+        self,
+        dataset: Any,
+        name: str = "other",
+        max_tokens: int | None = None,
+        rows: Tensor | None = None,
+        needs_labels: bool = True,
     ) -> ExitStore:
         """Every exit's states and results for each row, or counted token, of `dataset`, in evaluation mode. What a
         phase has stored of the same rows and weights is not computed again.
@@ -43,6 +48,7 @@ class StoredExitsTrainer(EarlyExitTrainer):
             name (`str`): names the file in `output_dir/exit_store` of states above `args.store_memory_limit_mb`.
             max_tokens (`int`, *optional*): of a decoder, the most tokens to keep, those of rows drawn at random.
             rows (`LongTensor`, *optional*): rows to draw from with `max_tokens`.
+            needs_labels (`bool`): with `False`, labels of an encoder are not looked at, and not known to the store.
         """
         if max_tokens is None and self.args.policy_max_tokens is None and self._stores:
             mark = fingerprint(self._exit_model, dataset)
@@ -55,12 +61,16 @@ class StoredExitsTrainer(EarlyExitTrainer):
             dataset = self._remove_unused_columns(dataset, description=description)
         else:
             collator = self._get_collator_with_removed_columns(collator, description=description)
+        # Labels of a decoder say which tokens there are.
+        needs_labels = needs_labels or self._per_token
+        if not needs_labels:
+            collator = without_labels(collator)
         return collect_exits(
             self._exit_model,
             dataset,
             collator,
             self.accelerator,
-            problem_type=self._problem_type(dataset),
+            problem_type=self._problem_type(dataset if needs_labels else None),
             batch_size=self.args.per_device_eval_batch_size,
             directory=os.path.join(self.args.output_dir, "exit_store", name),
             memory_limit_mb=self.args.store_memory_limit_mb,
@@ -68,16 +78,20 @@ class StoredExitsTrainer(EarlyExitTrainer):
             max_tokens=max_tokens,
             rows=rows,
             seed=self._data_seed,
+            needs_labels=needs_labels,
             disable_tqdm=self.args.disable_tqdm,
         )
 
-    def _store(self, name: str, dataset: Any, mark: str) -> ExitStore:
-        if self._stores.get(name, ("", None))[0] != mark:
+    def _store(self, name: str, dataset: Any, mark: str, needs_labels: bool = True) -> ExitStore:
+        stored = self._stores[name][0] if name in self._stores else ""
+        if stored != mark and not needs_labels and not self._per_token:
+            mark = f"{mark} without labels"
+        if stored != mark:
             self._stores.pop(name, None)
             limit = self.args.policy_max_tokens
             rows = self._split()[1] if name == "train" and limit is not None else None
-            with self._finite_labels():
-                self._stores[name] = (mark, self.collect_exits(dataset, name, limit, rows))
+            with self._finite_labels() if needs_labels else nullcontext():
+                self._stores[name] = (mark, self.collect_exits(dataset, name, limit, rows, needs_labels))
         return self._stores[name][1]
 
     def _split(self) -> tuple[Tensor, Tensor]:
@@ -107,18 +121,18 @@ class StoredExitsTrainer(EarlyExitTrainer):
         model = self._exit_model
         first_layer = getattr(model.config, "min_exit_layer", None)
         policies = active_module(model.exit_policies)
-        stores = list(self._evaluation_stores().values())
+        stores = list(self._evaluation_stores(needs_labels=False).values())
         model.config.exit_budgets = fit_exit_budgets(policies, stores, min_exit_layer=first_layer)
         _check_default_budget(model.config)
         return model.config.exit_budgets
 
-    def _evaluation_stores(self) -> dict[str, ExitStore]:
+    def _evaluation_stores(self, needs_labels: bool = True) -> dict[str, ExitStore]:
         """Stored exits of the evaluation set, named "", or of several by their names."""
         sets = evaluation_sets(self)
         # Numbers, since names may be anything and these are folders.
         folders = ["eval" if name == "" else f"eval-{number}" for number, name in enumerate(sets)]
         return {
-            name: self._store(folder, rows, fingerprint(self._exit_model, rows))
+            name: self._store(folder, rows, fingerprint(self._exit_model, rows), needs_labels)
             for folder, (name, rows) in zip(folders, sets.items(), strict=True)
         }
 

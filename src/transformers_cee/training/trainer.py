@@ -323,7 +323,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
         Raises:
             ValueError, TypeError: data, labels, metrics, arguments or a model that a phase could not work with.
         """
-        check_phases(self, self.args.phases if phases is None else phases)
+        check_phases(self, phases)
 
     def _model_phases(self, phases: Collection[str]) -> list[ModelPhase]:
         """Those of the phases that train the model itself, all their stages."""
