@@ -13,7 +13,7 @@ import torch
 from tiny import changed, tiny_model, tiny_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from transformers_cee.training.checkpoints import Needs, damage, newest_readable
+from transformers_cee.training.checkpoints import Needs, damage, newest_readable, random_files
 
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "policy_num_train_epochs": 4}
@@ -115,6 +115,20 @@ def without(name):
     return remove
 
 
+def written_by(processes, checkpoint, says):
+    """Makes a checkpoint look as if so many processes had written it."""
+    state = (checkpoint / "rng_state.pth").read_bytes()
+    (checkpoint / "rng_state.pth").unlink()
+    for name in random_files(processes):
+        (checkpoint / name).write_bytes(state)
+    path = checkpoint / "totals.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": processes})) if says else path.unlink()
+
+
+def needs_of_processes(number):
+    return Needs(("optimizer.pt", "scheduler.pt", *random_files(number)))
+
+
 DAMAGE = [
     (state_emptied, "trainer_state.json"),
     (state_of_another_kind, "trainer_state.json"),
@@ -190,14 +204,29 @@ class TestDamage:
         check_same(trainer, trainer.train(resume_from_checkpoint=checkpoint), uninterrupted)
         assert seen[0] == 5
 
-    def test_another_number_of_processes_is_said(self, stopped, warnings):
+    @pytest.mark.parametrize("says", [True, False])
+    @pytest.mark.parametrize("wrote,reads", [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
+    def test_another_number_of_processes_is_said(self, stopped, warnings, wrote, reads, says):
+        """Where the checkpoint says how many wrote it, and where only its files do, as in Trainer's own."""
         folder = stopped / "phases" / "heads"
-        several = Needs(("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"))
-        assert newest_readable(folder, several) == str(folder / LAST)
-        assert any("another number of processes" in message for message in warnings())
-        # One of two processes was killed first.
-        (folder / LAST / "rng_state.pth").rename(folder / LAST / "rng_state_0.pth")
-        assert "rng_state_1.pth is missing" in damage(folder / LAST, several)
+        written_by(wrote, folder / LAST, says)
+        assert newest_readable(folder, needs_of_processes(reads)) == str(folder / LAST)
+        (message,) = {message for message in warnings() if LAST in message}
+        assert f"written by {wrote} process" in message and f"and {reads} go on" in message
+
+    @pytest.mark.parametrize("says", [True, False])
+    @pytest.mark.parametrize("wrote,gone", [(2, 0), (2, 1), (4, 2), (4, 3)])
+    def test_of_the_same_number_of_processes_none_is_missing(self, stopped, wrote, gone, says):
+        checkpoint = stopped / "phases" / "heads" / LAST
+        written_by(wrote, checkpoint, says)
+        assert damage(checkpoint, needs_of_processes(wrote)) is None
+        (checkpoint / f"rng_state_{gone}.pth").unlink()
+        reason = damage(checkpoint, needs_of_processes(wrote))
+        if says or (wrote, gone) != (4, 3):
+            assert reason == f"{checkpoint}/rng_state_{gone}.pth is missing"
+        else:
+            # Files alone cannot tell four processes without the last from three.
+            assert reason is None
 
 
 class TestWhatIsReported:
@@ -245,7 +274,30 @@ class TestNothingToResume:
         trainer = run(tmp_path / "new")
         assert trainer.resumes(str(stopped)) and not trainer.resumes(None) and not trainer.resumes(False)
         shutil.rmtree(stopped / "phases" / "heads")
-        assert not trainer.resumes(str(stopped))
+        assert not run(stopped).resumes(True)
+
+    def test_an_empty_folder_is_refused(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint.*empty.*Leave it out to begin a run in `output"):
+            run(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "empty"))
+        assert not list((tmp_path / "empty").iterdir())
+
+    def test_a_run_that_cannot_be_resumed_stays_where_it_is(self, stopped, tmp_path):
+        for checkpoint in (stopped / "phases" / "heads").iterdir():
+            state_emptied(checkpoint)
+        before = sorted(stopped.rglob("*"))
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint.*holds nothing to resume. Leave it out"):
+            run(tmp_path / "new").train(resume_from_checkpoint=str(stopped))
+        assert sorted(stopped.rglob("*")) == before
+
+    def test_a_checkpoint_behind_steps_that_are_not_finished(self, stopped, tmp_path):
+        """The weights that its step began with are not there."""
+        folder = stopped / "phases"
+        shutil.copytree(folder / "heads" / LAST, folder / "policy" / LAST)
+        before = sorted(stopped.rglob("*"))
+        with pytest.raises(ValueError, match=r"checkpoint-8' is of 'policy', but the run is to go on with 'heads'"):
+            run(tmp_path / "new").train(resume_from_checkpoint=str(folder / "policy" / LAST))
+        assert sorted(stopped.rglob("*")) == before
 
 
 # The worse the better, so that the best checkpoint is not the last.

@@ -87,6 +87,7 @@ class TestWhichRun:
             assert (log.directory, log.named) == (str(tmp_path / "phases"), None)
 
     def test_another_one(self, tmp_path):
+        (tmp_path / "phases").mkdir()
         for path in (tmp_path, f"{tmp_path}/"):
             log = PhaseLog.of("elsewhere", path)
             assert (log.directory, log.named) == (str(tmp_path / "phases"), None)
@@ -97,10 +98,11 @@ class TestWhichRun:
         log = PhaseLog.of("elsewhere", f"{named}/")
         assert (log.directory, log.named) == (str(tmp_path / "phases"), str(named))
 
-    @pytest.mark.parametrize("name", ["nowhere", "checkpoint-500"])
+    @pytest.mark.parametrize("name", ["nowhere", "checkpoint-500", "empty"])
     def test_no_run(self, tmp_path, name):
-        """A folder that is not there, and a checkpoint of no phase."""
+        """A folder that is not there, a checkpoint of no phase, and a folder without phases."""
         (tmp_path / "checkpoint-500").mkdir()
+        (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match=rf"resume_from_checkpoint.*{name}.*`output_dir` of a run"):
             PhaseLog.of("elsewhere", str(tmp_path / name))
 

@@ -24,8 +24,9 @@ from transformers_cee.files import read_json, write_json
 logger = logging.get_logger(__name__)
 
 ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
-# Sum of the losses of all steps so far, which Trainer does not keep.
-LOSS_NAME = "train_loss.json"
+# What Trainer does not keep: the sum of the losses of all steps so far, and the number of processes.
+TOTALS_NAME = "totals.json"
+RANDOM = "rng_state"
 WAY_OUT = "Name another checkpoint, or delete this one."
 # What Trainer computes with; `None` where it may be missing.
 STATE_KINDS: dict[str, tuple[type, ...]] = {
@@ -64,10 +65,8 @@ def needs_of(trainer: Trainer) -> Needs:
     best = trainer.args.load_best_model_at_end
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return Needs((), best)
-    processes = trainer.args.world_size
-    states = [f"rng_state_{number}.pth" for number in range(processes)] if processes > 1 else ["rng_state.pth"]
     scaler = [SCALER_NAME] if getattr(trainer.accelerator, "scaler", None) is not None else []
-    return Needs((OPTIMIZER_NAME, SCHEDULER_NAME, *scaler, *states), best)
+    return Needs((OPTIMIZER_NAME, SCHEDULER_NAME, *scaler, *random_files(trainer.args.world_size)), best)
 
 
 def newest_readable(folder: str | os.PathLike[str], needs: Needs) -> str | None:
@@ -110,11 +109,18 @@ def damage(checkpoint: str | os.PathLike[str], needs: Needs) -> str | None:
         if path.is_file():
             if not zipfile.is_zipfile(path):
                 return f"{path} is cut off, or no file of PyTorch"
-        elif name.startswith("rng_state") and _other_processes(checkpoint, needs):
-            logger.warning_once(f"{checkpoint} was written by another number of processes: results will differ.")
-            break
-        else:
+        elif not name.startswith(RANDOM):
             return f"{path} is missing (`save_only_model` leaves out what a resumed training needs)"
+    # Each process of a training has a file of its own.
+    processes, wrote = sum(name.startswith(RANDOM) for name in needs.files), _processes_of(checkpoint)
+    for name in random_files(wrote):
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    if wrote != processes:
+        logger.warning_once(
+            f"{checkpoint} was written by {wrote} process{'es' if wrote > 1 else ''}, and {processes} go on: results "
+            "will differ from those of a run that was not interrupted."
+        )
     return None
 
 
@@ -170,17 +176,27 @@ def _moved(best: str, checkpoint: Path) -> Path:
     return Path(best) if os.path.isdir(best) else checkpoint.parent / os.path.basename(best)
 
 
-def _other_processes(checkpoint: Path, needs: Needs) -> bool:
-    """Whether one process wrote the checkpoint and several read it, or the reverse."""
-    is_single = (checkpoint / "rng_state.pth").is_file()
-    return is_single if "rng_state.pth" not in needs.files else any(checkpoint.glob("rng_state_*.pth"))
+def random_files(processes: int) -> list[str]:
+    """Names of the files in which Trainer keeps the random numbers' states of all processes."""
+    return [f"{RANDOM}_{number}.pth" for number in range(processes)] if processes > 1 else [f"{RANDOM}.pth"]
+
+
+def _processes_of(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint: as it says, or, of one by Trainer alone, as its files say."""
+    wrote = _totals(checkpoint).get("processes")
+    if isinstance(wrote, int) and wrote > 0:
+        return wrote
+    numbers = [re.fullmatch(rf"{RANDOM}_([0-9]+)\.pth", path.name) for path in checkpoint.glob(f"{RANDOM}_*.pth")]
+    # One process alone has no number; where only that of the first is left, there were two or more.
+    return max([2, *(int(number[1]) + 1 for number in numbers if number)]) if any(numbers) else 1
 
 
 class ResumableTrainer(Trainer):
     """🤗 Trainer whose resumed training is the one that was not interrupted, or says why not: checkpoints are read in
     full before any work, and `train_loss` is the mean over all steps, not over those since the last start."""
 
-    _loss_before = 0.0
+    # Sum of the losses of the steps before a resume; None of a training that was not resumed.
+    _loss_before: float | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         needs = needs_of(self)
@@ -195,21 +211,30 @@ class ResumableTrainer(Trainer):
         checkpoint = resume_from_checkpoint or None
         if checkpoint is not None and needs.best:
             _find_best(Path(checkpoint))
-        self._loss_before = _loss_of(checkpoint)
+        self._loss_before = None if checkpoint is None else _loss_of(checkpoint)
         output = super().train(checkpoint, *args, **kwargs)
-        if checkpoint is None:
+        if self._loss_before is None:
             return output
-        loss = (self._loss_before + self._total_loss_scalar) / max(1, output.global_step)
+        loss = self._whole_loss(self._loss_before)
         return TrainOutput(output.global_step, loss, {**output.metrics, "train_loss": loss})
+
+    def _whole_loss(self, before: float) -> float:
+        return (before + self._total_loss_scalar) / max(1, self.state.global_step)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # What Trainer logs at the end is the mean over the steps since the last start.
+        if self._loss_before is not None and {"train_loss", "total_flos"} <= logs.keys():
+            logs["train_loss"] = self._whole_loss(self._loss_before)
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:
             folder = os.path.join(
                 self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             )
-            total = self._loss_before + self._total_loss_scalar + float(self._tr_loss)
-            # A text, since NaN is no JSON.
-            write_json(os.path.join(folder, LOSS_NAME), str(total))
+            total = (self._loss_before or 0.0) + self._total_loss_scalar + float(self._tr_loss)
+            # The loss as text, since NaN is no JSON.
+            write_json(os.path.join(folder, TOTALS_NAME), {"loss": str(total), "processes": self.args.world_size})
             # Trainer asks the state of the checkpoint that it resumed from for each of them, new ones included.
             for one in (*self.callback_handler.callbacks, self.control):
                 if isinstance(one, ExportableState):
@@ -235,11 +260,18 @@ def _find_best(checkpoint: Path) -> None:
         write_json(path, state | {"best_model_checkpoint": str(_moved(best, checkpoint))})
 
 
-def _loss_of(checkpoint: str | None) -> float:
-    """Sum of the losses of all steps before a checkpoint; NaN where it is not known."""
-    if checkpoint is None:
-        return 0.0
+def _totals(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint keeps beside what Trainer does; nothing where that cannot be read."""
     try:
-        return float(read_json(os.path.join(checkpoint, LOSS_NAME), ""))
-    except (OSError, ValueError, TypeError):
+        totals = read_json(checkpoint / TOTALS_NAME, "")
+    except (OSError, ValueError):
+        return {}
+    return totals if isinstance(totals, dict) else {}
+
+
+def _loss_of(checkpoint: str) -> float:
+    """Sum of the losses of all steps before a checkpoint; NaN where it is not known."""
+    try:
+        return float(_totals(Path(checkpoint))["loss"])
+    except (KeyError, ValueError, TypeError):
         return float("nan")

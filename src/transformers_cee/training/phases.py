@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_model
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from transformers_cee.files import read_json, write_json
@@ -38,13 +38,13 @@ class PhaseLog:
         writes (`bool`): False in all processes but one.
         finished (`dict[str, dict | None]`): fields of the `TrainOutput` of each finished step, in order; None of
             `hardness`.
-        named (`str`, *optional*): the checkpoint to go on from, where one is named.
+        place (`str`, *optional*): the folder of the run, or the checkpoint in it, that is named.
     """
 
     directory: str
     writes: bool = True
     finished: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    named: str | None = None
+    place: str | None = None
 
     @classmethod
     def of(cls, output_dir: str, resume_from_checkpoint: bool | str | None, writes: bool = True) -> PhaseLog:
@@ -59,13 +59,18 @@ class PhaseLog:
         parts = root.split(os.sep)
         if os.path.isdir(root):
             if len(parts) > 2 and parts[-3] == "phases":
-                return cls(os.sep.join(parts[:-2]), writes, named=root)
-            if os.path.isdir(os.path.join(root, "phases")) or not parts[-1].startswith(PREFIX_CHECKPOINT_DIR):
-                return cls(os.path.join(root, "phases"), writes)
+                return cls(os.sep.join(parts[:-2]), writes, place=root)
+            if os.path.isdir(os.path.join(root, "phases")):
+                return cls(os.path.join(root, "phases"), writes, place=root)
         raise ValueError(
             f"`resume_from_checkpoint`={root!r} must be True, the `output_dir` of a run, or a checkpoint in its "
-            "`phases`."
+            "`phases`. Leave it out to begin a run in `output_dir`."
         )
+
+    @property
+    def named(self) -> str | None:
+        """The checkpoint to go on from, where one is named."""
+        return None if self.place is None or os.path.join(self.place, "phases") == self.directory else self.place
 
     @property
     def _path(self) -> str:
@@ -117,6 +122,32 @@ class PhaseLog:
                 f"`resume_from_checkpoint`={self.named!r} is of a finished step; name the folder of the run to go on "
                 "after it."
             )
+
+    def goes_on(self, steps: Collection[str], needs: Needs) -> bool:
+        """Is there anything of an earlier run to go on from? `resume` has read it.
+
+        Args:
+            steps (collection of `str`): steps of this run, in order.
+            needs ([`Needs`]): what a resumed training needs.
+
+        Raises:
+            ValueError: a place is named and there is not, or steps before the named checkpoint are not finished.
+        """
+        to_come = [step for step in steps if step not in self.finished]
+        if self.named is not None and to_come[:1] != [self._step_of_named]:
+            wanted = f"is to go on with {to_come[0]!r}" if to_come else "has finished its steps"
+            raise ValueError(
+                f"`resume_from_checkpoint`={self.named!r} is of {self._step_of_named!r}, but the run {wanted}; name "
+                "the folder of the run to go on where it stopped."
+            )
+        if self.finished or (to_come and self.checkpoint(to_come[0], needs) is not None):
+            return True
+        if self.place is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint`={self.place!r} holds nothing to resume. Leave it out to begin a run in "
+                "`output_dir`."
+            )
+        return False
 
     def load(self, model: nn.Module, load_adapters: Callable[[str, nn.Module], None]) -> None:
         """Gives a model the weights that the last finished step left.

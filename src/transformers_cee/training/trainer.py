@@ -102,7 +102,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
             resume_from_checkpoint (`bool` or `str`, *optional*):
                 `True` goes on with the run in `args.output_dir`, if there is one: finished phases are not repeated, an
                 interrupted one goes on from its newest checkpoint that can be read in full. A path names another
-                run's `output_dir`, or a checkpoint inside it.
+                run's `output_dir`, or a checkpoint inside it, and the run goes on there.
             trial (*optional*): what `hyperparameter_search` tries; the run then lies in `output_dir/run-<trial>`.
 
         Returns:
@@ -177,7 +177,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
             return False
         log = PhaseLog.of(self.args.output_dir, resume_from_checkpoint)
         log.resume(self._step_names)
-        return bool(log.finished) or log.checkpoint(next(iter(self._steps())), needs_of(self)) is not None
+        return log.goes_on(self._steps(), needs_of(self))
 
     def train_heads(self, resume_from_checkpoint: str | None = None) -> Any:
         """Phase `heads`: the whole model learns with `args.heads_objective` over all exits.
