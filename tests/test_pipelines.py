@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import warnings
 
 import pytest
@@ -148,6 +149,15 @@ def test_models_without_exits_keep_the_stock_pipeline(tokenizer):
     classifier = pipeline("text-classification", model=stock, tokenizer=tokenizer, device="cpu", top_k=1)
     assert type(classifier) is TextClassificationPipeline
     assert len(classifier(SENTENCES, any_word="is handed to the tokenizer")) == 3
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction", TASK])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_do_the_same(model, tokenizer, task, copied):
+    made = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+    other = copied(made)
+    assert type(other) is type(made) and other is not made
+    assert other(SENTENCES) == made(SENTENCES)
 
 
 class TestAdapters:

@@ -35,7 +35,9 @@ class _InPlaceOfStock:
     stock: ClassVar[type[Pipeline]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if "stock" in vars(cls) and not has_exits(kwargs["model"] if "model" in kwargs else args[0]):
+        # Copies and pickles are made without arguments.
+        model = kwargs.get("model", *args[:1])
+        if "stock" in vars(cls) and model is not None and not has_exits(model):
             return cls.stock(*args, **kwargs)
         return super().__new__(cls)
 

@@ -168,3 +168,13 @@ class TestFullySharded:
         output = self.shard(tiny_model(), [])(*batch(3, 7), exit_threshold=0.5)
         torch.testing.assert_close(output.logits, expected.logits)
         assert output.exit_layers.tolist() == expected.exit_layers.tolist()
+
+
+@pytest.mark.parametrize("asked", [{}, {"exit_threshold": 1.0}])
+def test_a_forward_with_exits_off_is_one_compiled_graph(asked):
+    model, (ids, mask) = tiny_model(exit_threshold=None), batch(3, 6)
+    with torch.no_grad():
+        expected = model(ids, mask)
+        found = torch.compile(model, fullgraph=True, backend="eager")(ids, mask, **asked)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.exit_layers.tolist() == [6] * 3

@@ -12,7 +12,8 @@ from torch import Tensor
 def plain(value: Any) -> Any:
     """The same value made of Python's numbers, where it is made of numpy's or torch's: scalars, arrays, and lists and
     tuples of them; anything else is returned as it is."""
-    if isinstance(value, np.generic | np.ndarray | Tensor):
+    # A tuple, not a union: Dynamo, which sees this in a forward, does not know unions of these types.
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return value.tolist()
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
