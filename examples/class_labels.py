@@ -15,6 +15,8 @@ import torch
 
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+# Whole numbers of a table that had a gap in their column, as pandas writes them.
+WHOLE_FRACTION = re.compile(r"([+-]?[0-9]{1,18})\.0+")
 # Names that say nothing but a position: Transformers' own, or the position itself.
 POSITION = re.compile(r"(?:LABEL_)?([0-9]{1,9})")
 
@@ -25,6 +27,12 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def whole_number(text: str) -> str:
+    """`1.0` as `1`; other texts as they are."""
+    match = WHOLE_FRACTION.fullmatch(text)
+    return text if match is None else str(int(match[1]))
 
 
 def label_text(path: Path, number: int, value: Any) -> str:
@@ -71,6 +79,9 @@ def class_names(path: Path, labels: Sequence[tuple[int, Any]], column: str, mult
     read = label_list if multi_label else label_text
     found = [read(path, number, value) for number, value in labels]
     names = {name for row in found for name in row} if multi_label else set(found)
+    whole = {whole_number(name) for name in names}
+    if all(WHOLE_NUMBER.fullmatch(name) for name in whole):
+        names = whole
     if len(names) < 2:
         only = next(iter(names), "")
         raise ValueError(f"{path}: column {column!r} has only the label {only!r}; two classes are needed.")
@@ -89,9 +100,12 @@ def class_id(path: Path, number: int, text: str, ids: dict[str, int]) -> int:
     """
     if text in ids:
         return ids[text]
+    whole = whole_number(text)
     by_name = not all(WHOLE_NUMBER.fullmatch(name) for name in ids)
-    if by_name and WHOLE_NUMBER.fullmatch(text) and 0 <= int(text) < len(ids):
-        return int(text)
+    if not by_name and whole in ids:
+        return ids[whole]
+    if by_name and WHOLE_NUMBER.fullmatch(whole) and 0 <= int(whole) < len(ids):
+        return int(whole)
     raise ValueError(f"{path}: row {number} has the label {text!r}; accepted: {', '.join(ids)}.")
 
 

@@ -129,6 +129,52 @@ class TestCorpora:
         rows = [{"text": f"t{index}", "label": float(index % 2)} for index in range(30)]
         assert load(write_json(tmp_path / "rows.jsonl", rows)).label_names == ["0", "1"]
 
+    @pytest.mark.parametrize("separator", [",", "\t"])
+    def test_whole_numbers_as_pandas_writes_them(self, tmp_path, separator):
+        """Numbers of a column with a gap; sorted as numbers, and files of both kinds go together."""
+        name = "csv" if separator == "," else "tsv"
+        train, test = tmp_path / f"train.{name}", tmp_path / f"test.{name}"
+        labels = ["2.0", "10.0", "-1.00", "+2.0"]
+        rows = [f"t{index}{separator}{labels[index % 4]}" for index in range(40)]
+        train.write_text("\n".join([f"text{separator}label", *rows]))
+        test.write_text(
+            "\n".join([f"text{separator}label", f"a{separator}10.0", f"b{separator}2", f"c{separator}-1.0"])
+        )
+        corpus = load(train, test_file=str(test))
+        assert corpus.label_names == ["-1", "2", "10"]
+        assert [row["label"] for row in corpus.splits["test"]] == [2, 1, 0]
+        wanted = {f"t{index}": [1, 2, 0, 1][index % 4] for index in range(40)}
+        found = {row["sentence1"]: row["label"] for name in ("train", "validation") for row in corpus.splits[name]}
+        assert found == wanted
+
+    def test_whole_numbers_written_so_in_one_file_only(self, tmp_path):
+        for label in ("{}", "c{}"):
+            train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+            train.write_text("text,label\n" + "".join(f"t{index},{label.format(index % 2)}\n" for index in range(20)))
+            test.write_text("text,label\na,1.0\nb,0.0\n")
+            assert [row["label"] for row in load(train, test_file=str(test)).splits["test"]] == [1, 0]
+            test.write_text("text,label\na,1.5\n")
+            with pytest.raises(ValueError, match=r"test\.csv: row 1 has the label '1\.5'; accepted: c?0, c?1"):
+                load(train, test_file=str(test))
+
+    @pytest.mark.parametrize("labels", [["1.0", "1.5"], ["0.5", "1.5"], ["1", "2.5"], ["1e0", "2.0"]])
+    def test_fractional_numbers_are_refused(self, tmp_path, labels):
+        path = tmp_path / "rows.csv"
+        path.write_text("text,label\n" + "".join(f"t{index},{labels[index % 2]}\n" for index in range(20)))
+        with pytest.raises(ValueError, match=r"the labels in 'label' are fractional numbers; `--regression`"):
+            load(path)
+
+    def test_one_number_written_twice_is_one_label(self, tmp_path):
+        path = tmp_path / "rows.csv"
+        path.write_text("text,label\n" + "a,1\nb,1.0\n" * 10)
+        with pytest.raises(ValueError, match=r"has only the label '1'; two classes"):
+            load(path)
+
+    def test_names_that_look_like_numbers_stay(self, tmp_path):
+        path = tmp_path / "rows.csv"
+        path.write_text("text,label\n" + "a,1.0\nb,none\n" * 10)
+        assert load(path).label_names == ["1.0", "none"]
+
     @pytest.mark.parametrize(
         ("label", "message"),
         [

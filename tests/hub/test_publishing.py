@@ -6,13 +6,15 @@ stalls."""
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from huggingface_hub import get_session
 from tiny_models import run_python
 
-from transformers_cee.hub.publishing import published_files
+from transformers_cee.hub.publishing import published_files, stalls_end
 
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -166,3 +168,19 @@ def test_a_server_that_stalls_is_an_error(tmp_path, limit, seconds, kept):
         environment = {**hub.environment(tmp_path / "home"), "HF_ENDPOINT": endpoint}
         done = run_python(STALL, str(tmp_path), limit, environment=environment, cwd=tmp_path)
     assert done.stdout.splitlines() == [f"{endpoint} has not answered for {seconds} seconds.", str(kept)], done.stderr
+
+
+def test_timeouts_of_others_are_theirs():
+    """Such as that of a lock, which `datasets` may wait for."""
+
+    class Timeout(OSError):
+        pass
+
+    for error in (Timeout("the lock"), TimeoutError("of the system")):
+        with pytest.raises(type(error), match=str(error)) as raised, stalls_end():
+            raise error
+        assert raised.value is error
+    client = sys.modules[type(get_session().timeout).__module__.partition(".")[0]]
+    for name in ("ConnectTimeout", "ReadTimeout", "WriteTimeout", "PoolTimeout"):
+        with pytest.raises(TimeoutError, match="has not answered for"), stalls_end():
+            raise getattr(client, name)("")

@@ -258,6 +258,57 @@ class TestWhatIsReported:
         check_same(trainer, trainer.train(resume_from_checkpoint=True), uninterrupted)
 
 
+# Those of a resumed phase are of its last start.
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime")
+LOGS = {"logging_strategy": "steps", "logging_steps": 2, "phases": ["heads", "hardness", "policy"]}
+
+
+def figures_and_times(expected, found):
+    """What a run has to have logged: figures as expected, times as they are."""
+    assert len(expected) == len(found)
+    return [
+        {name: other.get(name) if name in TIMES else approximately(value) for name, value in entry.items()}
+        for entry, other in zip(expected, found, strict=True)
+    ]
+
+
+def approximately(value):
+    return value if isinstance(value, str) else pytest.approx(value)
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    trainer = run(tmp_path_factory.mktemp("logged"), **LOGS)
+    trainer.train()
+    return trainer.state.log_history
+
+
+class TestWhatIsLogged:
+    def test_of_a_finished_run(self, tmp_path, history):
+        run(tmp_path, **LOGS).train()
+        trainer = run(tmp_path, seed=7, **LOGS)
+        trainer.train(resume_from_checkpoint=True)
+        assert {entry["phase"] for entry in history} == {"heads", "hardness", "policy"}
+        assert trainer.state.log_history == figures_and_times(history, trainer.state.log_history)
+
+    @pytest.mark.parametrize("phase,step", [("heads", 9), ("policy", 3)])
+    def test_of_a_run_that_was_killed(self, tmp_path, history, phase, step):
+        """Callbacks, and so reporters, are told the mean over all steps, too."""
+        with pytest.raises(Kill):
+            run(tmp_path, KillAt(phase, step), **LOGS).train()
+        told = []
+
+        class Listen(TrainerCallback):
+            def on_log(self, args, state, control, logs, **kwargs):
+                told.extend([logs["train_loss"]] if "train_loss" in logs else [])
+
+        trainer = run(tmp_path, Listen(), seed=7, **LOGS)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.log_history == figures_and_times(history, trainer.state.log_history)
+        losses = [entry["train_loss"] for entry in history if "train_loss" in entry]
+        assert told == pytest.approx(losses[-len(told) :]) and told
+
+
 class TestNothingToResume:
     def test_starts_anew_and_says_so(self, tmp_path, uninterrupted, warnings):
         trainer = run(tmp_path)

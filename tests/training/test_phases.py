@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -47,6 +48,33 @@ def test_figures_that_are_no_numbers_come_back(tmp_path):
     again.resume(STEPS)
     result = again.result("heads")
     assert math.isnan(result.training_loss) and result.metrics["x"] == math.inf
+
+
+def test_what_was_logged_comes_back(tmp_path):
+    """Numbers of all kinds, also of steps without a result; what JSON has no word for stays out."""
+    log = PhaseLog(str(tmp_path))
+    (tmp_path / "heads").mkdir()
+    log.finish("hardness", torch.ones(2), [{"memorized_layer": np.float32(2.5), "step": 0}])
+    log.finish("heads", RESULT, [{"loss": math.inf, "epoch": 0.5, "note": "text", "odd": torch.ones(2)}, {"step": 3}])
+    again = PhaseLog(str(tmp_path))
+    again.finished = json.loads((tmp_path / "finished.json").read_text())
+    assert again.history == [
+        {"memorized_layer": 2.5, "step": 0, "phase": "hardness"},
+        {"loss": math.inf, "epoch": 0.5, "note": "text", "phase": "heads"},
+        {"step": 3, "phase": "heads"},
+    ]
+
+
+@pytest.mark.parametrize("history", ["missing", None, 3, {}, [3], [{"loss": [1.0]}], [{"loss": None}]])
+@pytest.mark.parametrize("step", ["heads", "hardness"])
+def test_a_log_of_another_kind_is_refused(tmp_path, step, history):
+    finish(PhaseLog(str(tmp_path)), step)
+    path = tmp_path / "finished.json"
+    stored = json.loads(path.read_text())
+    stored[step].pop("log_history") if history == "missing" else stored[step].update(log_history=history)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=rf"finished\.json holds no `log_history` of the step '{step}'"):
+        PhaseLog(str(tmp_path)).resume(STEPS)
 
 
 def test_only_the_last_weights_are_kept(tmp_path):
@@ -122,7 +150,7 @@ class TestWhatIsReadIsChecked:
         victim.mkdir(parents=True)
         save_file({"weight": torch.ones(2)}, victim / "model.safetensors")
         folder.mkdir(parents=True)
-        stored = {"global_step": 1, "training_loss": 0.0, "metrics": {}}
+        stored = {"global_step": 1, "training_loss": 0.0, "metrics": {}, "log_history": []}
         (folder / "finished.json").write_text(json.dumps({step.replace("/victim", f"{tmp_path}/victim"): stored}))
         with pytest.raises(ValueError, match=r"finished.json names .*no step of this run; its steps are heads, "):
             PhaseLog(str(folder)).resume(STEPS)
@@ -130,7 +158,15 @@ class TestWhatIsReadIsChecked:
 
     @pytest.mark.parametrize(
         "text",
-        ['["heads"]', "3", "", '{"heads":', '{"heads": null}', '{"heads": {"metrics": {}}}', '{"heads": [1, 2, {}]}'],
+        [
+            '["heads"]',
+            "3",
+            "",
+            '{"heads":',
+            '{"heads": null}',
+            '{"heads": {"metrics": {}, "log_history": []}}',
+            '{"heads": [1, 2, {}]}',
+        ],
     )
     def test_content(self, tmp_path, text):
         (tmp_path / "finished.json").write_text(text)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,13 +96,12 @@ def stalls_end() -> Iterator[None]:
     """
     client = get_session()
     limits = type(client.timeout)
+    # Of `httpx` or `httpx2`, by the release of the client: other packages have timeouts, too.
+    timeouts: type[Exception] = sys.modules[limits.__module__.partition(".")[0]].TimeoutException
     if client.timeout == limits(None):
         # Stays, for uploads that go on in the background.
         client.timeout = limits(STALL_SECONDS)
     try:
         yield
-    except Exception as error:
-        # `httpx` or `httpx2`, by the release of the client.
-        if not type(error).__name__.endswith("Timeout"):
-            raise
+    except timeouts as error:
         raise TimeoutError(f"{HfApi().endpoint} has not answered for {client.timeout.read} seconds.") from error

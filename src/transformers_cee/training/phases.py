@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from safetensors.torch import load_model
@@ -26,6 +27,8 @@ logger = logging.get_logger(__name__)
 
 # The step that leaves the model as it is.
 HARDNESS = "hardness"
+# Numbers that JSON has no word for, as they are stored.
+NOT_FINITE = ("nan", "inf", "-inf")
 WAY_OUT = "Restore it, or begin anew without `resume_from_checkpoint`; what is there is then moved aside."
 
 
@@ -36,14 +39,14 @@ class PhaseLog:
     Args:
         directory (`str`): `output_dir/phases`.
         writes (`bool`): False in all processes but one.
-        finished (`dict[str, dict | None]`): fields of the `TrainOutput` of each finished step, in order; None of
-            `hardness`.
+        finished (`dict[str, dict]`): fields of the `TrainOutput` of each finished step, in order, but for `hardness`,
+            and in `log_history` what the step logged.
         place (`str`, *optional*): the folder of the run, or the checkpoint in it, that is named.
     """
 
     directory: str
     writes: bool = True
-    finished: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)
     place: str | None = None
 
     @classmethod
@@ -180,22 +183,33 @@ class PhaseLog:
     def result(self, step: str) -> TrainOutput | None:
         """What a finished step returned, but for hardness."""
         stored = self.finished[step]
-        if stored is None:
+        if step == HARDNESS:
             return None
         metrics = {name: _number(value) for name, value in stored["metrics"].items()}
         return TrainOutput(stored["global_step"], _number(stored["training_loss"]), metrics)
 
-    def finish(self, step: str, result: Any = None) -> None:
-        """Notes that a step is done and what it returned, and lets go of the model as earlier ones left it."""
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What the finished steps logged, in order; `phase` of an entry is its step."""
+        return [
+            {**{name: float(value) if value in NOT_FINITE else value for name, value in entry.items()}, "phase": step}
+            for step, stored in self.finished.items()
+            for entry in stored["log_history"]
+        ]
+
+    def finish(self, step: str, result: Any = None, history: Iterable[dict[str, Any]] = ()) -> None:
+        """Notes that a step is done, what it returned and logged, and lets go of the model as earlier ones left it."""
         before = self.last_weights
-        stored = None
+        stored: dict[str, Any] = {}
         if isinstance(result, TrainOutput):
-            metrics = {name: _stored(value) for name, value in result.metrics.items()}
-            stored = {
-                "global_step": result.global_step,
-                "training_loss": _stored(result.training_loss),
-                "metrics": metrics,
-            }
+            stored["global_step"] = result.global_step
+            stored["training_loss"] = _stored(result.training_loss)
+            stored["metrics"] = {name: _stored(value) for name, value in result.metrics.items()}
+        # Whoever calls `Trainer.log` may log what JSON has no word for.
+        stored["log_history"] = [
+            {name: _stored(value) for name, value in entry.items() if isinstance(value, Real | str)}
+            for entry in history
+        ]
         self.finished[step] = stored
         if self.writes:
             write_json(self._path, self.finished)
@@ -226,12 +240,18 @@ def _wrong(read: Any, steps: Collection[str]) -> str | None:
     other = [step for step in read if step not in steps and not re.fullmatch(r"consistent-\d+-(model|policy)", step)]
     if other:
         return f"names {other[0]!r}, which is no step of this run; its steps are {', '.join(steps)}"
-    for step, result in read.items():
-        if result is None and step == HARDNESS:
+    for step, stored in read.items():
+        history = stored.get("log_history") if isinstance(stored, dict) else None
+        if not isinstance(history, list) or not all(
+            isinstance(entry, dict) and all(isinstance(value, int | float | str) for value in entry.values())
+            for entry in history
+        ):
+            return f"holds no `log_history` of the step {step!r}"
+        if step == HARDNESS:
             continue
         try:
-            _number(result["training_loss"]), result["global_step"] + 0
-            [_number(value) for value in result["metrics"].values()]
+            _number(stored["training_loss"]), stored["global_step"] + 0
+            [_number(value) for value in stored["metrics"].values()]
         except (TypeError, KeyError, ValueError, AttributeError):
             return f"holds no result of the step {step!r}"
     return None

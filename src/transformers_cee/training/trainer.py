@@ -108,7 +108,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
         Returns:
             [`RunOutput`]: `global_step`, `training_loss` and `metrics` of the run, and in `phases` the result of each
             step by name, a `TrainOutput` or, for hardness that was not finished before, the memorized layers.
-            `state.log_history` holds what the phases logged.
+            `state.log_history` holds what the phases logged, also before a stop.
 
         Raises:
             ValueError: a run that cannot be resumed, nothing to train, or arguments that Trainer's `train` takes and
@@ -149,7 +149,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
             with self.accelerator.main_process_first():
                 log.start()
         results: dict[str, Any] = {step: log.result(step) for step in log.finished if step != HARDNESS}
-        history: list[dict[str, Any]] = []
+        history = log.history
         for number, (step, run) in enumerate(self._steps().items()):
             if step not in log.finished:
                 # Each step draws its own random numbers, so that a resumed run draws the same.
@@ -158,8 +158,9 @@ class ConsistentEETrainer(StoredExitsTrainer):
                 results[step] = run(log.folder(step), log.checkpoint(step, needs_of(self)))
                 # A step of the model starts a state of its own.
                 logged = logged if self.state is before else 0
-                history += [{**entry, "phase": step} for entry in self.state.log_history[logged:]]
-                self._keep(log, step, results[step])
+                added = self.state.log_history[logged:]
+                history += [{**entry, "phase": step} for entry in added]
+                self._keep(log, step, results[step], added)
         self._renew_budgets()
         self.state.log_history = history
         if self.args.push_to_hub:
@@ -458,12 +459,12 @@ class ConsistentEETrainer(StoredExitsTrainer):
     def _folder(self, step: str) -> str:
         return PhaseLog.of(self.args.output_dir, None).folder(step)
 
-    def _keep(self, log: PhaseLog, step: str, result: Any) -> None:
+    def _keep(self, log: PhaseLog, step: str, result: Any, history: list[dict[str, Any]]) -> None:
         """Saves the model as the step left it, so that a resumed run starts from there."""
         if step != HARDNESS:
             self.save_model(log.weights_folder(step), _internal_call=True)
         self.accelerator.wait_for_everyone()
-        log.finish(step, result)
+        log.finish(step, result, history)
 
     # Hooks of Trainer
 
