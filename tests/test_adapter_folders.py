@@ -151,22 +151,33 @@ class TestLoadedAnew:
         same(model.eval(), again, exit_threshold=0.5)
 
 
-def test_another_process(tmp_path):
-    """With PEFT loaded before this package, nothing else has to be imported."""
+@pytest.mark.parametrize("first", ["peft", "transformers_cee"])
+def test_another_process(first, tmp_path):
+    """Whichever of PEFT and this package is imported first, nothing else has to be."""
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
-    model = adapted("SEQ_CLS", tmp_path / "base")
-    model.save_pretrained(tmp_path / "adapter")
+    adapted("SEQ_CLS", tmp_path / "base").save_pretrained(tmp_path / "adapter")
     code = (
-        "import sys, torch\n"
-        "from peft import AutoPeftModelForSequenceClassification\n"
-        "import transformers_cee\n"
-        "model = AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()\n"
-        "print(model(torch.tensor([[5, 6, 7]]), exit_threshold=0.0).exit_layers.tolist())\n"
+        f"import {first}\n"
+        "import sys, torch, transformers_cee\n"
+        "from peft import AutoPeftModelForSequenceClassification, PeftModel\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "try:\n"
+        "    Auto.from_pretrained(sys.argv[2])\n"
+        "except ValueError as error:\n"
+        "    assert 'a model with exits' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('a stock model')\n"
+        "stock = Auto.from_pretrained(sys.argv[1], num_labels=3)\n"
+        "for model in (\n"
+        "    PeftModel.from_pretrained(stock, sys.argv[2]),\n"
+        "    AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[2]),\n"
+        "):\n"
+        "    output = model.eval()(torch.tensor([[5, 6, 7]]), exit_threshold=0.0)\n"
+        "    assert output.exit_layers.tolist() == [1]\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and done.stdout.strip().endswith("[1]"), done.stderr
+    folders = [str(tmp_path / name) for name in ("base", "adapter")]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class TestOtherModels:

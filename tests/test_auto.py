@@ -74,16 +74,18 @@ FIRST = [
 ]
 
 
-def test_import_loads_what_the_auto_classes_load_and_no_model():
+def test_import_loads_what_the_auto_classes_and_peft_load_and_no_model():
     done = run_python(
         """
 import sys
-from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig
+from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig, PreTrainedModel
+import peft
 
-auto_classes = set(sys.modules)
+loaded = set(sys.modules)
 import transformers_cee
 
-print(*sorted(name for name in set(sys.modules) - auto_classes if not name.startswith("transformers_cee")))
+print(*sorted(name for name in set(sys.modules) - loaded if not name.startswith("transformers_cee")))
+assert not any(".modeling_" in name for name in sys.modules if name.startswith("transformers_cee"))
 """
     )
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Early exits for 🤗 Transformers: train, publish and load models in which every input leaves at its own layer.
 
-Importing the package registers its configs with `AutoConfig`; a family's models follow with the first config that is
-made.
+Importing the package registers its configs with `AutoConfig` and its exits with PEFT, and imports both; a family's
+models follow with the first config that is made.
 """
 
 from transformers_cee import auto

@@ -2,16 +2,17 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Everything that makes the Auto classes and `pipeline` of 🤗 Transformers, and PEFT, find this package.
 
-Importing the package registers the configs with `AutoConfig` and costs what importing the Auto classes costs. Whoever
-loads or makes a model makes its config first: the first config of a family registers the family's model with its Auto
-classes, and with it the pipeline task and PEFT's defaults. Nothing here reaches into the imports of others, and no
-lock is held while a module is imported: threads may register the same twice, which changes nothing.
+Importing the package registers the configs with `AutoConfig` and the exits with PEFT, and costs what importing the
+Auto classes and PEFT costs. Whoever loads or makes a model makes its config first: the first config of a family
+registers the family's model with its Auto classes, and with it the pipeline task and PEFT's defaults. Nothing here
+reaches into the imports of others, and no lock is held while a module is imported: threads may register the same
+twice, which changes nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
+from contextlib import suppress
 from typing import Any
 
 from transformers_cee.families import MODELS
@@ -27,9 +28,8 @@ def register() -> None:
         ValueError: another package has registered a class of its own under one of our model types.
     """
     register_configs()
-    if hasattr(sys.modules.get("peft"), "PeftModel"):
-        # An adapter may be loaded on a stock model, before there is a config of ours.
-        importlib.import_module("transformers_cee.lora")
+    # An adapter may be loaded on a stock model, before there is a config of ours.
+    register_adapters()
 
 
 def register_configs() -> None:
@@ -123,15 +123,18 @@ def register_pipelines() -> None:
             task["impl"] = own
 
 
+def register_adapters() -> None:
+    """Makes PEFT give a model the exits that its adapter was trained with."""
+    # PEFT tells whoever uses it that it does not fit the packages beside it.
+    with suppress(ImportError):
+        importlib.import_module("transformers_cee.lora")
+
+
 def register_peft() -> None:
-    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods, and
-    LoRA the exits."""
+    """Gives each model the default target modules of its stock architecture, for LoRA and PEFT's other methods."""
     try:
         from peft.utils import constants
-
-        importlib.import_module("transformers_cee.lora")
     except ImportError:
-        # PEFT tells whoever uses it that it does not fit the packages beside it.
         return
     for name, targets in vars(constants).items():
         if name.endswith("_MAPPING") and isinstance(targets, dict):
