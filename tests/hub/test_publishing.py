@@ -60,6 +60,21 @@ done = trainer.push_to_hub(blocking=blocking == "True")
 blocking == "True" or done.result()
 """
 
+SAVE = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+from pathlib import Path
+from tiny import collate, task, tiny_model, training_arguments
+from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
+
+options = dict(push_to_hub=True, hub_model_id="org/saved", hub_token="{SECRET}", hub_strategy="every_save")
+options |= dict(save_strategy="steps", save_steps=2, hub_always_push=True)
+args = training_arguments(sys.argv[1], **options)
+trainer = EarlyExitTrainer(tiny_model(), args, train_dataset=task(24, seed=1), data_collator=collate)
+trainer.train()
+print(sorted(path.name for path in Path(sys.argv[1]).glob("checkpoint-*")))
+"""
+
 PUSH = f"""
 import sys
 from pathlib import Path
@@ -107,9 +122,17 @@ class TestTrainer:
         assert done.returncode == 0, done.stderr
         files = hub.files[repo]
         assert set(files) - {"special_tokens_map.json", "vocab.txt"} == MODEL
+        # At the end of `train` and by `push_to_hub`, not for each checkpoint.
+        assert len([path for _, path in hub.requests if f"{repo}/commit/" in path]) == 2
         assert b"early-exit" in files["README.md"]
         assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
         check_clean(files)
+
+    def test_checkpoints_stay(self, hub, tmp_path):
+        """Also those of a training without phases."""
+        done = run_python(SAVE, str(tmp_path / "run"), environment=hub.environment(tmp_path / "home"), cwd=tmp_path)
+        assert done.stdout.splitlines()[-1] == "['checkpoint-2', 'checkpoint-3']", done.stderr
+        assert not hub.files["org/saved"]
 
     @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
     def test_checkpoints_are_refused(self, hub, tmp_path, strategy):

@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
 
 from transformers_cee.hub.publishing import stalls_end, upload
 
 
 class PublishingTrainer(Trainer):
-    """🤗 Trainer whose `push_to_hub` uploads what `published_files` lists.
+    """🤗 Trainer whose `push_to_hub` uploads what `published_files` lists. Saved checkpoints are not published: of
+    `hub_strategy`, "every_save" (Trainer's default) does what "end" does.
 
     Raises:
         ValueError: a `hub_strategy` that publishes checkpoints, which hold the states of optimizers and a token.
@@ -61,24 +60,10 @@ class PublishingTrainer(Trainer):
                 **({"tags": tags} if tags else {}),
                 **kwargs,
             )
-            self._finish_current_push()
         return self._upload(self.args.output_dir, commit_message, not blocking, token, revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads the model of a checkpoint, in the background."""
-        running: PushInProgress | None = self.push_in_progress  # type: ignore[has-type]
-        busy = running is not None and not running.is_done()
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if busy and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, {os.path.basename(checkpoint_folder)}"
-        job = self._upload(checkpoint_folder, message, True, self.args.hub_token, None)
-        if running is not None and busy:
-            running.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
+        """Nothing: a checkpoint is of one phase, and Trainer would upload `training_args.bin` with it."""
 
     def _upload(self, folder: str, message: str | None, in_background: bool, token: Any, revision: str | None) -> Any:
         return upload(

@@ -65,7 +65,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
     other arguments (optimizer, schedule, batch size, accumulation, precision, saving, …) hold for every phase.
 
     `max_steps`, `eval_strategy` and `save_strategy` count within each phase. Checkpoints of a phase lie in
-    `output_dir/phases/<phase>/checkpoint-*`.
+    `output_dir/phases/<phase>/checkpoint-*`. With `push_to_hub`, the model is published once, when all phases are
+    done; `hub_strategy` may be `"end"` or `"every_save"`, which do the same.
 
     Args:
         phases (`list[str]`): phases that `train()` runs, in this order. Defaults to all.
