@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
-from tiny import collate, instructions, task, tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer
+from tiny import accuracy, collate, instructions, task, tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer
 
 
 EVALUATES = {"eval_strategy": "epoch"}
@@ -130,3 +130,83 @@ class TestTokens:
         trainer = tiny_text_trainer(tmp_path / "b", tiny_llama(policy_condition="film"), trainer=data)
         trainer.train()
         assert not trainer.model.config.exit_budgets
+
+
+class TestPlace:
+    """Trainer leaves some models where they are until its own loop begins."""
+
+    @pytest.mark.parametrize("method", ["train", "train_policy", "check_phases", "fit_exit_budgets"])
+    def test_half_precision_in_evaluation(self, tmp_path, monkeypatch, method):
+        trainer, seen = tiny_trainer(tmp_path, film(), rows=16, bf16_full_eval=True), []
+        assert not trainer.place_model_on_device
+        move = trainer._move_model_to_device
+        monkeypatch.setattr(
+            trainer, "_move_model_to_device", lambda *args: (seen.append(("moved", args[1])), move(*args))
+        )
+        trainer.model.register_forward_pre_hook(lambda *_: seen.append("run"))
+        getattr(trainer, method)()
+        assert seen[0] == ("moved", trainer.args.device) and "run" in seen
+
+    def test_split_models_are_not_run(self, tmp_path, monkeypatch):
+        """Their batches are made and looked at all the same."""
+        seen = []
+        for rows in (task(8, seed=2), task(8, seed=2).to_iterable_dataset(), unlabelled(8)):
+            data = {"eval_dataset": rows, "data_collator": collate_any}
+            trainer = tiny_trainer(tmp_path, phases=["heads"], trainer=data, **EVALUATES)
+            trainer.is_fsdp_enabled, trainer.place_model_on_device = True, False
+            monkeypatch.setattr(trainer, "_move_model_to_device", lambda *_: seen.append("moved"))
+            trainer.model.register_forward_pre_hook(lambda *_: seen.append("run"))
+            if "labels" in next(iter(rows)):
+                trainer.check_phases()
+            else:
+                with pytest.raises(ValueError, match="no `labels`"):
+                    trainer.check_phases()
+        assert not seen
+
+
+class TestRows:
+    """How many rows are run, and which."""
+
+    def test_a_batch_of_a_process(self, tmp_path, monkeypatch):
+        """Every process runs the first training rows, and its part of those of evaluation."""
+        trainer, sizes = tiny_trainer(tmp_path, phases=["heads"]), []
+        monkeypatch.setattr(type(trainer.args), "world_size", property(lambda _: 3))
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+        )
+        trainer.check_phases()
+        assert sizes == [8]
+
+    def test_metrics_of_rows_that_are_sorted(self, tmp_path):
+        """Some rows are enough where they are of several classes."""
+        sizes = []
+
+        def metrics(prediction):
+            sizes.append(len(prediction.label_ids))
+            if len({*prediction.label_ids.tolist()}) < 2:
+                raise ValueError("Only one class present")
+            return accuracy(prediction)
+
+        data = {"eval_dataset": task(200, seed=2).sort("labels"), "compute_metrics": metrics}
+        options = {"phases": ["heads", "policy", "consistent"], "heads_objective": "two_stage", **EVALUATES}
+        tiny_trainer(tmp_path, trainer=data, metric_for_best_model="accuracy", **options).check_phases()
+        assert sizes == [8, 8, 8]
+
+    @pytest.mark.parametrize("fails", [True, False])
+    def test_all_rows_are_run_once(self, tmp_path, fails):
+        sizes = []
+
+        def metrics(prediction):
+            sizes.append(len(prediction.label_ids))
+            if len(prediction.label_ids) == 24:
+                return accuracy(prediction)
+            if fails:
+                raise ValueError("Too few rows")
+            return {}
+
+        options = {"phases": ["heads", "policy", "consistent"], "heads_objective": "two_stage", **EVALUATES}
+        trainer = tiny_trainer(
+            tmp_path, trainer={"compute_metrics": metrics}, metric_for_best_model="accuracy", **options
+        )
+        trainer.check_phases()
+        assert sizes.count(24) == 1 and len(sizes) > 3

@@ -106,6 +106,7 @@ def check_phases(trainer: Any, some: Collection[str] | None = None) -> None:
     # A run ends with the budgets, whatever its phases are.
     fits_budgets = trainer._has_conditioned_policies and bool(some is None or POLICY_PHASES & phases)
     trainer.args.check_phases()
+    trainer._place_model()
     _check_train_rows(trainer, phases)
     _check_evaluation(trainer, phases, fits_budgets)
     model_phases = trainer._model_phases(phases)
@@ -115,13 +116,12 @@ def check_phases(trainer: Any, some: Collection[str] | None = None) -> None:
     _check_exits(trainer, phases)
     _check_stopping(trainer, phases)
     _check_first_rows(trainer, phases)
-    # Backends that split a model prepare it for good.
-    splits = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if _judges(trainer) and phases != {"hardness"} and not splits:
+    judged = _judges(trainer) and phases != {"hardness"}
+    if judged and not trainer._splits_model:
         rehearse_evaluation(trainer, model_phases)
-    elif fits_budgets:
+    elif judged or fits_budgets:
         for rows in evaluation_sets(trainer).values():
-            first_batch(trainer, rows, torch.arange(len(rows)), needs_labels=trainer._per_token)
+            first_batch(trainer, rows, needs_labels=judged or trainer._per_token)
 
 
 def check_rows(rows: Any, name: str) -> None:

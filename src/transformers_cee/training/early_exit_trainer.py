@@ -115,6 +115,17 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
         """The early-exit model itself, without wrappers."""
         return bare_model(self.accelerator.unwrap_model(self.model))
 
+    @property
+    def _splits_model(self) -> bool:
+        """Does a backend split the model over devices, and prepare it for good?"""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or bool(self.is_fsdp_xla_enabled)
+
+    def _place_model(self) -> None:
+        """Moves the model where its inputs go, if Trainer leaves that to the beginning of its own loop, as with
+        `bf16_full_eval`."""
+        if not (self.place_model_on_device or self.is_model_parallel or self._splits_model):
+            self._move_model_to_device(self.model, self.args.device)
+
     def _take_model(self, model: nn.Module) -> None:
         """Puts a fresh model in the place of the trainer's."""
         check_model(model, self.args, self.preprocess_logits_for_metrics, self.own_loss)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,20 +29,31 @@ def subset(dataset: Any, rows: Sequence[int]) -> Any:
 
 def take_rows(trainer: Any, dataset: Any, rows: Sequence[int]) -> Mapping[str, Tensor]:
     """A batch of some rows, without the columns that the model does not take, as Trainer's loaders make it."""
-    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
-    return collator([dataset[row] for row in rows])
+    return _collate(trainer, [dataset[row] for row in rows])
+
+
+def _collate(trainer: Any, rows: list) -> Mapping[str, Tensor]:
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)(rows)
 
 
 @torch.no_grad()
-def first_batch(trainer: Any, dataset: Any, rows: Tensor, per_row: bool = False, needs_labels: bool = True) -> None:
-    """Runs the first of some rows to all exits; raises whatever data set, collator and model have to say.
+def first_batch(
+    trainer: Any, dataset: Any, rows: Tensor | None = None, per_row: bool = False, needs_labels: bool = True
+) -> None:
+    """Runs the first of some rows to all exits; raises whatever data set, collator and model have to say. A model that
+    is split over devices is not run: whatever prepares it does so for good.
 
     Args:
+        rows (`LongTensor`, *optional*): numbers of the rows; by default some are drawn.
         per_row (`bool`): must a loss of the caller's own tell rows apart?
         needs_labels (`bool`): with `False`, labels are not looked at.
     """
     checked = FiniteLabels if needs_labels else without_labels
-    batch = checked(lambda some: take_rows(trainer, dataset, some))(rows[: _batch_size(trainer)].tolist())
+    count = trainer.args.eval_batch_size
+    some = _some_rows(dataset, count) if rows is None else [dataset[row] for row in rows[:count].tolist()]
+    batch = checked(partial(_collate, trainer))(list(some))
+    if trainer._splits_model:
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
     with _aside(trainer), evaluating(model):
         inputs = trainer._prepare_inputs(dict(batch))
@@ -57,8 +69,8 @@ def first_batch(trainer: Any, dataset: Any, rows: Tensor, per_row: bool = False,
 
 
 def rehearse_evaluation(trainer: Any, phases: Sequence[ModelPhase]) -> None:
-    """Evaluates the first rows of each evaluation set as phases will, or else as the model is; all rows where a metric
-    cannot do with few, or is not among theirs.
+    """Evaluates some rows of each evaluation set as phases will, or else as the model is; all rows, once, where a
+    metric cannot do with few, or is not among theirs.
 
     Raises:
         TypeError: `compute_metrics` gives something else than numbers by name.
@@ -66,12 +78,13 @@ def rehearse_evaluation(trainer: Any, phases: Sequence[ModelPhase]) -> None:
     """
     wanted = trainer.args.metric_for_best_model
     judged: list[ModelPhase | None] = [*phases] or [None]
+    of_all_rows: dict[str, dict[str, float]] = {}
     for phase in judged:
-        metrics = _evaluate_sets(trainer, phase)
+        metrics = _evaluate_sets(trainer, phase, of_all_rows)
         if phase is None or wanted is None or phase.trainable == "internal_exits" or _others_add_metrics(trainer):
             continue
         name = f"eval_{wanted.removeprefix('eval_')}"
-        if name not in metrics and name not in (metrics := _evaluate_sets(trainer, phase, whole=True)):
+        if name not in metrics and name not in (metrics := _evaluate_sets(trainer, phase, of_all_rows, whole=True)):
             found = sorted(name.removeprefix("eval_") for name in metrics)
             raise ValueError(
                 f"`metric_for_best_model`={wanted!r} is none of the metrics: accepted are {', '.join(found)}."
@@ -84,14 +97,19 @@ def _others_add_metrics(trainer: Any) -> bool:
     return not all(one.__module__.split(".")[0] in ("transformers", "transformers_cee") for one in asked)
 
 
-def _evaluate_sets(trainer: Any, phase: ModelPhase | None, whole: bool = False) -> dict[str, float]:
-    """Metrics of the first rows of all evaluation sets, or of all rows."""
+def _evaluate_sets(
+    trainer: Any, phase: ModelPhase | None, of_all_rows: dict[str, dict[str, float]], whole: bool = False
+) -> dict[str, float]:
+    """Metrics of some rows of all evaluation sets, and those `of_all_rows`, which are taken once for all phases."""
     metrics: dict[str, float] = {}
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     for name, rows in sets.items():
         prefix = f"eval_{name}" if name else "eval"
-        found = None if whole else _evaluate(trainer, phase, _first(trainer, rows), prefix, forgives=True)
-        metrics |= (_evaluate(trainer, phase, rows, prefix) if found is None else found) or {}
+        few = _some_rows(rows, trainer.args.eval_batch_size * trainer.args.world_size)
+        found, does = _evaluate(trainer, phase, few, prefix, forgives=True)
+        if (whole or not does) and prefix not in of_all_rows:
+            of_all_rows[prefix], _ = _evaluate(trainer, phase, rows, prefix)
+        metrics |= of_all_rows.get(prefix, {}) | found
         if f"{prefix}_exit_loss" in metrics:
             metrics["eval_exit_loss"] = metrics[f"{prefix}_exit_loss"]
     return metrics
@@ -99,8 +117,9 @@ def _evaluate_sets(trainer: Any, phase: ModelPhase | None, whole: bool = False) 
 
 def _evaluate(
     trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str, forgives: bool = False
-) -> dict[str, float] | None:
-    """Metrics of some rows. With `forgives`, None where `compute_metrics` fails, such as on rows of one class only."""
+) -> tuple[dict[str, float], bool]:
+    """Metrics of some rows, and whether these did. With `forgives` they may not do: `compute_metrics` may fail, as on
+    rows of one class only."""
     compute, failed = trainer.compute_metrics, []
 
     def watched(prediction: Any) -> Any:
@@ -118,7 +137,7 @@ def _evaluate(
         metrics = _loop(trainer, phase, rows, prefix)
     finally:
         trainer.compute_metrics = compute
-    return None if failed else metrics
+    return metrics, not failed
 
 
 def _loop(trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str) -> dict[str, float]:
@@ -142,16 +161,13 @@ def _check_metrics(result: Any) -> dict[str, Any]:
     return dict(result)
 
 
-def _batch_size(trainer: Any) -> int:
-    return trainer.args.eval_batch_size * trainer.args.world_size
-
-
-def _first(trainer: Any, rows: Any) -> Any:
-    """The first rows of a data set, which may be one that can only be gone through."""
-    count = _batch_size(trainer)
-    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
-        return subset(rows, range(min(count, len(rows))))
-    return list(islice(iter(rows), count))
+def _some_rows(dataset: Any, count: int) -> Any:
+    """Rows from all over a data set, since the first ones may be of one class; the first ones of one that can only be
+    gone through."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return list(islice(iter(dataset), count))
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+    return subset(dataset, drawn.sort().values.tolist())
 
 
 @contextmanager

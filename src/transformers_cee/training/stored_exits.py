@@ -55,6 +55,7 @@ class StoredExitsTrainer(EarlyExitTrainer):
             for stored_mark, store in self._stores.values():
                 if stored_mark == mark:
                     return store
+        self._place_model()
         description = "exit states"
         collator = self.data_collator
         if hasattr(dataset, "column_names"):
