@@ -71,6 +71,8 @@ class EarlyExitCard:
         examples (`list[str]` or list of pairs of `str`): texts, or pairs of texts, of the usage snippet.
         problem_type (`str`, *optional*, defaults to `"single_label_classification"`): what logits mean, as a config
             names it.
+        task (`str`, *optional*, defaults to `"text-classification"`): the task as the Hub names it.
+        tags (`list[str]`, *optional*): further tags of the metadata.
         language (`str` or `list[str]`, *optional*), license (`str`, *optional*): for the metadata, where known.
 
     Raises:
@@ -104,6 +106,8 @@ class EarlyExitCard:
         "Not a single joke lands, and the plot is worse.",
     )
     problem_type: str = "single_label_classification"
+    task: str = "text-classification"
+    tags: Sequence[str] = ()
     language: str | list[str] | None = None
     license: str | None = None
 
@@ -145,8 +149,8 @@ class EarlyExitCard:
         results = self._results()
         return ModelCardData(
             library_name="transformers",
-            pipeline_tag="text-classification",
-            tags=["early-exit", "transformers-cee", "consistentee"],
+            pipeline_tag=self.task,
+            tags=list(dict.fromkeys(("early-exit", "transformers-cee", "consistentee", *self.tags))),
             metrics=[self.metric_name],
             model_name=self.model_name if results else None,
             eval_results=results,
@@ -219,7 +223,7 @@ class EarlyExitCard:
             return None
         return [
             EvalResult(
-                task_type="text-classification",
+                task_type=self.task,
                 dataset_type=self.dataset_id,
                 dataset_name=self.dataset_name,
                 dataset_config=self.dataset_config,

@@ -243,17 +243,20 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
         self,
         language: str | None = None,
         license: str | None = None,
+        tags: str | list[str] | None = None,
         model_name: str | None = None,
         finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
-        **kwargs: Any,
+        dataset_args: str | list[str] | None = None,
     ) -> None:
         """Writes the card of an early-exit model, with the operating points of the last `evaluate()`; before any, that
-        of 🤗 Trainer. Arguments as in Trainer."""
+        of 🤗 Trainer. Arguments as in Trainer; a card has one task and one data set of the Hub, the first of `tasks`,
+        `dataset_tags` and `dataset_args`."""
         if not self.operating_points:
-            return super().create_model_card(
-                language, license, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset, **kwargs
-            )
+            about = (tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
+            return super().create_model_card(language, license, *about)
         if not self.is_world_process_zero():
             return None
         (first, measured), *others = self.operating_points.items()
@@ -267,7 +270,11 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
             model_name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
             repo_id=self.hub_model_id if self.args.push_to_hub else self.args.output_dir,
             num_layers=config.num_hidden_layers,
-            dataset_name=(dataset if isinstance(dataset, str) else ", ".join(dataset or ())) or where,
+            dataset_name=", ".join(_listed(dataset)) or where,
+            dataset_id=next(iter(_listed(dataset_tags)), None),
+            dataset_config=next(iter(_listed(dataset_args)), None),
+            task=next(iter(_listed(tasks)), "text-generation" if self._per_token else "text-classification"),
+            tags=_listed(tags),
             metric_name=names[0] if names else "loss",
             curves={"policy": sorted(points, key=lambda point: point.depth)},
             split=split,
@@ -422,6 +429,10 @@ class EarlyExitTrainer(FiniteLoss, PublishingTrainer, ResumableTrainer):
         speedups = measure_wall_clock(self.accelerator.unwrap_model(self.model), batches, settings)
         for point, speedup in zip(points, speedups, strict=True):
             point.wall_clock_speedup = speedup
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _without_full_depth(points: list[OperatingPoint]) -> tuple[list[OperatingPoint], OperatingPoint | None]:

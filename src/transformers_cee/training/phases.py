@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -230,6 +230,22 @@ class PhaseLog:
             check_checkpoint(self.named, needs)
             return self.named
         return newest_readable(self.folder(step), needs)
+
+    def stage(self, stages: Sequence[str], asked: bool | str | None, needs: Needs) -> tuple[int, bool | str | None]:
+        """Number of the stage of a phase that a checkpoint is of, and that checkpoint.
+
+        Args:
+            stages (sequence of `str`): all stages of the phase, in order.
+            asked (`bool` or `str`, *optional*): a checkpoint's folder; `True` is the newest one of the last stage that
+                has any. One of no stage is of the first.
+        """
+        if asked is True:
+            found = (newest_readable(self.folder(stage), needs) for stage in reversed(stages))
+            asked = next((checkpoint for checkpoint in found if checkpoint is not None), True)
+        if not asked or asked is True:
+            return 0, asked or None
+        name = os.path.basename(os.path.dirname(os.path.abspath(asked)))
+        return stages.index(name) if name in stages else 0, asked
 
 
 def _wrong(read: Any, steps: Collection[str]) -> str | None:

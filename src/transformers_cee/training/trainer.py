@@ -3,7 +3,6 @@
 """`ConsistentEETrainer`: the phases of ConsistentEE on top of 🤗 Trainer."""
 
 import copy
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -180,24 +179,22 @@ class ConsistentEETrainer(StoredExitsTrainer):
         log.resume(self._step_names)
         return log.goes_on(self._steps(), needs_of(self))
 
-    def train_heads(self, resume_from_checkpoint: str | None = None) -> Any:
+    def train_heads(self, resume_from_checkpoint: bool | str | None = None) -> Any:
         """Phase `heads`: the whole model learns with `args.heads_objective` over all exits.
 
         Args:
-            resume_from_checkpoint (`str`, *optional*): a checkpoint of the phase, or of one of its stages; stages
-                before that are not repeated.
+            resume_from_checkpoint (`bool` or `str`, *optional*): a checkpoint of the phase, or of one of its stages;
+                stages before that are not repeated. `True` takes the newest.
 
         Returns:
             `TrainOutput` of the phase, or of its last stage.
         """
         self.check_phases(["heads"])
-        steps = self._heads_steps()
+        steps, log = self._heads_steps(), PhaseLog.of(self.args.output_dir, None)
         names = list(steps)
-        folder = None if resume_from_checkpoint is None else os.path.dirname(os.path.abspath(resume_from_checkpoint))
-        stage = os.path.basename(folder or "")
-        first = names.index(stage) if stage in names else 0
+        first, checkpoint = log.stage(names, resume_from_checkpoint, needs_of(self))
         for name in names[first:]:
-            result = steps[name](self._folder(name), resume_from_checkpoint if name == names[first] else None)
+            result = steps[name](log.folder(name), checkpoint if name == names[first] else None)
         return result
 
     def compute_hardness(self) -> Tensor:
@@ -233,7 +230,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
         self.log({"memorized_layer": float(layers[store.may_exit].float().mean())})
         return layers
 
-    def train_policy(self, resume_from_checkpoint: str | None = None) -> Any:
+    def train_policy(self, resume_from_checkpoint: bool | str | None = None) -> Any:
         """Phase `policy`: the policies alone learn on stored exit states; backbone and heads stay as they are."""
         self.check_phases(["policy"])
         result = self._policy(self._folder("policy"), resume_from_checkpoint)
