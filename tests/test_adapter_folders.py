@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -29,11 +30,10 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from transformers.integrations.peft import PeftAdapterMixin
 
 from transformers_cee import BertForConsistentEE, LlamaForConsistentEECausalLM, exit_lora_config
 
-
-# PEFT asks for what newer versions of transformers call something else.
 
 IDS = torch.randint(3, 60, (6, 7), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -108,8 +108,13 @@ class TestLoadedAnew:
         task_type, folder = base
         model = adapted(task_type, folder)
         model.save_pretrained(tmp_path / "adapter")
-        again = OURS[task_type].from_pretrained(tmp_path / "adapter", **FIELDS[task_type]).eval()
-        same(model, again, exit_threshold=0.5)
+        if "AuxiliaryTrainingWrapper" in inspect.getsource(PeftAdapterMixin.load_adapter):
+            again = OURS[task_type].from_pretrained(tmp_path / "adapter", **FIELDS[task_type]).eval()
+            same(model, again, exit_threshold=0.5)
+        else:
+            # Older releases of transformers pass over what an adapter saves in full.
+            with pytest.raises(ValueError, match=r"weights of exits, which this release.*PeftModel\.from_pretrained"):
+                OURS[task_type].from_pretrained(tmp_path / "adapter", **FIELDS[task_type])
         stock = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
         with pytest.raises(ValueError, match=r"a model with exits, and cannot be put into a .*AutoPeftModelFor"):
             stock.from_pretrained(tmp_path / "adapter")

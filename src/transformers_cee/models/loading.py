@@ -83,6 +83,21 @@ class EarlyExitLoadingMixin:
             _REQUEST.reset(before)
         return (model, {**info, **request.found}) if output_loading_info else model
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.load_adapter`.
+
+        Raises:
+            ValueError: the installed release of transformers has passed over what the adapter saves in full.
+        """
+        info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+        left = sorted(name for name in getattr(info, "unexpected_keys", ()) if "exit_" in name)
+        if left:
+            raise ValueError(
+                f"The adapter holds {left[0]!r} and {len(left) - 1} more weights of exits, which this release of "
+                "transformers does not load. Use `PeftModel.from_pretrained` or `AutoPeftModelFor...`, or a newer one."
+            )
+        return info
+
     @classmethod
     def _check_given_config(cls, config: PreTrainedConfig, source: Any, kwargs: dict[str, Any]) -> None:
         check_config_class(config, cls)
