@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 from tiny import tiny_llama
-from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GenerationMixin, LlamaForCausalLM
 
-from transformers_cee.exits.cache_name import CACHE_NAME, rename_cache
+from transformers_cee.exits.cache_name import CACHE_NAME, named_cache, rename_cache
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.mixin import EarlyExitGenerationMixin
 
@@ -88,3 +88,27 @@ def test_few_private_hooks_of_transformers_are_overridden():
         "_get_stopping_criteria",
         "_update_model_kwargs_for_generation",
     }
+
+
+def test_continuous_batching_with_exits_off():
+    """Its cache goes to attention by the name `cache` in all releases."""
+    model = tiny_llama(eos_token_id=59).eval()
+    stock = LlamaForCausalLM(model.config).eval()
+    stock.load_state_dict(model.state_dict(), strict=False)
+    options = {
+        "generation_config": GenerationConfig(max_new_tokens=3, eos_token_id=59, pad_token_id=0, do_sample=False),
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+    }
+    prompts = [[3, 4, 5], [6, 7]]
+    ours, theirs = (
+        [(one.generated_tokens, one.error) for one in each.generate_batch(prompts, **options).values()]
+        for each in (model, stock)
+    )
+    assert ours == theirs and all(tokens and error is None for tokens, error in ours)
+
+
+def test_only_the_cache_of_continuous_batching_goes_to_attention():
+    cache = DynamicCache()
+    assert named_cache(cache) == {CACHE_NAME: cache}
+    assert named_cache(None) == {CACHE_NAME: None}
+    assert named_cache(((1, 2),)) == {CACHE_NAME: ((1, 2),)}

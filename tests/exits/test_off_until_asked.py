@@ -11,10 +11,12 @@ from transformers import GenerationConfig
 from transformers_cee import BertCeeConfig, LlamaCeeConfig
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.deciding import default_arguments, price_of_budget, resolve_decision
+from transformers_cee.exits.estimators import ESTIMATORS
 
 
 # The oracle looks at labels, which no model has.
 NAMES = sorted(set(CRITERIA) - {"oracle"})
+NEEDY = sorted(name for name, cls in CRITERIA.items() if cls.needs_classes)
 # Those that need no estimator.
 PLAIN = [name for name in NAMES if "_Fitted" not in [cls.__name__ for cls in CRITERIA[name].__mro__]]
 IDS = torch.tensor([[5, 6, 7], [9, 4, 8]])
@@ -63,6 +65,55 @@ class TestDecoder:
         assert self.layers(model, generation_config=asked) == {4}
         model.generation_config.exit_criterion, model.generation_config.exit_threshold = other, 0.0
         assert self.layers(model, exit_criterion=name) == {4}
+
+
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+class TestNothingIsAsked:
+    """Off needs nothing: neither what the criterion was to be fitted with nor labels."""
+
+    def test_encoder(self, name):
+        model, batch = tiny_model(exit_criterion=name, exit_threshold=None), pad(random_rows(4, seed=0))
+        expected = model(**batch, exit_criterion="policy", exit_threshold=1.0).logits
+        for asked in ({}, {"exit_criterion": name}, default_arguments(model.config)):
+            output = model(**batch, **asked)
+            assert output.exit_layers.tolist() == [6] * 4
+            torch.testing.assert_close(output.logits, expected)
+
+    def test_regression(self, name):
+        model = tiny_model(exit_criterion=name, exit_threshold=None, num_labels=1)
+        batch = pad(random_rows(4, seed=0))
+        assert model(**batch).exit_layers.tolist() == [6] * 4
+        assert model(**batch, exit_criterion=name).exit_layers.tolist() == [6] * 4
+
+    def test_decoder(self, name):
+        model = tiny_llama(exit_criterion=name, eos_token_id=None)
+        expected = model.generate(IDS, **OPTIONS, exit_criterion="policy", exit_threshold=1.0).sequences
+        for asked in ({}, {"exit_criterion": name}):
+            output = model.generate(IDS, **OPTIONS, **asked)
+            assert torch.equal(output.sequences, expected) and set(output.exit_layers.flatten().tolist()) == {4}
+
+
+@pytest.mark.parametrize("name", [*sorted(ESTIMATORS), "oracle"])
+def test_what_a_criterion_needs_is_missed_once_it_is_asked(name):
+    model, batch = tiny_model(exit_criterion=name, exit_threshold=None), pad(random_rows(2, seed=0))
+    with pytest.raises(ValueError, match=f"{name!r} needs"):
+        model(**batch, exit_threshold=0.5)
+    with pytest.raises(ValueError, match=f"{name!r} needs"):
+        tiny_llama(exit_criterion=name).generate(IDS, max_new_tokens=2, exit_threshold=0.5)
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_class_probabilities_are_missed_once_they_are_asked(name):
+    model = tiny_model(exit_criterion=name, exit_threshold=None, num_labels=1)
+    with pytest.raises(ValueError, match=f"`exit_criterion`={name!r}"):
+        model(**pad(random_rows(2, seed=0)), exit_threshold=0.5)
+
+
+def test_unknown_criteria_are_refused_with_exits_off():
+    with pytest.raises(ValueError, match="`exit_criterion`='mood' is unknown"):
+        tiny_model(exit_threshold=None)(**pad(random_rows(2, seed=0)), exit_criterion="mood")
+    with pytest.raises(ValueError, match="`exit_criterion`='mood' is unknown"):
+        tiny_llama().generate(IDS, max_new_tokens=2, exit_criterion="mood")
 
 
 def test_nothing_is_the_default_and_is_saved(tmp_path):

@@ -224,6 +224,16 @@ class TestDecoder:
         columns = whole.logits[:, -kept:] if isinstance(kept, int) else whole.logits[:, kept]
         torch.testing.assert_close(some.logits, columns, **CLOSE)
 
+    @torch.no_grad()
+    def test_as_many_kept_logits_in_another_order_do_not_change_the_loss(self):
+        model, batch = tiny_llama(), text_batch()
+        time = batch["input_ids"].shape[1]
+        whole = model(**batch)
+        for kept in (torch.arange(time).flip(0), torch.zeros(time, dtype=torch.long)):
+            some = model(**batch, logits_to_keep=kept)
+            torch.testing.assert_close(some.loss, whole.loss, **CLOSE)
+            torch.testing.assert_close(some.logits, whole.logits[:, kept], **CLOSE)
+
     def test_context_aware_prompt_tuning(self):
         """PEFT makes its own loss of the logits in training mode."""
         peft = pytest.importorskip("peft")

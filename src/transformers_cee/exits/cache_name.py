@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from packaging.version import Version
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -34,6 +35,17 @@ def rename_cache(arguments: dict[str, Any], name: str = CACHE_NAME) -> None:
         raise ValueError(f"`{_NEW_NAME}` and `{_OLD_NAME}` are two names of one argument; give one of them.")
     if given:
         arguments[name] = caches[0] if caches else None
+
+
+def named_cache(cache: Any) -> dict[str, Any]:
+    """A cache as the argument that models of the installed release take it by. Before 5.24, the one of continuous
+    batching is no argument of a model, but one that attention takes."""
+    if CACHE_NAME == _OLD_NAME and cache is not None and not isinstance(cache, Cache):
+        from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+        if isinstance(cache, PagedAttentionCache):
+            return {_NEW_NAME: cache}
+    return {CACHE_NAME: cache}
 
 
 def takes_cache(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -188,7 +188,7 @@ class ExitConfigMixin(ConfigLoadingMixin):
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
         _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
         _check_activation(self.policy_activation)
-        # Imported here: criteria need torch, a config alone does not.
+        # Imported here: defining the class of a config then needs no criteria.
         from transformers_cee.exits.criteria import check_criterion, check_thresholds
         from transformers_cee.exits.deciding import resolve_decision
         from transformers_cee.exits.estimators import check_estimators

@@ -178,6 +178,28 @@ class ExitCriterion(ABC):
         """Keeps the memory of rows `kept` (remaining rows,). Nothing to do without memory."""
 
 
+class FullDepth(ExitCriterion):
+    """Stands for a criterion that nobody gave a threshold: nothing leaves, and nothing is asked that it would need,
+    such as a fitted estimator or class probabilities. No entry of the registry.
+
+    Args:
+        name (`str`): of the criterion that it stands for.
+        num_exits (`int`): number of exits, the last included.
+    """
+
+    looks_at = frozenset()
+
+    def __init__(self, name: str, num_exits: int) -> None:
+        super().__init__([CRITERIA[name].off] * num_exits)
+        self.name = name  # type: ignore[misc]
+
+    def score(self, step: ExitStep) -> Tensor:
+        raise NotImplementedError("No exit is asked where all are off.")
+
+    def can_exit(self, index: int) -> bool:
+        return False
+
+
 class LowerLeaves(ExitCriterion):
     """A rule whose rows leave where the score is below the threshold: 0 lets nobody out."""
 

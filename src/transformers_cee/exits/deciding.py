@@ -17,6 +17,7 @@ from transformers_cee.exits.criteria import (
     build_criterion,
     check_criterion,
 )
+from transformers_cee.exits.criterion import FullDepth
 from transformers_cee.exits.numbers import number
 
 
@@ -32,11 +33,14 @@ class ExitDecision:
         criterion (`str`): a name of the registry.
         threshold (`float` or `list[float]`): one number for all exits, or one per exit.
         alpha (`float`, *optional*): price of one layer that policies conditioned on it are asked for.
+        is_asked (`bool`): did anybody give a threshold or a budget? If not, `threshold` is what switches the criterion
+            off, and the walk goes to full depth whatever the criterion needs.
     """
 
     criterion: str
     threshold: Thresholds
     alpha: float | None = None
+    is_asked: bool = True
 
 
 def resolve_decision(
@@ -77,7 +81,7 @@ def resolve_decision(
         threshold = config.exit_threshold
     if threshold is None:
         check_criterion(criterion)
-        return ExitDecision(criterion, CRITERIA[criterion].off)
+        return ExitDecision(criterion, CRITERIA[criterion].off, is_asked=False)
     if not isinstance(threshold, str):
         return ExitDecision(criterion, threshold)
     point = config.exit_operating_points.get(threshold)
@@ -102,6 +106,9 @@ def default_arguments(config: Any) -> dict[str, Any]:
     if isinstance(config.exit_threshold, str):
         return {"exit_threshold": config.exit_threshold}
     decision = resolve_decision(config)
+    if not decision.is_asked:
+        # In words that need nothing fitted.
+        return {"exit_criterion": "policy", "exit_threshold": CRITERIA["policy"].off}
     return {"exit_criterion": decision.criterion, "exit_threshold": decision.threshold}
 
 
@@ -163,7 +170,10 @@ def model_criterion(
     attention_mask: Tensor | None = None,
     first_exit: int = 0,
 ) -> ExitCriterion:
-    """A fresh criterion object of a model for one walk. Raises `ValueError` as `build_criterion`."""
+    """A fresh criterion object of a model for one walk. Raises `ValueError` as `build_criterion`, unless nobody asked
+    for exits."""
+    if not decision.is_asked:
+        return FullDepth(decision.criterion, len(model.layer_numbers))
     return build_criterion(
         decision.criterion,
         decision.threshold,

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.arguments import check_arguments
-from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
+from transformers_cee.exits.cache_name import CACHE_NAME, named_cache, takes_cache
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
@@ -310,14 +310,16 @@ class LlamaForConsistentEECausalLM(
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{CACHE_NAME: cache},
+            **named_cache(cache),
             **kwargs,
         )
         states = outputs.last_hidden_state
         logits = self.lm_head(kept(states, logits_to_keep))
         loss = None
         if targets is not None:
-            loss = reduced(self._last_losses(states, logits, targets), items)
+            # As many logits as positions may be in another order, or some twice, where positions are named.
+            whole = isinstance(logits_to_keep, int) and logits.shape[1] == states.shape[1]
+            loss = reduced(self._last_losses(states, logits if whole else None, targets), items)
         layers = torch.full(inputs_embeds.shape[:2], self.layer_numbers[-1], device=inputs_embeds.device)
         return ExitCausalLMOutput(
             loss=loss,
@@ -500,9 +502,9 @@ class LlamaForConsistentEECausalLM(
             found["hidden_states"] = (*states[:-1], self.model.norm(states[-1]))
         return found
 
-    def _last_losses(self, states: Tensor, logits: Tensor, targets: TokenTargets) -> Tensor:
-        """Losses (tokens,) of the last exit, from its normed states, or its logits where they are all there."""
-        if logits.shape[:2] == states.shape[:2]:
+    def _last_losses(self, states: Tensor, logits: Tensor | None, targets: TokenTargets) -> Tensor:
+        """Losses (tokens,) of the last exit, from its logits (batch, time, vocabulary), or its normed states."""
+        if logits is not None:
             return F.cross_entropy(logits.flatten(0, 1)[targets.positions].float(), targets.tokens, reduction="none")
         last, places = len(self.layer_numbers) - 1, targets.positions
         taken = torch.full_like(places, last)
