@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import warnings
+from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -141,6 +144,58 @@ def test_misspelt_arguments_are_refused(model, tokenizer, task):
     long = [" ".join(SENTENCES * 20)]
     options = {"truncation": True, "max_length": 8, "padding": True, "add_special_tokens": False, "top_k": 1}
     assert len(classifier(long, **options)) == 1
+
+
+class TestZeroShot:
+    LABELS: ClassVar = ["plot", "joke"]
+
+    @pytest.fixture
+    def make(self, tokenizer):
+        labels = {"entailment": 0, "contradiction": 1}
+        model = tiny_model(label2id=labels, id2label={number: name for name, number in labels.items()})
+        return partial(pipeline, "zero-shot-classification", model=model, tokenizer=tokenizer, device="cpu")
+
+    @pytest.mark.parametrize("multi_label", [False, True])
+    @pytest.mark.parametrize("threshold", [0.0, 1.0])
+    def test_threshold(self, make, tokenizer, threshold, multi_label):
+        model = make().model
+        results = make()(SENTENCES, self.LABELS, exit_threshold=threshold, multi_label=multi_label)
+        assert results == make(exit_threshold=threshold)(SENTENCES, self.LABELS, multi_label=multi_label)
+        for text, result in zip(SENTENCES, results, strict=True):
+            pairs = [tokenizer(text, f"This example is {label}.", return_tensors="pt") for label in self.LABELS]
+            with torch.no_grad():
+                outputs = [model(**pair, exit_threshold=threshold) for pair in pairs]
+            assert {int(one.exit_layers) for one in outputs} == {4 if threshold else 1}
+            logits = torch.cat([one.logits for one in outputs])
+            scores = logits.softmax(-1)[:, 0] if multi_label else logits[:, 0].softmax(0)
+            found = dict(zip(result["labels"], result["scores"], strict=True))
+            assert [found[label] for label in self.LABELS] == pytest.approx(scores.tolist(), abs=1e-5)
+
+    def test_misspelt_arguments_are_refused(self, make):
+        with pytest.raises(TypeError, match=r"did you mean `exit_threshold`\?"):
+            make()(SENTENCES, self.LABELS, exit_thresold=0.5)
+        with pytest.raises(ValueError, match="exit_criterion"):
+            make()(SENTENCES, self.LABELS, exit_criterion="mood")
+
+
+def test_features_have_no_exit_arguments(model, tokenizer):
+    extractor = pipeline("feature-extraction", model=model, tokenizer=tokenizer, device="cpu")
+    with pytest.raises(TypeError, match=r"`exit_threshold`=0\.0 is no argument of feature extraction"):
+        extractor(SENTENCES, exit_threshold=0.0)
+    with pytest.raises(TypeError, match=r"`truncaton`=True is no argument: did you mean `truncation`\?"):
+        extractor(SENTENCES, truncaton=True)
+    assert len(extractor(SENTENCES, truncation=True, tokenize_kwargs={"max_length": 8}, batch_size=1)) == 3
+    assert extractor(SENTENCES[0], return_tensors=True).shape[-1] == model.config.hidden_size
+
+
+def test_signatures_of_tokenizers_are_read_once(model, tokenizer, monkeypatch):
+    classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    classifier(SENTENCES, exit_threshold=0.0)
+    read = []
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda method, **more: read.append(method) or signature(method, **more))
+    classifier._sanitize_parameters(exit_threshold=0.0, truncation=True)
+    assert not read
 
 
 def test_models_without_exits_keep_the_stock_pipeline(tokenizer):

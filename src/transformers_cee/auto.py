@@ -101,6 +101,7 @@ def register_pipelines() -> None:
         EarlyExitTextClassificationPipeline,
         ExitFeatureExtractionPipeline,
         ExitTextClassificationPipeline,
+        ExitZeroShotClassificationPipeline,
     )
 
     # Not by `register_pipeline`, which also marks the class: `Pipeline.save_pretrained` would then copy this package's
@@ -116,6 +117,7 @@ def register_pipelines() -> None:
     for name, own in (
         ("feature-extraction", ExitFeatureExtractionPipeline),
         ("text-classification", ExitTextClassificationPipeline),
+        ("zero-shot-classification", ExitZeroShotClassificationPipeline),
     ):
         task = PIPELINE_REGISTRY.supported_tasks[name]
         # Older releases hold the class, newer ones its name. Models without exits get the stock pipeline from ours.

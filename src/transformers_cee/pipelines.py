@@ -6,9 +6,16 @@ text left, and features at full depth."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any, ClassVar
 
-from transformers import FeatureExtractionPipeline, Pipeline, TextClassificationPipeline
+from transformers import (
+    FeatureExtractionPipeline,
+    Pipeline,
+    TextClassificationPipeline,
+    ZeroShotClassificationPipeline,
+)
 from transformers.utils import ModelOutput
 
 from transformers_cee.exits.arguments import unknown_argument
@@ -41,12 +48,34 @@ class _InPlaceOfStock:
             return cls.stock(*args, **kwargs)
         return super().__new__(cls)
 
+    def _take_exit_arguments(self, kwargs: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
+        """Exit arguments, taken out of what a pipeline was given; stock pipelines drop them silently.
+
+        Raises:
+            TypeError: what is left holds a name that is not among `others`.
+        """
+        given = {name: kwargs.pop(name) for name in EXIT_ARGUMENTS if name in kwargs}
+        accepted = {*EXIT_ARGUMENTS, *others}
+        for name in kwargs.keys() - accepted:
+            raise unknown_argument(name, kwargs[name], accepted)
+        return {name: value for name, value in given.items() if value is not None}
+
 
 class ExitFeatureExtractionPipeline(_InPlaceOfStock, FeatureExtractionPipeline):
     """[`~transformers.FeatureExtractionPipeline`] for models with exits: what `pipeline("feature-extraction")` makes
-    of them. Features are the last layer's states at full depth, not the logits that the model itself returns."""
+    of them. Features are the last layer's states at full depth, not the logits that the model itself returns.
+
+    Raises:
+        TypeError: an exit argument, or one that the pipeline does not take.
+    """
 
     stock = FeatureExtractionPipeline
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:  # type: ignore[override]
+        given = self._take_exit_arguments(kwargs, _arguments(FeatureExtractionPipeline._sanitize_parameters))
+        for name, value in given.items():
+            raise TypeError(f"`{name}`={value!r} is no argument of feature extraction, which is always at full depth.")
+        return super()._sanitize_parameters(**kwargs)
 
     def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:  # type: ignore[override]
         return exit_model(self.model).base_model(**model_inputs)
@@ -91,16 +120,36 @@ class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline
     def _sanitize_parameters(  # type: ignore[override]
         self, function_to_apply: Any = None, top_k: Any = "", **kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        given = {name: kwargs.pop(name) for name in EXIT_ARGUMENTS if name in kwargs}
-        accepted = {*EXIT_ARGUMENTS, "function_to_apply", "top_k", *_tokenizer_arguments(self.tokenizer)}
-        for name in kwargs.keys() - accepted:
-            raise unknown_argument(name, kwargs[name], accepted)
+        others = {"function_to_apply", "top_k", *_tokenizer_arguments(type(self.tokenizer))}
+        given = self._take_exit_arguments(kwargs, others)
         preprocess, forward, postprocess = super()._sanitize_parameters(function_to_apply, top_k, **kwargs)
-        forward = {**forward, **{name: value for name, value in given.items() if value is not None}}
-        return preprocess, forward, postprocess
+        return preprocess, {**forward, **given}, postprocess
 
     def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
         return self.model(**model_inputs, **exit_arguments)
+
+
+class ExitZeroShotClassificationPipeline(_InPlaceOfStock, ZeroShotClassificationPipeline):
+    """[`~transformers.ZeroShotClassificationPipeline`] for models with exits: what
+    `pipeline("zero-shot-classification")` makes of them. Exit arguments go to the model, as those of
+    [`ExitTextClassificationPipeline`].
+
+    Raises:
+        ValueError: the threshold, criterion or budget is not accepted by the model.
+        TypeError: an argument that the pipeline does not take.
+    """
+
+    stock = ZeroShotClassificationPipeline
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        given = self._take_exit_arguments(kwargs, ("candidate_labels", "hypothesis_template", "multi_label"))
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return preprocess, {**forward, **given}, postprocess
+
+    def _forward(self, inputs: dict[str, Any], **exit_arguments: Any) -> dict[str, Any]:
+        names = self.tokenizer.model_input_names
+        outputs = self.model(**{name: inputs[name] for name in names}, **exit_arguments)
+        return {**{name: value for name, value in inputs.items() if name not in names}, **outputs}
 
 
 class EarlyExitTextClassificationPipeline(ExitTextClassificationPipeline):
@@ -129,14 +178,23 @@ class EarlyExitTextClassificationPipeline(ExitTextClassificationPipeline):
         return [{**score, "exit_layer": exit_layer} for score in scores]
 
 
-def _tokenizer_arguments(tokenizer: Any) -> set[str]:
+@cache
+def _tokenizer_arguments(tokenizer_class: type) -> frozenset[str]:
     """Names that a tokenizer takes beside the texts; its own may stand in a method behind `__call__`."""
-    methods = [getattr(tokenizer, name, None) for name in ("__call__", "_encode_plus")]
-    return {name for method in methods if method is not None for name in inspect.signature(method).parameters}
+    methods = [getattr(tokenizer_class, name, None) for name in ("__call__", "_encode_plus")]
+    return frozenset(name for method in methods if method is not None for name in _arguments(method))
+
+
+@cache
+def _arguments(method: Callable) -> tuple[str, ...]:
+    # Without `self` and whatever else is dropped.
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return tuple(one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
 
 
 __all__ = [
     "EarlyExitTextClassificationPipeline",
     "ExitFeatureExtractionPipeline",
     "ExitTextClassificationPipeline",
+    "ExitZeroShotClassificationPipeline",
 ]

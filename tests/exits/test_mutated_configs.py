@@ -90,6 +90,14 @@ def test_wrong_fields_given_on_loading(saved, tmp_path):
             assert message is None or path[0] in message or "exit_" in message, (path, changed[path[0]], message)
 
 
+def test_keywords_are_to_blame_where_the_file_is_sound(saved):
+    model_class, _, values = saved
+    with pytest.raises(ValueError, match=r"`hidden_size`='x' is not accepted"):
+        model_class.config_class.from_dict(values, hidden_size="x", exit_threshold=1.0)
+    with pytest.raises(ValueError, match=r"`hidden_size`='y' of a"):
+        model_class.config_class.from_dict({**values, "hidden_size": "y"}, exit_threshold=1.0)
+
+
 @pytest.mark.parametrize("layers", [10**8, 10**30])
 def test_too_many_layers(saved, layers):
     """Refused before a list of them is made."""

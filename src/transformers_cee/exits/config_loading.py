@@ -63,7 +63,7 @@ class ConfigLoadingMixin:
             if isinstance(error, ValueError) and any(name in str(error) for name in values):
                 raise
             # Whatever the stock config trips over.
-            raise ValueError(f"{_damaged(cls, values)}: {type(error).__name__}: {str(error)[:500]}") from error
+            raise ValueError(f"{_damaged(cls, values, given)}: {type(error).__name__}: {str(error)[:500]}") from error
         config = found[0] if isinstance(found, tuple) else found
         if saved is not None and saved.num_hidden_layers == config.num_hidden_layers:
             config.check_exit_layers()
@@ -72,15 +72,26 @@ class ConfigLoadingMixin:
         return found
 
 
-def _damaged(config_class: Any, values: dict[str, Any]) -> str:
-    """Which field of a config that cannot be made is to blame, and its value: the one without which it can."""
+def _damaged(config_class: Any, values: dict[str, Any], given: dict[str, Any]) -> str:
+    """Which field of a config that cannot be made is to blame, and its value: where the saved `values` make one, the
+    keyword of `given` with which they do not, otherwise the saved one without which they do."""
+    if _makes(config_class, values):
+        for name, value in given.items():
+            if not _makes(config_class, {**values, name: value}):
+                return f"`{name}`={shown(value)} is not accepted by {config_class.__name__}"
+        return f"These keywords do not fit a {config_class.__name__}: {', '.join(map(repr, given))}"
     for name in values:
-        try:
-            config_class(**{other: value for other, value in values.items() if other != name})
-        except Exception:
-            continue
-        return f"`{name}`={shown(values[name])} of a {config_class.__name__} is not accepted"
+        if _makes(config_class, {other: value for other, value in values.items() if other != name}):
+            return f"`{name}`={shown(values[name])} of a {config_class.__name__} is not accepted"
     return f"These fields do not make a {config_class.__name__}"
+
+
+def _makes(config_class: Any, values: dict[str, Any]) -> bool:
+    try:
+        config_class(**values)
+    except Exception:
+        return False
+    return True
 
 
 def drop_unfit(config: Any, before: Sequence[int], given: Collection[str] = ()) -> None:
