@@ -14,7 +14,10 @@ import torch
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
+    IA3Config,
+    LoHaConfig,
     LoraConfig,
+    PeftMixedModel,
     PeftModel,
     get_peft_model,
 )
@@ -58,6 +61,10 @@ def base(request, tmp_path):
     else:
         LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
     return request.param, folder
+
+
+def stock_class(task_type):
+    return AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
 
 
 def adapted(task_type, folder, fields=None, **options):
@@ -115,7 +122,7 @@ class TestLoadedAnew:
             # Older releases of transformers pass over what an adapter saves in full.
             with pytest.raises(ValueError, match=r"weights of exits, which this release.*PeftModel\.from_pretrained"):
                 OURS[task_type].from_pretrained(tmp_path / "adapter", **FIELDS[task_type])
-        stock = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+        stock = stock_class(task_type)
         with pytest.raises(ValueError, match=r"a model with exits, and cannot be put into a .*AutoPeftModelFor"):
             stock.from_pretrained(tmp_path / "adapter")
 
@@ -203,3 +210,122 @@ class TestOtherModels:
         assert type(again.get_base_model()) is BertForSequenceClassification
         with torch.no_grad():
             torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def threshold_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["auto_mapping"]["early_exit_config"][
+        "exit_threshold"
+    ]
+
+
+class TestConfigsThatAreUsedAgain:
+    def test_a_config_stays_the_callers(self, base):
+        """Whatever it was used for before, a new adapter is one of the model that it is put into."""
+        task_type, folder = base
+        config = exit_lora_config(task_type)
+        first = get_peft_model(OURS[task_type].from_pretrained(folder, exit_threshold=0.3, exit_layers=2), config)
+        first.state_dict()
+        assert config.auto_mapping is None
+        for again in (config, first.peft_config["default"]):
+            second = get_peft_model(OURS[task_type].from_pretrained(folder, exit_threshold=0.7), again)
+            second.state_dict()
+            assert second.config.exit_threshold == 0.7 and first.config.exit_threshold == 0.3
+            third = get_peft_model(stock_class(task_type).from_pretrained(folder), again)
+            assert not hasattr(third.config, "exit_threshold")
+
+    def test_each_adapter_has_its_thresholds(self, base, tmp_path):
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        for name, threshold in (("first", 0.3), ("second", 0.7)):
+            model.config.exit_threshold = threshold
+            model.save_pretrained(tmp_path / name)
+        model = AUTO[task_type].from_pretrained(tmp_path / "first")
+        model.load_adapter(tmp_path / "second", "second")
+        assert model.config.exit_threshold == 0.3
+        model.config.exit_threshold = 0.4
+        model.set_adapter("default")
+        assert model.config.exit_threshold == 0.4
+        model.set_adapter("second")
+        assert model.config.exit_threshold == 0.7
+        model.save_pretrained(tmp_path / "both")
+        assert threshold_of(tmp_path / "both") == 0.4 and threshold_of(tmp_path / "both" / "second") == 0.7
+        model.delete_adapter("second")
+        assert model.config.exit_threshold == 0.4
+
+    def test_training_goes_on(self, base, tmp_path):
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        model.config.exit_threshold = 0.4
+        model.save_pretrained(tmp_path / "adapter")
+        again = AUTO[task_type].from_pretrained(tmp_path / "adapter", is_trainable=True).eval()
+        assert len(same(model, again)) and again.config.exit_threshold == 0.4
+
+
+class TestStockModels:
+    @pytest.mark.parametrize("tuner", [IA3Config, LoHaConfig])
+    def test_other_tuners(self, tuner, base, tmp_path):
+        task_type, folder = base
+        model = OURS[task_type].from_pretrained(folder, **FIELDS[task_type])
+        targets = ["query", "value"] if task_type == "SEQ_CLS" else ["k_proj", "v_proj"]
+        more = {"feedforward_modules": []} if tuner is IA3Config else {}
+        saved = exit_lora_config(task_type).modules_to_save
+        config = tuner(task_type=task_type, target_modules=targets, modules_to_save=saved, **more)
+        model = get_peft_model(model, config).eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+        again = AUTO[task_type].from_pretrained(tmp_path / "adapter").eval()
+        assert type(again.get_base_model()) is OURS[task_type]
+        same(model, again, exit_threshold=0.5)
+
+    def test_an_adapter_without_the_exits(self, base, tmp_path):
+        task_type, folder = base
+        right = OURS[task_type].from_pretrained(folder, **FIELDS[task_type])
+        model = get_peft_model(right, LoraConfig(task_type=task_type)).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ValueError, match=r"holds no exit_heads, exit_norms, exit_policies.*exit_lora_config"):
+            AUTO[task_type].from_pretrained(tmp_path / "adapter")
+        right = model.unload()
+        same(right, PeftModel.from_pretrained(right, tmp_path / "adapter").eval(), exit_threshold=0.5)
+
+    def test_a_second_adapter(self, base, tmp_path):
+        task_type, folder = base
+        adapted(task_type, folder).save_pretrained(tmp_path / "adapter")
+        stock = stock_class(task_type)
+        model = get_peft_model(stock.from_pretrained(folder), LoraConfig(task_type=task_type))
+        with pytest.raises(ValueError, match=r"a model with exits, and cannot be put into a .*first adapter"):
+            model.load_adapter(tmp_path / "adapter", "exits")
+        assert list(model.peft_config) == ["default"]
+
+    def test_a_mixed_model(self, base, tmp_path):
+        task_type, folder = base
+        model = adapted(task_type, folder)
+        model.save_pretrained(tmp_path / "adapter")
+        stock = stock_class(task_type)
+        stock = stock.from_pretrained(folder, **({"num_labels": 3} if task_type == "SEQ_CLS" else {}))
+        again = PeftMixedModel.from_pretrained(stock, tmp_path / "adapter").eval()
+        same(model, again, exit_threshold=0.5)
+
+    def test_only_the_exits_are_made(self, base, tmp_path, monkeypatch):
+        """Everything else is the stock model's; exits come in its dtype."""
+        task_type, folder = base
+        adapted(task_type, folder).save_pretrained(tmp_path / "adapter")
+        stock = stock_class(task_type).from_pretrained(folder, dtype=torch.bfloat16)
+        made, build = [], OURS[task_type]._from_config.__func__
+
+        def record(cls, *args, **kwargs):
+            model = build(cls, *args, **kwargs)
+            made.extend((one.device.type, one.dtype) for one in model.parameters())
+            return model
+
+        monkeypatch.setattr(OURS[task_type], "_from_config", classmethod(record))
+        body = getattr(stock, stock.base_model_prefix).named_parameters()
+        kept = {one.data_ptr() for name, one in body if "pooler" not in name}
+        model = PeftModel.from_pretrained(stock, tmp_path / "adapter", autocast_adapter_dtype=False)
+        assert set(made) == {("meta", torch.bfloat16)}
+        assert {one.dtype for name, one in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
+        assert not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+        assert kept <= {one.data_ptr() for one in model.parameters()}

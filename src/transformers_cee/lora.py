@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from peft import LoraConfig, LoraModel, PeftConfig, PeftType
+import torch
+from peft import LoraConfig, PeftConfig, PeftType, mixed_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, EncoderExitConfigMixin
@@ -46,6 +49,10 @@ def exit_lora_config(
     skips: both come from the same modules. What an adapter folder does not hold are estimators: merge it first
     (`merge_and_unload`).
 
+    Thresholds and the like are the active adapter's: they are saved with it, and `set_adapter` of the `PeftModel`
+    brings those of the adapter that it activates. What learns a prompt, and X-LoRA, note no exits: load the model with
+    its exits and then `PeftModel.from_pretrained(model, folder)`.
+
     Args:
         task_type (`str`, *optional*, defaults to `"CAUSAL_LM"`): `"SEQ_CLS"` for an encoder.
         modules_to_save (`list[str]`, *optional*): further modules to train and save in full.
@@ -66,56 +73,118 @@ def exit_lora_config(
     return LoraConfig(task_type=task_type, modules_to_save=[*own, *more], **kwargs)
 
 
-class ExitLoraModel(LoraModel):
-    """`LoraModel` that notes the exits of a model in the adapter's config, and gives a stock model the exits that an
-    adapter was trained with. Other models are to it what they are to `LoraModel`.
+class _Note(dict):
+    """`auto_mapping` of an adapter in use; one that was read from a folder is a plain dict."""
+
+
+class ExitTunerMixin:
+    """A tuner of PEFT that notes the exits of a model in the adapter's config, and gives a stock model the exits that
+    an adapter was trained with. To other models it is the tuner that it is mixed into.
 
     Raises:
         ValueError: an adapter with exits on a model that cannot have them, or that has others; the message names what
             to load the model with.
     """
 
+    model: Any
+    peft_config: dict[str, PeftConfig]
+    active_adapters: list[str]
+
     def __init__(self, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
         adapter = config if isinstance(config, PeftConfig) else config[adapter_name]
-        if NOTE in (adapter.auto_mapping or {}) and not isinstance(model, EarlyExitLoadingMixin):
+        mapping = _mapping_of(adapter)
+        if NOTE in mapping and not isinstance(model, EarlyExitLoadingMixin):
             if adapter is config:
                 # Put into a model by transformers, without PEFT's wrapper: it stays the model that it is.
-                name = adapter.auto_mapping.get("base_model_class")
-                raise ValueError(
-                    f"The adapter was trained on a {name}, a model with exits, and cannot be put into a "
-                    f"{type(model).__name__}. Load it with `AutoPeftModelFor...` or "
-                    "`PeftModel.from_pretrained`, which make the one of the other."
-                )
-            model = _with_exits(model, adapter.auto_mapping)
-        super().__init__(model, config, adapter_name, *args, **kwargs)
-        self._note_exits()
+                _refuse(model, mapping)
+            model = _with_exits(model, adapter)
+        own.__init__(model, config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Of adapters that are added later, too.
-        mapping = self.peft_config[adapter_name].auto_mapping or {}
-        if NOTE in mapping and isinstance(model, EarlyExitLoadingMixin):
-            _take_fields(model, mapping)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        own: Any = super()
+        adapter = self.peft_config[adapter_name]
+        mapping = _mapping_of(adapter)
+        if isinstance(model, EarlyExitLoadingMixin):
+            # The caller's config may be used for other models.
+            self.peft_config[adapter_name] = adapter = copy.deepcopy(adapter)
+            if NOTE not in mapping:
+                mapping = _new_note(model)
+            adapter.auto_mapping = _Note(mapping)
+            _check_fields(model, mapping)
+            if adapter_name in self.active_adapters:
+                _take_fields(model, mapping)
+        elif NOTE in mapping:
+            _refuse(model, mapping)
+        own.inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
+        with self._activating():
+            own.set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
+        with self._activating():
+            own.delete_adapter(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         # Whoever saves adapters asks for weights first; thresholds may have been found since they were made.
+        own: Any = super()
         self._note_exits()
-        return super().state_dict(*args, **kwargs)
+        return own.state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _activating(self) -> Iterator[None]:
+        """What was found with an adapter stays with it; what was found with the next one comes back."""
+        before = list(self.active_adapters)
+        self._note_exits()
+        yield
+        active = list(self.active_adapters)
+        if active != before and len(active) == 1 and isinstance(self.model, EarlyExitLoadingMixin):
+            _take_fields(self.model, self.peft_config[active[0]].auto_mapping)
 
     def _note_exits(self) -> None:
-        model = self.model
-        if isinstance(model, EarlyExitLoadingMixin):
-            for adapter in self.peft_config.values():
-                adapter.auto_mapping = {
-                    "base_model_class": type(model).__name__,
-                    "parent_library": "transformers_cee",
-                    NOTE: _note_of(model),
-                }
+        active = self.active_adapters
+        if isinstance(self.model, EarlyExitLoadingMixin) and len(active) == 1 and active[0] in self.peft_config:
+            self.peft_config[active[0]].auto_mapping = _new_note(self.model)
 
 
 def register_lora() -> None:
-    """Makes PEFT use `ExitLoraModel` for LoRA; again changes nothing."""
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = ExitLoraModel
+    """Makes PEFT's tuners know of exits; again changes nothing."""
+    for peft_type, tuner in list(PEFT_TYPE_TO_TUNER_MAPPING.items()):
+        # X-LoRA is a model around a LoRA model; what learns prompts is no tuner.
+        if issubclass(tuner, BaseTuner) and peft_type != PeftType.XLORA:
+            PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = _knowing_exits(tuner)
+    mixed_model.MixedModel = _knowing_exits(mixed_model.MixedModel)
+
+
+def _knowing_exits(tuner: type) -> type:
+    if issubclass(tuner, ExitTunerMixin):
+        return tuner
+    return type(tuner.__name__, (ExitTunerMixin, tuner), {"__module__": __name__, "__doc__": tuner.__doc__})
+
+
+def _mapping_of(adapter: PeftConfig) -> dict[str, Any]:
+    """What is noted of an adapter. A new one with the config of another that is in use starts without."""
+    used = isinstance(adapter.auto_mapping, _Note) and not adapter.inference_mode
+    return {} if used else adapter.auto_mapping or {}
+
+
+def _refuse(model: Any, mapping: dict[str, Any]) -> None:
+    name = mapping.get("base_model_class")
+    raise ValueError(
+        f"The adapter was trained on a {name}, a model with exits, and cannot be put into a "
+        f"{type(model).__name__}. Load it with `AutoPeftModelFor...` or `PeftModel.from_pretrained`, as the first "
+        "adapter: they make the one of the other."
+    )
+
+
+def _new_note(model: Any) -> _Note:
+    return _Note(
+        {"base_model_class": type(model).__name__, "parent_library": "transformers_cee", NOTE: _note_of(model)}
+    )
 
 
 def _note_of(model: Any) -> dict[str, Any]:
@@ -125,8 +194,8 @@ def _note_of(model: Any) -> dict[str, Any]:
     return copy.deepcopy({**{name: values[name] for name in sorted(names)}, "exit_layers": list(model.layer_numbers)})
 
 
-def _take_fields(model: Any, mapping: dict[str, Any]) -> None:
-    """Gives a model the thresholds and the like of an adapter. Raises `ValueError` where it has other exits."""
+def _check_fields(model: Any, mapping: dict[str, Any]) -> None:
+    """Raises `ValueError` where a model has other exits than an adapter."""
     own, note = _note_of(model), mapping[NOTE]
     differ = {name: note[name] for name in _SHAPE if name in note and own.get(name) != note[name]}
     if len(note.get("id2label") or ()) != len(own.get("id2label") or ()):
@@ -137,13 +206,20 @@ def _take_fields(model: Any, mapping: dict[str, Any]) -> None:
             f"The adapter was trained on a {mapping.get('base_model_class')} with other exits or labels than this "
             f"{type(model).__name__}: load the model with `from_pretrained(..., {wanted})`."
         )
+
+
+def _take_fields(model: Any, mapping: dict[str, Any]) -> None:
+    """Gives a model the thresholds and the like of an adapter."""
+    note = mapping[NOTE]
     for name in _EXIT_FIELDS & note.keys():
-        setattr(model.config, name, note[name])
+        setattr(model.config, name, copy.deepcopy(note[name]))
     model.config.check_exits()
 
 
-def _with_exits(stock: Any, mapping: dict[str, Any]) -> Any:
-    """The model that an adapter was trained on, around the layers of a stock model."""
+def _with_exits(stock: Any, adapter: PeftConfig) -> Any:
+    """The model that an adapter was trained on, around the layers of a stock model. Of its own it holds the exits
+    only, which the adapter brings."""
+    mapping: dict[str, Any] = adapter.auto_mapping
     class_name = mapping.get("base_model_class")
     entry = next((one for one in MODELS.values() if one.model.rpartition(".")[2] == class_name), None)
     if entry is None or not isinstance(stock, PreTrainedModel) or stock.config.model_type != entry.stock:
@@ -156,8 +232,19 @@ def _with_exits(stock: Any, mapping: dict[str, Any]) -> Any:
     left_out = ("model_type", "architectures", "transformers_version", "dtype")
     values = {name: value for name, value in stock.config.to_dict().items() if name not in left_out}
     config = model_class.config_class(**{**values, **mapping[NOTE]})
-    model = model_class._from_config(config, attn_implementation=stock.config._attn_implementation)
-    model.to(device=stock.device, dtype=stock.dtype).train(stock.training)
+    with torch.device("meta"):
+        model = model_class._from_config(
+            config, attn_implementation=stock.config._attn_implementation, dtype=stock.dtype
+        )
+    saved = tuple(getattr(adapter, "modules_to_save", None) or ())
+    new = [one for one in EXIT_MODULES if any(True for _ in getattr(model, one).parameters())]
+    lacks = [one for one in new if not one.endswith(saved)]
+    if lacks:
+        raise ValueError(
+            f"The adapter was trained on a {class_name} and holds no {', '.join(lacks)}, which a "
+            f"{type(stock).__name__} lacks: load the model that it was trained on, exits included, and then "
+            "`PeftModel.from_pretrained(model, ...)`; or train with `exit_lora_config`, which saves them."
+        )
     body = getattr(stock, stock.base_model_prefix)
     if getattr(getattr(model, model.base_model_prefix), "pooler", None) is None and hasattr(body, "pooler"):
         body.pooler = None
@@ -166,6 +253,10 @@ def _with_exits(stock: Any, mapping: dict[str, Any]) -> Any:
         theirs, ours = getattr(stock, name, None), getattr(model, name, None)
         if theirs is not None and ours is not None and theirs.weight.shape == ours.weight.shape:
             setattr(model, name, theirs)
+    for child in model.children():
+        if all(child is not one for one in stock.children()):
+            child.to_empty(device=stock.device).apply(model._init_weights)
+    model.train(stock.training)
     if stock.can_generate():
         model.generation_config = stock.generation_config
     # Where an adapter folder says that it belongs.
