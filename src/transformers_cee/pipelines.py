@@ -120,7 +120,7 @@ class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline
     def _sanitize_parameters(  # type: ignore[override]
         self, function_to_apply: Any = None, top_k: Any = "", **kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        others = {"function_to_apply", "top_k", *_tokenizer_arguments(type(self.tokenizer))}
+        others = {"function_to_apply", "top_k", *_tokenizer_arguments(type(self.tokenizer))}  # type: ignore[arg-type]
         given = self._take_exit_arguments(kwargs, others)
         preprocess, forward, postprocess = super()._sanitize_parameters(function_to_apply, top_k, **kwargs)
         return preprocess, {**forward, **given}, postprocess

@@ -10,6 +10,7 @@ from tiny import pad, random_rows, tiny_llama, tiny_model
 
 from transformers_cee import exit_lora_config
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.generation.cache import EarlyExitCache
 
 
 pytestmark = [
@@ -136,3 +137,21 @@ def test_adapters_around_whole_layers():
         model.generate(**batch, exit_threshold=0.5, **OPTIONS)
     with torch.no_grad(), pytest.raises(ValueError, match="wraps whole layers"):
         model(**batch, labels=batch["input_ids"], output_all_exits=True)
+
+
+def test_modules_are_searched_for_adapters_once_per_generation(monkeypatch):
+    """Where adapters sit outside of the layers, the search comes by every module."""
+    model = adapted(exit_lora_config(target_modules=["lm_head"])).get_base_model()
+    searched = []
+    layer = model.model.layers[0]
+    original = layer.modules
+    monkeypatch.setattr(layer, "modules", lambda: searched.append(1) or original())
+    model.generate(**prompts([4, 3]), exit_threshold=0.5, **OPTIONS)
+    assert len(searched) == 1
+    # Steps of the caller's own are looked at each.
+    cache = EarlyExitCache(4)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), **{CACHE_NAME: cache})
+        for _ in range(2):
+            model(torch.tensor([[7]]), exit_threshold=0.0, **{CACHE_NAME: cache})
+    assert len(searched) == 3

@@ -19,7 +19,6 @@ from transformers_cee.exits.configuration import check_min_exit_layer, check_ski
 from transformers_cee.exits.criteria import CRITERIA, Thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
 from transformers_cee.exits.numbers import plain
-from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
 
@@ -107,7 +106,6 @@ class EarlyExitGenerationMixin(GenerationMixin):
             self._check_rows_can_leave()
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
-            check_rows_can_leave(self.config, self._layers)
         outer = _TRACE.set(trace)
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -119,6 +117,11 @@ class EarlyExitGenerationMixin(GenerationMixin):
         if isinstance(output, ModelOutput) and trace.exit_layers:
             output["exit_layers"] = _layers_of_tokens(trace, output)
         return output
+
+    def _is_checked(self, cache: EarlyExitCache) -> bool:
+        """Is this the cache of a generation in progress, which saw before its first step that rows can leave?"""
+        trace = _TRACE.get()
+        return trace is not None and trace.settings is not None and trace.cache is cache
 
     # The two hooks of transformers that are no part of its public interface.
 

@@ -445,7 +445,7 @@ class LlamaForConsistentEECausalLM(
                 f"`attention_mask` of shape {tuple(attention_mask.shape)} must be (batch, past + 1) in a decode step "
                 "with exits, where rows leave; set `exit_threshold`=1.0 for other masks."
             )
-        if not criterion.is_off:
+        if not criterion.is_off and not self._is_checked(cache):
             self._check_rows_can_leave()
         decoder = self._as_decoder
         if skipped_kv == "copy":
