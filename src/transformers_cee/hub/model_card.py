@@ -166,7 +166,9 @@ class EarlyExitCard:
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
             title=escape_markdown(self.model_name),
-            base_sentence=self._base_sentence("A transformer encoder with early exits."),
+            base_sentence=self._base_sentence(
+                f"A transformer {'decoder' if self.task == 'text-generation' else 'encoder'} with early exits."
+            ),
             method=self._method(),
             num_layers=self.num_layers,
             exit_layers=_and(self.exit_layers or ()),
