@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 
@@ -329,3 +330,13 @@ class TestStockModels:
         assert {one.dtype for name, one in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
         assert not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
         assert kept <= {one.data_ptr() for one in model.parameters()}
+
+
+def test_models_with_adapters_are_pickled():
+    """As PEFT's own, whatever the model: processes hand them to each other."""
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).eval()
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.base_model) is type(model.base_model)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)

@@ -163,7 +163,10 @@ def register_lora() -> None:
 def _knowing_exits(tuner: type) -> type:
     if issubclass(tuner, ExitTunerMixin):
         return tuner
-    return type(tuner.__name__, (ExitTunerMixin, tuner), {"__module__": __name__, "__doc__": tuner.__doc__})
+    made = type(tuner.__name__, (ExitTunerMixin, tuner), {"__module__": __name__, "__doc__": tuner.__doc__})
+    # Pickles name it.
+    globals()[tuner.__name__] = made
+    return made
 
 
 def _mapping_of(adapter: PeftConfig) -> dict[str, Any]:
