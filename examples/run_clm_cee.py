@@ -175,9 +175,12 @@ def depths_of_deciding(dev: ExitStore, depths: list[float]) -> list[float]:
     return [max(first, (depth * len(dev) - last * stay) / max(1, deciding)) for depth in depths]
 
 
-def pick_budgets(dev: ExitStore, depths: list[float]) -> list[float]:
-    """The budget for each wanted depth; it counts the tokens that may leave."""
-    return [min(1.0, depth / int(dev.layers[-1])) for depth in depths_of_deciding(dev, depths)]
+def pick_budgets(model: LlamaForConsistentEECausalLM, dev: ExitStore, depths: list[float]) -> list[float]:
+    """The budget for each wanted depth; it counts the tokens that may leave. Where the policies do not get as low, it
+    is the least that they reach."""
+    fitted = model.config.exit_budgets
+    lowest = fitted[0][0] if fitted else 0.0
+    return [max(lowest, min(1.0, depth / int(dev.layers[-1]))) for depth in depths_of_deciding(dev, depths)]
 
 
 def pick_thresholds(
@@ -251,7 +254,7 @@ def evaluate(
     fit_criteria(model, args.criteria, dev, keep=not trainer.args.do_train)
     # Policies conditioned on the price of a layer have a budget for every depth, other criteria a threshold.
     by_budget = "policy" in args.criteria and model.exit_policies.is_conditioned
-    budgets = pick_budgets(dev, depths) if by_budget else []
+    budgets = pick_budgets(model, dev, depths) if by_budget else []
     thresholds = pick_thresholds(
         model, dev, [name for name in args.criteria if not (by_budget and name == "policy")], depths
     )

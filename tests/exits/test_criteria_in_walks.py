@@ -288,23 +288,23 @@ class TestRefused:
     @pytest.mark.parametrize("criterion", sorted(ESTIMATORS))
     def test_without_estimator(self, criterion):
         with pytest.raises(ValueError, match=f"'{criterion}' needs its fitted estimator; this model has none"):
-            tiny_model()(**pad(random_rows(2, seed=1)), exit_criterion=criterion)
+            tiny_model()(**pad(random_rows(2, seed=1)), exit_criterion=criterion, exit_threshold=0.5)
 
     def test_token_hash_without_tokens(self):
         model = fitted_model()
         with pytest.raises(ValueError, match=r"'token_hash' looks at `input_ids`; got None"):
-            model(inputs_embeds=torch.randn(2, 3, 32), exit_criterion="token_hash")
+            model(inputs_embeds=torch.randn(2, 3, 32), exit_criterion="token_hash", exit_threshold=0.5)
 
     def test_oracle_in_forward(self):
         batch = pad(random_rows(2, seed=1))
         with pytest.raises(ValueError, match=r"'oracle' needs the true labels.*evaluation"):
-            tiny_model()(**batch, labels=torch.tensor([0, 1]), exit_criterion="oracle")
+            tiny_model()(**batch, labels=torch.tensor([0, 1]), exit_criterion="oracle", exit_threshold=0.5)
 
     @pytest.mark.parametrize("criterion", sorted({*CRITERIA} - {*WITHOUT_CLASSES}))
     def test_regression(self, criterion):
         model = fitted_model(REGRESSION)
         with pytest.raises(ValueError, match=r"'regression' has no class probabilities"):
-            model(**pad(random_rows(2, seed=1)), exit_criterion=criterion)
+            model(**pad(random_rows(2, seed=1)), exit_criterion=criterion, exit_threshold=0.5)
 
     @pytest.mark.parametrize("criterion", sorted({*CRITERIA} - {"patience"}))
     @pytest.mark.parametrize("threshold", [-0.1, 1.1])
