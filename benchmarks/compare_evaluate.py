@@ -20,14 +20,14 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from transformers_cee import BertForConsistentEE, ConsistentEETrainingArguments
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
-from transformers_cee.evaluation.operating_points import score_exits
 from transformers_cee.evaluation.overthinking import overthinking
 from transformers_cee.evaluation.reliability import exit_reliability
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
 from transformers_cee.exits.policy import ExitPolicies, make_policies
+from transformers_cee.stores.scoring import score_exits
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.estimators import fit_estimators, fit_token_hash
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from transformers_cee import BertForConsistentEE
-from transformers_cee.evaluation.store import collect_exits, length_sorted_batches
 from transformers_cee.exits.policy import all_features
+from transformers_cee.stores.filling import collect_exits, length_sorted_batches
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_loss
 from transformers_cee.training.policy_phase import StoredRewards

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 from transformers_cee.evaluation.comparison import budget_curve, compare_criteria, exit_points
 from transformers_cee.evaluation.operating_points import metric_at_depth
 from transformers_cee.evaluation.report import markdown_table
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import all_features
 from transformers_cee.files import write_text
+from transformers_cee.stores.store import ExitStore
 
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.estimators import TOKEN_HASH, fit_estimators, fit_token_hash
 
 

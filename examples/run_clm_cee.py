@@ -57,14 +57,14 @@ from transformers_cee import ConsistentEETrainer, LlamaCeeConfig, LlamaForConsis
 from transformers_cee.evaluation.answers import exit_scores
 from transformers_cee.evaluation.generation import GenerationBenchmark, GenerationPoint
 from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
-from transformers_cee.evaluation.operating_points import thresholds_for_depths
 from transformers_cee.evaluation.report import method_name, write_results
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.evaluation.text_metrics import text_metrics
 from transformers_cee.files import replacing
 from transformers_cee.hub.generation_card import GenerationCard
 from transformers_cee.hub.model_card import installed_versions
 from transformers_cee.hub.publishing import stalls_end
+from transformers_cee.stores.scoring import thresholds_for_depths
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.least_squares import fit_exit_heads
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from tiny_lm import SPECIAL, WORDS, word_tokenizer
 from tiny_models import run_python, tiny_config, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
+import transformers_cee
+
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 SENTENCES = ["a film with heart", "not a single joke lands", "the plot is worse", "heart"]
 PREPARE = """
 from datasets import load_from_disk
@@ -46,15 +50,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_code_in_documents_runs(name: str, folder: Path) -> None:
     code = python_blocks(ROOT / name)
     assert code
     code = code.replace('"google-bert/bert-base-uncased"', '"base"')
     done = run_python(PREPARE + code, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_import_from_the_top(name: str) -> None:
+    for node in ast.walk(ast.parse(python_blocks(ROOT / name))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers_cee"):
+            assert node.module == "transformers_cee", node.module
+            assert {one.name for one in node.names} <= {*transformers_cee.__all__}
 
 
 def test_links_in_documents_lead_somewhere() -> None:

@@ -27,9 +27,10 @@ from transformers_cee.calibration.scores import (
     own_thresholds,
     score_store,
 )
-from transformers_cee.evaluation.operating_points import exits_taken, score_exits
-from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.scoring import exits_taken, score_exits
+from transformers_cee.stores.store import ExitStore
 
 
 def store_of(model, rows, collator, **options):

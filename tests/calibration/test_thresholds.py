@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers_cee import ExitThresholds, calibrate_agreement, calibrate_budget, calibrate_risk, score_store
 from transformers_cee.calibration.budget import with_rejection
 from transformers_cee.evaluation.operating_points import hindsight_point
-from transformers_cee.evaluation.store import collect_exits
+from transformers_cee.stores.filling import collect_exits
 
 
 def stored(model, rows, collator):
@@ -152,6 +152,6 @@ class TestOperatingPoints:
 
 
 def scores_of_all(store):
-    from transformers_cee.evaluation.operating_points import score_exits
+    from transformers_cee.stores.scoring import score_exits
 
     return score_exits("margin", store)

@@ -10,8 +10,9 @@ from transformers import EvalPrediction
 
 from transformers_cee import BertCeeConfig, BertForConsistentEE
 from transformers_cee.evaluation.comparison import DEPTH_TOLERANCE, compare_criteria, exit_points, time_points
-from transformers_cee.evaluation.operating_points import hindsight_point, score_exits, thresholds_for_depths
-from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.evaluation.operating_points import hindsight_point
+from transformers_cee.stores.scoring import score_exits, thresholds_for_depths
+from transformers_cee.stores.store import ExitStore
 
 
 LAYERS = 4

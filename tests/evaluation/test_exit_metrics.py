@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import run_python
 
-from transformers_cee.evaluation import load_metric
+from transformers_cee import load_metric
 from transformers_cee.evaluation.exit_metrics import METRICS, metric_path
 
 

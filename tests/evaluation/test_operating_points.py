@@ -17,18 +17,16 @@ from transformers_cee import OperatingPoint
 from transformers_cee.evaluation.operating_points import (
     depth_figures,
     exit_histogram,
-    exits_taken,
     full_depth_point,
     hindsight_curve,
     hindsight_point,
-    measure_wall_clock,
     metric_at_depth,
     oracle_point,
     point_at,
-    score_exits,
-    thresholds_for_depths,
 )
-from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.evaluation.timing import measure_wall_clock
+from transformers_cee.stores.scoring import exits_taken, score_exits, thresholds_for_depths
+from transformers_cee.stores.store import ExitStore
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformers_cee.evaluation.reliability import exit_reliability, reliability
-from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.stores.store import ExitStore
 
 
 ROWS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30)

@@ -17,7 +17,7 @@ from transformers_cee.evaluation.statistics import (
     paired_bootstrap,
     paired_differences,
 )
-from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.stores.store import ExitStore
 
 
 def slow_percentiles(rows: list[float], resamples: int = 4000, confidence: float = 0.95) -> tuple[float, float]:

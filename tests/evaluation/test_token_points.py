@@ -13,16 +13,10 @@ from accelerate import Accelerator
 from text_reference import text_tokens
 from tiny import collate_text, instructions, tiny_llama
 
-from transformers_cee.evaluation.operating_points import (
-    exits_taken,
-    full_depth_point,
-    hindsight_point,
-    oracle_point,
-    score_exits,
-    thresholds_for_depths,
-    token_figures,
-)
-from transformers_cee.evaluation.store import ExitStore, collect_exits
+from transformers_cee.evaluation.operating_points import full_depth_point, hindsight_point, oracle_point, token_figures
+from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.scoring import exits_taken, score_exits, thresholds_for_depths
+from transformers_cee.stores.store import ExitStore
 
 
 def stored(model, rows):

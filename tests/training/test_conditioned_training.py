@@ -14,7 +14,7 @@ from tiny import collate, pad, random_rows, task, tiny_llama, tiny_model, tiny_t
 from transformers_cee import BertForConsistentEE
 from transformers_cee.evaluation.comparison import budget_curve
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
-from transformers_cee.evaluation.operating_points import measure_wall_clock
+from transformers_cee.evaluation.timing import measure_wall_clock
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.training.policy_phase import JUDGED_ALPHAS, PolicyObjective
 

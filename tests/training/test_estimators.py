@@ -17,10 +17,11 @@ from tiny import VOCABULARY, changed, collate_text, instructions, pad, random_ro
 from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import BertForConsistentEE
-from transformers_cee.evaluation.operating_points import score_exits
-from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
+from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.scoring import score_exits
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.estimators import fit_estimators, fit_token_hash
 from transformers_cee.training.parameters import freeze_for_model_step
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 from tiny import changed, tiny_text_trainer, tiny_trainer, weights
 
-from transformers_cee.evaluation.operating_points import hindsight_point, score_exits
+from transformers_cee.evaluation.operating_points import hindsight_point
+from transformers_cee.stores.scoring import score_exits
 
 
 @pytest.mark.parametrize("make", [tiny_trainer, tiny_text_trainer])

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from transformers_cee.calibration.scores import ExitScores, unit_weights
 from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
-from transformers_cee.evaluation.operating_points import exits_taken
 from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.numbers import numbers, share
+from transformers_cee.stores.scoring import exits_taken
 
 
 P_VALUES = ("hoeffding_bentkus", "hoeffding", "binomial")

@@ -13,14 +13,16 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.evaluation.operating_points import CONFIDENCE_FEATURES, score_exits
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.policy import confidence_scores
+from transformers_cee.stores.scoring import score_exits
+from transformers_cee.stores.store import ExitStore
 
 
 RISKS = ("error", "excess_error")
+# Criteria whose score is one of the confidence features.
+CONFIDENCE_FEATURES = {"max_probability": 0, "margin": 1, "entropy": 2}
 
 
 @dataclass
@@ -114,7 +116,7 @@ def score_store(
     """Scores of a criterion for every entry of a store that may leave early.
 
     Args:
-        store (`ExitStore`): exits of held-out rows, see `evaluation.store.collect_exits`.
+        store (`ExitStore`): exits of held-out rows, see `collect_exits`.
         criterion (`str`): exit criterion.
         model (`nn.Module`, *optional*):
             The early-exit model, whose policies, estimators, patience and `min_exit_layer` decide its walks. Criteria

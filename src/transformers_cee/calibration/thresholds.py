@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from transformers_cee.calibration.scores import ExitScores, own_thresholds
-from transformers_cee.evaluation.operating_points import exits_taken
 from transformers_cee.exits.criteria import CRITERIA, check_thresholds
 from transformers_cee.exits.saved_points import check_point
+from transformers_cee.stores.scoring import exits_taken
 
 
 @dataclass

@@ -1,8 +1,3 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What a trained model does at which depth: operating points, curves, plots and reports."""
-
-from transformers_cee.evaluation.exit_metrics import load_metric
-
-
-__all__ = ["load_metric"]

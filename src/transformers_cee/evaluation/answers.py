@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from transformers_cee.evaluation.operating_points import FULL_DEPTH, close_exits, synchronize
+from transformers_cee.evaluation.operating_points import FULL_DEPTH
+from transformers_cee.evaluation.timing import synchronize
 from transformers_cee.exits.criteria import CRITERIA, ExitStep, build_criterion
 from transformers_cee.exits.deciding import criterion_settings
+from transformers_cee.stores.scoring import close_exits
 
 
 # Rows of logits that exist at once when exits are scored.

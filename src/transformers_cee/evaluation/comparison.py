@@ -20,21 +20,20 @@ from transformers_cee.evaluation.operating_points import (
     full_depth_point,
     hindsight_curve,
     hindsight_point,
-    measure_wall_clock,
     metric_at_depth,
     oracle_point,
-    score_exits,
-    thresholds_for_depths,
 )
-from transformers_cee.evaluation.store import evaluating
+from transformers_cee.evaluation.timing import measure_wall_clock
 from transformers_cee.exits.criteria import CriterionSettings
 from transformers_cee.exits.deciding import price_of_budget
+from transformers_cee.exits.evaluating import evaluating
+from transformers_cee.stores.scoring import score_exits, thresholds_for_depths
 
 
 if TYPE_CHECKING:
-    from transformers_cee.evaluation.store import ExitStore
     from transformers_cee.exits.criteria import Thresholds
     from transformers_cee.exits.policy import ExitPolicies
+    from transformers_cee.stores.store import ExitStore
 
 __all__ = ["Comparison", "compare_criteria", "exit_points", "time_points"]
 

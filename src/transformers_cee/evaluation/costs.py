@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from transformers_cee.evaluation.operating_points import synchronize
-from transformers_cee.evaluation.store import evaluating
+from transformers_cee.evaluation.timing import synchronize
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transformers_cee.evaluation.operating_points import exits_taken, score_exits
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.criteria import CriterionSettings
 from transformers_cee.exits.numbers import number
 from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.stores.scoring import exits_taken, score_exits
+from transformers_cee.stores.store import ExitStore
 
 
 # Two budgets closer than this, as a share of all layers, are one.

@@ -1,41 +1,27 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Operating points: metric, depth and speed of a criterion at a threshold, in hindsight from stored exits or executed.
+"""Operating points: metric, depth and speed of a criterion at a threshold, in hindsight from stored exits.
 
-Hindsight asks where each row would have left; it takes no time measurements. `measure_wall_clock` really leaves.
+Hindsight asks where each row would have left; it takes no time measurements, see `timing`.
 """
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction
 
-from transformers_cee.evaluation.store import ExitStore, evaluating
-from transformers_cee.exits.criteria import (
-    CRITERIA,
-    CriterionSettings,
-    ExitStep,
-    Thresholds,
-    build_criterion,
-    check_criterion,
-    check_thresholds,
-)
+from transformers_cee.exits.criteria import Thresholds
 from transformers_cee.exits.numbers import plain
-from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.stores.scoring import exits_taken
+from transformers_cee.stores.store import ExitStore
 
 
 FULL_DEPTH: dict[str, Any] = {"exit_criterion": "policy", "exit_threshold": 1.0}
 Metrics = Callable[[EvalPrediction], dict[str, float]]
-# Criteria whose score is one of the confidence features.
-CONFIDENCE_FEATURES = {"max_probability": 0, "margin": 1, "entropy": 2}
-# Entries of a store that are scored at once.
-SCORED_ENTRIES = 4096
 
 
 @dataclass
@@ -116,133 +102,6 @@ def token_figures(
     return figures
 
 
-@torch.no_grad()
-def score_exits(
-    criterion: str,
-    store: ExitStore,
-    policies: ExitPolicies | None = None,
-    settings: CriterionSettings | None = None,
-    min_exit_layer: int | None = None,
-) -> Tensor:
-    """Scores (entries, exits − 1) of a criterion at every internal exit, as if nothing had left before.
-
-    Args:
-        criterion (`str`): name of an exit criterion.
-        store (`ExitStore`): stored exits of rows or tokens.
-        policies (`ExitPolicies`, *optional*): the model's policy networks; conditioned ones without an α in `settings`
-            are asked for their default, in training mode, too.
-        settings (`CriterionSettings`, *optional*):
-            As `criterion_settings` takes them from a model, whose patience and tolerance are those of its own walks;
-            by default a patience of 2 and the store's tolerance. What they hold of the input, such as `input_ids`,
-            belongs to the store's entries in their order. Labels are the store's own by default.
-        min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; scores before it pass no threshold.
-
-    Raises:
-        ValueError: what the criterion needs is missing; policies of other exits; or of a store of tokens, a criterion
-            that its states, predictions and confidence features do not tell.
-    """
-    check_criterion(criterion)
-    if policies is not None and len(policies.networks) != store.states.shape[1] - 1:
-        raise ValueError(
-            f"`policies` decide at {len(policies.networks)} exits; `store` has {store.states.shape[1] - 1} before its "
-            f"last one, at layers {store.layers.tolist()}."
-        )
-    settings = settings or CriterionSettings(tolerance=store.tolerance)
-    if settings.labels is None and store.has_labels:
-        settings = replace(settings, labels=store.labels)
-    if settings.alpha is None and policies is not None and policies.is_conditioned:
-        settings = replace(settings, alpha=policies.default_alpha)
-    first_exit = int((store.layers[:-1] < (min_exit_layer or 1)).sum())
-    settings = replace(settings, first_exit=first_exit)
-    if store.logits is None:
-        _check_stored_tokens(criterion, store, policies, settings)
-    like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
-    num_exits = store.states.shape[1]
-    parts = []
-    for entries in torch.arange(len(store)).split(SCORED_ENTRIES):
-        walk = build_criterion(
-            criterion,
-            CRITERIA[criterion].off,
-            num_exits,
-            store.problem_type,
-            policies,
-            _settings_of(settings, entries, like.device),
-        )
-        scores = [walk.score(step) for step in _stored_steps(store, entries, like)]
-        parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
-    return close_exits(criterion, torch.cat(parts), first_exit)
-
-
-def close_exits(criterion: str, scores: Tensor, first_exit: int) -> Tensor:
-    """Scores (entries, exits − 1) of a criterion, changed in place to pass no threshold before exit `first_exit`
-    (0-based)."""
-    scores[:, :first_exit] = 0.0 if CRITERIA[criterion].higher_is_deeper else 1.0
-    return scores
-
-
-def _like(*modules: nn.Module | None) -> Tensor:
-    """An empty tensor where, and as precise as, the first of some modules is that has weights."""
-    for module in modules:
-        for value in () if module is None else module.state_dict().values():
-            return torch.empty(0, device=value.device, dtype=value.dtype if value.is_floating_point() else None)
-    return torch.empty(0)
-
-
-def _settings_of(settings: CriterionSettings, entries: Tensor, device: torch.device) -> CriterionSettings:
-    """The settings with what belongs to some entries only."""
-    of_entries = {name: getattr(settings, name) for name in ("input_ids", "attention_mask", "labels")}
-    return replace(
-        settings, **{name: value[entries].to(device) for name, value in of_entries.items() if value is not None}
-    )
-
-
-def _stored_steps(store: ExitStore, entries: Tensor, like: Tensor) -> Iterator[ExitStep]:
-    """What a criterion sees of some entries at each internal exit, where and as precise as `like` is."""
-    states, rows = store.states[entries].to(like), torch.arange(len(entries), device=like.device)
-    logits, features, predicted = (
-        None if value is None else value[entries].to(like.device)
-        for value in (store.logits, store.features if store.logits is None else None, store.predictions)
-    )
-    for index in range(store.states.shape[1] - 1):
-        yield ExitStep(
-            index,
-            states[:, index],
-            lambda _, index=index: logits[:, index],
-            rows,
-            None if features is None else features[:, index],
-            None if predicted is None else predicted[:, index],
-        )
-
-
-def _check_stored_tokens(
-    criterion: str, store: ExitStore, policies: ExitPolicies | None, settings: CriterionSettings
-) -> None:
-    """Raises `ValueError` when a store of tokens, which has no logits, does not tell a criterion's scores."""
-    kept = {"state", "predictions", *(() if store.features is None else ("confidence",))}
-    if settings.input_ids is not None:
-        kept.add("tokens")
-    if policies is None or not policies.needs_logits or store.features is not None:
-        kept.add("policy")
-    accepted = sorted(name for name, cls in CRITERIA.items() if cls.looks_at <= kept)
-    if criterion not in accepted:
-        raise ValueError(
-            f"`criterion`={criterion!r} cannot be asked of stored tokens; accepted are {', '.join(accepted)}."
-        )
-
-
-def exits_taken(criterion: str, threshold: Thresholds, scores: Tensor) -> Tensor:
-    """Exit (0-based, (rows,)) at which each row leaves, from scores (rows, exits − 1)."""
-    num_exits = scores.shape[1] + 1
-    thresholds = check_thresholds(criterion, threshold, num_exits)
-    passes = CRITERIA[criterion].passes
-    leaves = torch.stack(
-        [passes(scores[:, index], thresholds[index]) for index in range(num_exits - 1)]
-        + [torch.ones(len(scores), dtype=torch.bool)],
-        dim=1,
-    )
-    return leaves.int().argmax(1)
-
-
 def point_at(
     criterion: str, threshold: Thresholds, exits: Tensor, store: ExitStore, metrics: Metrics | None
 ) -> OperatingPoint:
@@ -290,37 +149,6 @@ def oracle_point(store: ExitStore, metrics: Metrics | None) -> OperatingPoint:
     return point_at("oracle", 1.0, store.correct.int().argmax(1), store, metrics)
 
 
-def thresholds_for_depths(
-    criterion: str, scores: Tensor, layer_numbers: Sequence[int], depths: Sequence[float], candidates: int = 256
-) -> list[float]:
-    """For each wanted mean depth, the one threshold whose depth comes closest on these rows.
-
-    Args:
-        scores (`Tensor` of shape `(rows, exits − 1)`): the criterion's scores on the rows to fit on.
-        depths (sequence of `float`): wanted mean exit layers, in 1..L.
-        candidates (`int`): quantiles of the scores that are tried.
-    """
-    layers = torch.tensor(layer_numbers)
-    tries = _tried_thresholds(criterion, scores, candidates)
-    found = [
-        (float(layers[exits_taken(criterion, threshold, scores)].float().mean()), threshold) for threshold in tries
-    ]
-    return [min(found, key=lambda pair: abs(pair[0] - depth))[1] for depth in depths]
-
-
-def _tried_thresholds(criterion: str, scores: Tensor, candidates: int) -> list[float]:
-    """Thresholds between "all leave" and "nobody leaves", ascending: the scores if few are distinct, or quantiles."""
-    check_criterion(criterion)
-    cls = CRITERIA[criterion]
-    flat = scores.flatten()[:10_000_000]
-    values = flat.unique()
-    if len(values) > candidates:
-        values = torch.quantile(flat.double(), torch.linspace(0, 1, candidates).double()).float()
-    # Counts have no largest number: as many as there are exits lets nobody out.
-    off = float(scores.shape[1] + 1) if math.isinf(cls.off) else cls.off
-    return sorted(value for value in {*values.tolist(), 0.0, 1.0, off} if cls.check(value))
-
-
 def hindsight_curve(
     criterion: str, thresholds: Sequence[float], scores: Tensor, store: ExitStore, metrics: Metrics | None
 ) -> list[OperatingPoint]:
@@ -341,55 +169,3 @@ def metric_at_depth(curve: Sequence[OperatingPoint], metric: str, depth: float) 
         return left.metrics[metric]
     share = (depth - left.depth) / (right.depth - left.depth)
     return left.metrics[metric] + share * (right.metrics[metric] - left.metrics[metric])
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a device has done what it was asked for; a CPU has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-@torch.no_grad()
-def _seconds(model: nn.Module, batch: dict[str, Tensor], exit_arguments: Mapping[str, Any]) -> float:
-    synchronize(model.device)
-    start = time.perf_counter()
-    model(**batch, **exit_arguments)
-    synchronize(model.device)
-    return time.perf_counter() - start
-
-
-def measure_wall_clock(
-    model: nn.Module,
-    batches: Sequence[dict[str, Tensor]],
-    settings: Sequence[Mapping[str, Any]],
-    repeats: int = 3,
-) -> list[float]:
-    """Wall-clock speed-up of each setting over full depth: really executed, exits against no exits, in turn on the
-    same batches; the median of `repeats` ratios of total times.
-
-    Args:
-        model (`nn.Module`): an early-exit model; its device is synchronised around every forward pass.
-        batches (sequence of `dict`): tokenised inputs without labels, on the model's device.
-        settings (sequence of mappings): exit arguments of `forward`, see `OperatingPoint.exit_arguments`.
-        repeats (`int`): passes over all batches.
-
-    Returns:
-        `list[float]`: one ratio per setting; above 1 is faster than full depth.
-
-    Raises:
-        ValueError: no batches or no repeats.
-    """
-    if not len(batches) or repeats < 1:
-        raise ValueError(f"`batches` ({len(batches)}) and `repeats` ({repeats}) must both be at least 1.")
-    ratios: list[list[float]] = [[] for _ in settings]
-    with evaluating(model):
-        _seconds(model, batches[0], FULL_DEPTH)  # warm-up
-        for _ in range(repeats):
-            full, early = [0.0] * len(settings), [0.0] * len(settings)
-            for batch in batches:
-                for index, exit_arguments in enumerate(settings):
-                    full[index] += _seconds(model, batch, FULL_DEPTH)
-                    early[index] += _seconds(model, batch, exit_arguments)
-            for index in range(len(settings)):
-                ratios[index].append(full[index] / early[index])
-    return [statistics.median(values) for values in ratios]

@@ -14,7 +14,7 @@ from transformers_cee.exits.policy import confidence_scores
 
 
 if TYPE_CHECKING:
-    from transformers_cee.evaluation.store import ExitStore
+    from transformers_cee.stores.store import ExitStore
 
 __all__ = ["Reliability", "exit_reliability", "reliability"]
 

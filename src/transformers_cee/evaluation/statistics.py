@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import scipy.stats
 
-from transformers_cee.evaluation.operating_points import exits_taken, thresholds_for_depths
 from transformers_cee.exits.numbers import share
+from transformers_cee.stores.scoring import exits_taken, thresholds_for_depths
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from transformers_cee.evaluation.store import ExitStore
+    from transformers_cee.stores.store import ExitStore
 
 __all__ = [
     "DepthComparison",

@@ -12,13 +12,8 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
 from transformers.utils import logging
 
-from transformers_cee.evaluation.operating_points import (
-    FULL_DEPTH,
-    OperatingPoint,
-    depth_figures,
-    exit_histogram,
-    measure_wall_clock,
-)
+from transformers_cee.evaluation.operating_points import FULL_DEPTH, OperatingPoint, depth_figures, exit_histogram
+from transformers_cee.evaluation.timing import measure_wall_clock
 from transformers_cee.exits.deciding import default_arguments, resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.hub.model_card import EarlyExitCard

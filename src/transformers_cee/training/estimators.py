@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.estimators import ESTIMATORS, check_estimators
 from transformers_cee.exits.losses import exit_losses
 from transformers_cee.exits.policy import all_features, check_has_classes, predicted_classes
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.parameters import bare_model
 
 

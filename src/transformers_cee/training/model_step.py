@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.evaluation.store import count_labels, exit_features
 from transformers_cee.exits.criteria import Thresholds
 from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.stores.filling import count_labels, exit_features
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
 from transformers_cee.training.objectives import (
     closed_before,

@@ -15,9 +15,10 @@ from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import TrainOutput
 
-from transformers_cee.evaluation.operating_points import Metrics, hindsight_point, score_exits
-from transformers_cee.evaluation.store import ExitStore
+from transformers_cee.evaluation.operating_points import Metrics, hindsight_point
 from transformers_cee.exits.policy import ExitPolicies
+from transformers_cee.stores.scoring import score_exits
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.labels import FiniteLoss
 from transformers_cee.training.objectives import closed_before, policy_loss

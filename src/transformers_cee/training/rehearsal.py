@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from transformers_cee.evaluation.store import evaluating
+from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.training.labels import FiniteLabels, without_labels
 from transformers_cee.training.model_step import ModelPhase, own_exit_losses
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
-from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.deciding import resolve_decision
+from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.checks import evaluation_sets
 from transformers_cee.training.early_exit_trainer import EarlyExitTrainer
 from transformers_cee.training.hardness import fingerprint

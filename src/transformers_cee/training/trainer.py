@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.utils import logging
 
-from transformers_cee.evaluation.store import ExitStore
 from transformers_cee.exits.policy import ExitPolicies, make_policies
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.checkpoints import needs_of
 from transformers_cee.training.checks import check_phases
 from transformers_cee.training.hardness import fingerprint, memorized_layers, read_hardness, write_hardness

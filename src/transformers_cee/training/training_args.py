@@ -177,8 +177,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
     def check_phases(self) -> None:
         """Raises `ValueError` for options of the phases that are unknown or out of their range; asked again before a
         run, since arguments may have been changed."""
-        from transformers_cee.evaluation.store import REWARD_LOSSES
         from transformers_cee.exits.token_losses import TOKEN_LOSSES
+        from transformers_cee.stores.store import REWARD_LOSSES
         from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 
         unknown = [phase for phase in self.phases if phase not in PHASES]

@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 
-from transformers_cee.evaluation.mapped import mapped_array
+from transformers_cee.stores.mapped import mapped_array
 
 
 def test_an_array_of_zeros_that_numpy_reads_again(tmp_path):

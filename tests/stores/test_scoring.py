@@ -12,12 +12,13 @@ from fitted import MULTI, REGRESSION, SINGLE, fitted_model, journeys, labels_of
 from text_reference import text_tokens
 from tiny import collate_text, instructions, pad, random_rows, tiny_llama
 
-from transformers_cee.evaluation import operating_points
-from transformers_cee.evaluation.operating_points import exits_taken, score_exits, thresholds_for_depths
-from transformers_cee.evaluation.store import ExitStore, collect_exits
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
+from transformers_cee.stores import scoring
+from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.scoring import exits_taken, score_exits, thresholds_for_depths
+from transformers_cee.stores.store import ExitStore
 
 
 OF_TOKENS = {
@@ -53,7 +54,7 @@ def test_rows(criterion, problem_type, monkeypatch):
     """In chunks, whose borders must not show: labels, tokens and masks are cut as the rows are."""
     if problem_type == REGRESSION and CRITERIA[criterion].needs_classes:
         pytest.skip("has no classes")
-    monkeypatch.setattr(operating_points, "SCORED_ENTRIES", 5)
+    monkeypatch.setattr(scoring, "SCORED_ENTRIES", 5)
     model, rows, labels = fitted_model(problem_type), random_rows(12, seed=2), labels_of(12, problem_type)
     store = stored(model, rows, labels, problem_type)
     scores = score_exits(criterion, store, model.exit_policies, settings_of(model, rows))
