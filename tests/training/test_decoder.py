@@ -72,7 +72,7 @@ class TestHeads:
             return total / len(tokens)
 
         expected = manual(model, loss)
-        options = {"token_loss": "kl", "token_loss_temperature": temperature, "token_loss_top_k": top_k}
+        options = {"token_loss": "kl", "token_loss_options": {"temperature": temperature, "top_k": top_k}}
         one_step(tmp_path, model, **options).train_heads()
         compare(model, expected, before)
 
@@ -91,7 +91,7 @@ class TestHeads:
             return total / len(tokens)
 
         expected = manual(model, loss)
-        one_step(tmp_path, model, token_loss="argmax", token_loss_entropy_weight=0.1).train_heads()
+        one_step(tmp_path, model, token_loss="argmax", token_loss_options={"entropy_weight": 0.1}).train_heads()
         compare(model, expected, before)
 
     def test_plain_text(self, tmp_path):

@@ -47,9 +47,11 @@ def test_defaults():
         ({"heads_objective_options": {"beta": 1}}, "heads_objective_options.*beta.*layer_weighted"),
         ({"heads_objective_options": "beta"}, "heads_objective_options.*beta.*dictionary"),
         ({"token_loss": "mse"}, "token_loss.*mse.*kl"),
-        ({"token_loss": "kl", "token_loss_temperature": 0.0}, r"token_loss_temperature.*0\.0"),
-        ({"token_loss": "kl", "token_loss_top_k": -1}, "token_loss_top_k.*-1"),
-        ({"token_loss": "argmax", "token_loss_entropy_weight": 1.5}, r"token_loss_entropy_weight.*1\.5"),
+        ({"token_loss": "kl", "token_loss_options": {"temperature": 0}}, "token_loss_options.*kl.*temperature.*0"),
+        ({"token_loss": "kl", "token_loss_options": {"top_k": -1}}, "token_loss_options.*kl.*top_k.*-1"),
+        ({"token_loss": "kl", "token_loss_options": {"top_k": 2.5}}, r"token_loss_options.*kl.*top_k.*2\.5"),
+        ({"token_loss": "kl", "token_loss_options": {"top": 1}}, "token_loss_options.*top.*temperature, top_k"),
+        ({"token_loss": "argmax", "token_loss_options": {"entropy_weight": 1.5}}, r"options.*entropy_weight.*1\.5"),
         ({"policy_max_tokens": 0}, "policy_max_tokens.*0"),
         ({"phases": ["heads", "heads"]}, "phases.*heads.*twice"),
         ({"policy_batch_size": 2.5}, r"`policy_batch_size`=2\.5 must be a whole number of at least 1"),
@@ -75,8 +77,8 @@ def test_wrong_values(tmp_path, fields, message):
     "fields,expected",
     [
         ({}, CrossEntropy()),
-        ({"token_loss": "kl", "token_loss_temperature": 2.0, "token_loss_top_k": 5}, FinalDistributionKL(2.0, 5)),
-        ({"token_loss": "argmax", "token_loss_entropy_weight": 0.25}, FinalArgmax(0.25)),
+        ({"token_loss": "kl", "token_loss_options": {"temperature": 2.0, "top_k": 5}}, FinalDistributionKL(2.0, 5)),
+        ({"token_loss": "argmax", "token_loss_options": {"entropy_weight": 0.25}}, FinalArgmax(0.25)),
     ],
 )
 def test_token_loss(tmp_path, fields, expected):
@@ -86,12 +88,13 @@ def test_token_loss(tmp_path, fields, expected):
 def test_from_a_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --report_to none --phases heads policy --policy_gradient reinforce "
     line += "--eval_exit_thresholds 0.2 0.8 --heads_num_train_epochs 2.5 --exit_learning_rate 0.01 "
-    line += "--token_loss kl --token_loss_top_k 20 --policy_max_tokens 5000 --trainable exits "
+    line += '--token_loss kl --token_loss_options {"top_k":20} '
+    line += "--policy_max_tokens 5000 --trainable exits "
     line += '--heads_objective cosee --heads_objective_options {"samples":3,"beta":2.5}'
     (args,) = HfArgumentParser(ConsistentEETrainingArguments).parse_args_into_dataclasses(line.split())
     assert args.phases == ["heads", "policy"] and args.policy_gradient == "reinforce"
     assert args.eval_exit_thresholds == [0.2, 0.8] and args.heads_num_train_epochs == 2.5
     assert args.exit_learning_rate == 0.01 and args.heads_learning_rate is None
-    assert (args.token_loss, args.token_loss_top_k, args.policy_max_tokens) == ("kl", 20, 5000)
+    assert args.make_token_loss() == FinalDistributionKL(top_k=20) and args.policy_max_tokens == 5000
     assert args.trainable == "exits"
     assert args.make_heads_objective() == CoSEE(samples=3, beta=2.5)

@@ -58,8 +58,7 @@ class ExitScores:
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"`criterion`={self.criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
+        CRITERIA.find(self.criterion, "criterion")
         self.layers = torch.as_tensor(self.layers)
         if self.scores.dim() != 2 or len(self.scores) == 0:
             raise ValueError(f"`scores` of shape {tuple(self.scores.shape)} must be (rows, exits − 1), rows above 0.")

@@ -65,8 +65,7 @@ def exit_costs(
     if unit not in UNITS:
         raise ValueError(f"`unit`={unit!r} is unknown; accepted are {', '.join(map(repr, UNITS))}.")
     criterion = config.exit_criterion if criterion is None else criterion
-    if criterion not in CRITERIA:
-        raise ValueError(f"`criterion`={criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
+    CRITERIA.find(criterion, "criterion")
     layers = config.exit_layer_numbers
     if unit == "layers":
         return [float(layer) for layer in layers]

@@ -252,8 +252,7 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
 
 def check_criterion(criterion: str) -> None:
     """Raises `ValueError` unless `criterion` is a name of the registry."""
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise ValueError(f"`exit_criterion`={criterion!r} is unknown; accepted are {', '.join(sorted(CRITERIA))}.")
+    CRITERIA.find(criterion)
 
 
 def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> list[float]:
@@ -268,7 +267,7 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
     Raises:
         ValueError: unknown criterion, a list of the wrong length, or a threshold outside of the criterion's range.
     """
-    check_criterion(criterion)
+    cls = CRITERIA.find(criterion)
     given, accepted = plain(threshold), "a number or a list of numbers"
     if isinstance(given, list):
         if len(given) != num_exits:
@@ -281,7 +280,6 @@ def check_thresholds(criterion: str, threshold: Thresholds, num_exits: int) -> l
             raise ValueError(f"`exit_threshold`={given} must be {accepted}.") from None
     else:
         thresholds = [number("exit_threshold", given, accepted)] * num_exits
-    cls = CRITERIA[criterion]
     if not all(cls.check(value) for value in thresholds):
         raise ValueError(f"`exit_threshold`={threshold} for the criterion {criterion!r} must be {cls.accepted}.")
     return thresholds

@@ -21,6 +21,7 @@ from transformers_cee.exits.policy import (
     confidence_scores,
     predicted_classes,
 )
+from transformers_cee.exits.registry import Registry
 
 
 @dataclass
@@ -244,10 +245,5 @@ class Streak(LowerLeaves):
             self.recent = self.recent[kept]
 
 
-CRITERIA: dict[str, type[ExitCriterion]] = {}
-
-
-def register_criterion(cls: type[ExitCriterion]) -> type[ExitCriterion]:
-    """Adds a criterion class to the registry under its `name`."""
-    CRITERIA[cls.name] = cls
-    return cls
+CRITERIA: Registry[type[ExitCriterion]] = Registry("exit_criterion", "register_criterion", ExitCriterion)
+register_criterion = CRITERIA.register

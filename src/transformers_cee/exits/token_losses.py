@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,23 +12,33 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES, ExitHistory
+from transformers_cee.exits.registry import Registry
 
 
 # Rows of logits (tokens times exits) that exist at once.
 CHUNK_ROWS = 512
 
+# Loss (tokens,) from an exit's logits and the last exit's, both (tokens, vocabulary), and label tokens (tokens,).
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Head = Callable[[Tensor, int], Tensor]
 
 
+TOKEN_LOSSES: Registry[type | TokenLoss] = Registry("token_loss", "register_token_loss")
+register_token_loss = TOKEN_LOSSES.register
+
+
+@register_token_loss
 @dataclass(frozen=True)
 class CrossEntropy:
     """Cross-entropy with the label token."""
+
+    name: ClassVar[str] = "ce"
 
     def __call__(self, exit_logits: Tensor, final_logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(exit_logits.float(), labels, reduction="none")
 
 
+@register_token_loss
 @dataclass(frozen=True)
 class FinalDistributionKL:
     """`T²·KL(final ‖ exit)` at temperature T, over the vocabulary or over the final exit's most probable tokens: needs
@@ -38,17 +49,18 @@ class FinalDistributionKL:
         top_k (`int`): tokens compared; 0 stands for all.
 
     Raises:
-        ValueError: a temperature that is not positive, or a negative `top_k`.
+        ValueError: a temperature that is not positive, or a `top_k` that is negative or no whole number.
     """
 
+    name: ClassVar[str] = "kl"
     temperature: float = 1.0
     top_k: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"`temperature`={self.temperature} must be positive.")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k`={self.top_k} must not be negative; 0 stands for the whole vocabulary.")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"`top_k`={self.top_k} must not be negative, and be whole; 0 stands for all tokens.")
 
     def __call__(self, exit_logits: Tensor, final_logits: Tensor, labels: Tensor) -> Tensor:
         exit_logits, final_logits = exit_logits.float(), final_logits.float()
@@ -60,6 +72,7 @@ class FinalDistributionKL:
         return self.temperature**2 * F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
 
 
+@register_token_loss
 @dataclass(frozen=True)
 class FinalArgmax:
     """`(1 − a)·CE − a·H`: cross-entropy with the final exit's most probable token, minus the entropy in nats of the
@@ -72,6 +85,7 @@ class FinalArgmax:
         ValueError: a weight outside of [0, 1].
     """
 
+    name: ClassVar[str] = "argmax"
     entropy_weight: float = 0.5
 
     def __post_init__(self) -> None:
@@ -83,9 +97,6 @@ class FinalArgmax:
         loss = F.nll_loss(log_probabilities, final_logits.argmax(-1), reduction="none")
         entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
         return (1 - self.entropy_weight) * loss - self.entropy_weight * entropy
-
-
-TOKEN_LOSSES: dict[str, type] = {"ce": CrossEntropy, "kl": FinalDistributionKL, "argmax": FinalArgmax}
 
 
 @dataclass
@@ -186,3 +197,16 @@ def taken_exit_losses(
     back = torch.cat(order).argsort()
     losses, predictions = (torch.cat(column) for column in zip(*parts, strict=True))
     return losses[back], predictions[back]
+
+
+__all__ = [
+    "TOKEN_LOSSES",
+    "CrossEntropy",
+    "FinalArgmax",
+    "FinalDistributionKL",
+    "TokenExits",
+    "TokenLoss",
+    "register_token_loss",
+    "taken_exit_losses",
+    "token_exit_losses",
+]

@@ -83,7 +83,7 @@ def check_model(
         if own_loss is not None:
             raise ValueError(
                 "`compute_loss_func` is not supported: a decoder's logits are never held at once; use `token_loss`, "
-                "one of `exits.token_losses.TOKEN_LOSSES`, where others can be put."
+                "which takes one of your own that `register_token_loss` has been told of."
             )
     elif args.token_loss != "ce" or args.policy_max_tokens is not None:
         raise ValueError(

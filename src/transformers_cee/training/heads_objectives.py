@@ -1,104 +1,58 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What the phase `heads` minimises, in one registry. An objective is an object of one run, some of them with a memory.
-
-Everywhere: losses and the exit distribution are (rows, exits), exits in order, the last one included; a decoder's rows
-are its counted tokens. The result is a mean over the rows of one micro-batch, so that accumulation stays right.
-"""
+"""What the phase `heads` minimises. An objective is an object of one run, some of them with a memory."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transformers_cee.exits.losses import exit_errors, layer_weighted, resolve_problem_type
+from transformers_cee.exits.losses import exit_errors, layer_weighted
+from transformers_cee.training.heads_objective import (
+    HEADS_OBJECTIVES,
+    HeadsObjective,
+    HeadsStep,
+    check_heads_objective,
+    make_heads_objective,
+    register_heads_objective,
+)
 
 
-@dataclass
-class HeadsStep:
-    """What the exits make of one micro-batch, and where in the run it comes.
-
-    Args:
-        losses (`Tensor` of shape `(rows, exits)`): loss of each row at each exit.
-        logits (`Tensor` of shape `(rows, exits, labels)`, *optional*): of all heads; None of a decoder.
-        labels (`Tensor` of shape `(rows,)` or `(rows, labels)`, *optional*): true labels, beside logits.
-        problem_type (`str`): what logits and labels mean.
-        log_distribution (`Tensor` of shape `(rows, exits)`, *optional*):
-            Log of the policies' exit distribution, with gradient; for objectives that train policies.
-        may_exit (`BoolTensor` of shape `(rows,)`, *optional*): rows that have a choice; all by default.
-        first_exit (`int`): exit (0-based) before which nothing leaves.
-        number (`int`): optimizer steps taken before this one; all micro-batches of a step share it.
-        progress (`float`): share of the optimizer steps taken, in [0, 1].
-        epoch (`float`): epochs behind, with the share of the present one.
-    """
-
-    losses: Tensor
-    logits: Tensor | None = None
-    labels: Tensor | None = None
-    problem_type: str = "single_label_classification"
-    log_distribution: Tensor | None = None
-    may_exit: Tensor | None = None
-    first_exit: int = 0
-    number: int = 0
-    progress: float = 0.0
-    epoch: float = 0.0
-
-
-class HeadsObjective:
-    """One objective. Subclasses are dataclasses of their options."""
-
-    # Does it look at the logits of all exits, which a decoder never holds at once?
-    needs_logits: ClassVar[bool] = False
-    # Does it need class probabilities, which regression has not?
-    needs_classes: ClassVar[bool] = False
-    # Do the policies learn, too?
-    trains_policies: ClassVar[bool] = False
-    # Does it weigh rows, so that a mean loss over them will not do?
-    needs_rows: ClassVar[bool] = False
-    # Does every layer get the mean, not the sum, of the gradients of the exits behind it?
-    scales_gradients: ClassVar[bool] = False
-    # Does some part of the run learn from nothing but the last exit?
-    last_exit_alone: ClassVar[bool] = False
-    # Steps of the run, in order, and what each trains (see `freeze_for_model_step`; None for what the arguments say).
-    # The last one has the phase's name.
-    stages: ClassVar[dict[str, str | None]] = {"heads": None}
-
-    def __call__(self, step: HeadsStep) -> Tensor:
-        """The loss, a scalar."""
-        return self.summary(step.losses)
-
-    def summary(self, losses: Tensor) -> Tensor:
-        """What an evaluation that knows losses (rows, exits) alone reports as `exit_loss`."""
-        return losses.mean()
-
-
+@register_heads_objective
 @dataclass
 class LayerWeighted(HeadsObjective):
     """`Σ_i i·CE_i / Σ_i i`, i from 1 (PABEE, Zhou et al. 2020; ConsistentEE's initialisation)."""
+
+    name = "layer_weighted"
 
     def summary(self, losses: Tensor) -> Tensor:
         return layer_weighted(losses)
 
 
+@register_heads_objective
 @dataclass
 class Uniform(HeadsObjective):
     """Mean over rows and exits."""
 
+    name = "uniform"
 
+
+@register_heads_objective
 @dataclass
 class Last(HeadsObjective):
     """The last exit's loss: ordinary fine-tuning."""
 
+    name = "last"
     last_exit_alone = True
 
     def summary(self, losses: Tensor) -> Tensor:
         return losses[:, -1].mean()
 
 
+@register_heads_objective
 @dataclass
 class TwoStage(HeadsObjective):
     """First the model with the last exit's loss; then, everything else frozen, the internal exits with the sum of
@@ -106,12 +60,9 @@ class TwoStage(HeadsObjective):
 
     Dropout stays on in the second stage, as in the authors' code: it changes no weight that is frozen, and the exits
     learn from states that are not always the same.
-
-    Args:
-        stage (`str`): the stage that this object is for.
     """
 
-    stage: str = "heads"
+    name = "two_stage"
     last_exit_alone = True
     stages: ClassVar[dict[str, str | None]] = {"heads-backbone": "last_exit", "heads": "internal_exits"}
 
@@ -122,28 +73,33 @@ class TwoStage(HeadsObjective):
         return losses[:, -1].mean() if self.stage == "heads-backbone" else losses[:, :-1].mean()
 
 
+@register_heads_objective
 @dataclass
 class Alternate(HeadsObjective):
     """In turn, by optimizer steps: the last exit's loss in steps 0, 2, …, the sum over all exits in steps 1, 3, …
     (BERxiT, Xin et al. 2021)."""
 
+    name = "alternate"
     last_exit_alone = True
 
     def __call__(self, step: HeadsStep) -> Tensor:
         return step.losses[:, -1].mean() if step.number % 2 == 0 else step.losses.sum(1).mean()
 
 
+@register_heads_objective
 @dataclass
 class GradientEquilibrium(HeadsObjective):
     """Sum over exits, with the gradients that come back to the layers balanced (Li et al. 2019; ElasticBERT, Liu et
     al. 2022); see `exits.runner.collect_states`. Each head gets the whole gradient of its own loss."""
 
+    name = "gradient_equilibrium"
     scales_gradients = True
 
     def __call__(self, step: HeadsStep) -> Tensor:
         return step.losses.sum(1).mean()
 
 
+@register_heads_objective
 @dataclass
 class CoSEE(HeadsObjective):
     """Losses weighted by how near an exit is to where the row would leave (COSEE, He et al. 2024).
@@ -168,6 +124,7 @@ class CoSEE(HeadsObjective):
         ValueError: no thresholds, or a negative number.
     """
 
+    name = "cosee"
     samples: int = 5
     beta: float = 10.0
     separation: float = 0.1
@@ -229,6 +186,7 @@ class CoSEE(HeadsObjective):
         return (overlap * both).sum() / max(1, signal.shape[1])
 
 
+@register_heads_objective
 @dataclass
 class Variational(HeadsObjective):
     """Expected loss under the policies' exit distribution, held near a prior: `Σ_i π_i·CE_i + β·KL(prior ‖ π)`
@@ -245,6 +203,7 @@ class Variational(HeadsObjective):
         ValueError: a number out of its range.
     """
 
+    name = "variational"
     beta: float = 0.5
     prior_rate: float = 0.1
     trains_policies = True
@@ -267,6 +226,7 @@ class Variational(HeadsObjective):
         return (expected + self.beta * divergence).mean()
 
 
+@register_heads_objective
 @dataclass
 class SelfDistillation(HeadsObjective):
     """The last exit's loss, and the mean over internal exits of `(1 − w)·CE + w·T²·KL(last ‖ exit)` at temperature T;
@@ -281,6 +241,7 @@ class SelfDistillation(HeadsObjective):
         ValueError: a number out of its range.
     """
 
+    name = "self_distillation"
     weight: float = 0.5
     temperature: float = 2.0
     needs_logits = True
@@ -305,71 +266,6 @@ class SelfDistillation(HeadsObjective):
             return (logits.float() - last.float()).square().mean(-1)
         ours, wanted = (_log_probabilities(one / self.temperature, problem_type) for one in (logits, last))
         return self.temperature**2 * (wanted.exp() * (wanted - ours)).sum(-1).mean(-1)
-
-
-HEADS_OBJECTIVES: dict[str, type[HeadsObjective]] = {
-    "layer_weighted": LayerWeighted,
-    "uniform": Uniform,
-    "last": Last,
-    "two_stage": TwoStage,
-    "alternate": Alternate,
-    "gradient_equilibrium": GradientEquilibrium,
-    "cosee": CoSEE,
-    "variational": Variational,
-    "self_distillation": SelfDistillation,
-}
-
-
-def make_heads_objective(
-    name: str, options: Mapping[str, float] | None = None, stage: str | None = None
-) -> HeadsObjective:
-    """A fresh objective for one run.
-
-    Args:
-        name (`str`): a name of the registry.
-        options (`Mapping[str, float]`, *optional*): its options, by name; what is not named keeps its default.
-        stage (`str`, *optional*): of an objective with several stages, which one.
-
-    Raises:
-        ValueError: an unknown objective, option or stage, or an option that is no number or out of its range.
-    """
-    if name not in HEADS_OBJECTIVES:
-        raise ValueError(f"`heads_objective`={name!r} is unknown; accepted are {', '.join(HEADS_OBJECTIVES)}.")
-    cls = HEADS_OBJECTIVES[name]
-    known = [one.name for one in fields(cls) if one.init and one.name != "stage"]  # type: ignore[arg-type]
-    options = dict(options or {})
-    for option, value in options.items():
-        if option not in known:
-            raise ValueError(
-                f"`heads_objective_options`: {option!r} is unknown to {name!r}; accepted are "
-                f"{', '.join(known) or 'none'}."
-            )
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"`heads_objective_options`: {option!r} must be a number; got {value!r}.")
-    if stage is not None and stage not in cls.stages:
-        raise ValueError(f"`stage`={stage!r} is unknown to {name!r}; accepted are {', '.join(cls.stages)}.")
-    try:
-        return cls(**options, **({} if stage is None or len(cls.stages) == 1 else {"stage": stage}))
-    except ValueError as error:
-        raise ValueError(f"`heads_objective_options` of {name!r}: {error}") from error
-
-
-def check_heads_objective(name: str, config: Any, exits_per_token: bool) -> None:
-    """Raises `ValueError` for an objective that a model with this config cannot be trained with."""
-    cls = HEADS_OBJECTIVES[name]
-    if exits_per_token and cls.needs_logits:
-        accepted = ", ".join(one for one, other in HEADS_OBJECTIVES.items() if not other.needs_logits)
-        raise ValueError(
-            f"`heads_objective`={name!r} needs the logits of all exits, which a decoder never holds at once; accepted "
-            f"are {accepted}. `token_loss`='kl' brings each exit's distribution to the last one's."
-        )
-    regression = not exits_per_token and resolve_problem_type(config.problem_type, config.num_labels) == "regression"
-    if cls.needs_classes and regression:
-        accepted = ", ".join(one for one, other in HEADS_OBJECTIVES.items() if not other.needs_classes)
-        raise ValueError(
-            f"`heads_objective`={name!r} needs class probabilities, which `problem_type`='regression' has not; "
-            f"accepted are {accepted}."
-        )
 
 
 def normalised_entropy(logits: Tensor, problem_type: str) -> Tensor:
@@ -399,3 +295,23 @@ def _check_not_negative(objective: HeadsObjective, *names: str) -> None:
     for name in names:
         if getattr(objective, name) < 0:
             raise ValueError(f"`{name}`={getattr(objective, name)} must not be negative.")
+
+
+__all__ = [
+    "HEADS_OBJECTIVES",
+    "Alternate",
+    "CoSEE",
+    "GradientEquilibrium",
+    "HeadsObjective",
+    "HeadsStep",
+    "Last",
+    "LayerWeighted",
+    "SelfDistillation",
+    "TwoStage",
+    "Uniform",
+    "Variational",
+    "check_heads_objective",
+    "make_heads_objective",
+    "normalised_entropy",
+    "register_heads_objective",
+]

@@ -82,7 +82,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
         token_loss (`str`): loss of a decoder's tokens in the phase `heads`, a key of `TOKEN_LOSSES`: `"ce"` (default,
             the label), `"kl"` or `"argmax"` (the last exit's distribution or most probable token, which need nothing
             but text).
-        token_loss_temperature, token_loss_top_k: of `"kl"`; `token_loss_entropy_weight`: of `"argmax"`.
+        token_loss_options (`dict[str, float]`, *optional*): options of the loss by name: `temperature` and `top_k` of
+            `"kl"`, `entropy_weight` of `"argmax"`; on a command line as JSON.
         heads_learning_rate, consistent_learning_rate (`float`, *optional*): default to `learning_rate`.
         heads_num_train_epochs (`float`, *optional*): defaults to `num_train_epochs`.
         exit_learning_rate (`float`, *optional*): of exit heads, norms, pooler and classifier in the phases `heads` and
@@ -109,7 +110,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
         eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times of an encoder; 0 takes none.
     """
 
-    _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "heads_objective_options")
+    _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "heads_objective_options", "token_loss_options")
 
     phases: list[str] = field(
         default_factory=lambda: list(PHASES), metadata={"help": f"Phases to run, of {', '.join(PHASES)}."}
@@ -126,9 +127,9 @@ class ConsistentEETrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Options of heads_objective by name, as JSON."}
     )
     token_loss: str = field(default="ce", metadata={"help": "Loss of a decoder's tokens in heads: ce, kl or argmax."})
-    token_loss_temperature: float = field(default=1.0, metadata={"help": "Temperature of token_loss=kl."})
-    token_loss_top_k: int = field(default=0, metadata={"help": "Tokens compared by token_loss=kl; 0 for all."})
-    token_loss_entropy_weight: float = field(default=0.5, metadata={"help": "Entropy's weight in token_loss=argmax."})
+    token_loss_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of token_loss by name, as JSON."}
+    )
     heads_learning_rate: float | None = field(default=None, metadata={"help": "Defaults to learning_rate."})
     heads_num_train_epochs: float | None = field(default=None, metadata={"help": "Defaults to num_train_epochs."})
     exit_learning_rate: float | None = field(
@@ -177,9 +178,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
     def check_phases(self) -> None:
         """Raises `ValueError` for options of the phases that are unknown or out of their range; asked again before a
         run, since arguments may have been changed."""
-        from transformers_cee.exits.token_losses import TOKEN_LOSSES
         from transformers_cee.stores.store import REWARD_LOSSES
-        from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 
         unknown = [phase for phase in self.phases if phase not in PHASES]
         if unknown or not self.phases:
@@ -190,8 +189,6 @@ class ConsistentEETrainingArguments(TrainingArguments):
             check_number(name, getattr(self, name), kind, accepts, wanted)
         for name, accepted in (
             ("trainable", TRAINABLE),
-            ("heads_objective", tuple(HEADS_OBJECTIVES)),
-            ("token_loss", tuple(TOKEN_LOSSES)),
             ("policy_gradient", POLICY_GRADIENTS),
             ("reward_loss", REWARD_LOSSES),
             ("consistent_objective", CONSISTENT_OBJECTIVES),
@@ -203,12 +200,11 @@ class ConsistentEETrainingArguments(TrainingArguments):
                 f"`policy_exploration`={self.policy_exploration} and `policy_entropy_bonus`="
                 f"{self.policy_entropy_bonus} must be 0 with `policy_gradient`='optimal_stopping': it draws nothing."
             )
-        if self.trainable == "exits" and HEADS_OBJECTIVES[self.heads_objective].last_exit_alone:
+        if self.make_heads_objective().last_exit_alone and self.trainable == "exits":
             raise ValueError(
                 f"`heads_objective`={self.heads_objective!r} trains the last exit alone, wholly or in turn, which "
                 "`trainable`='exits' leaves as it is; 'uniform' trains the others."
             )
-        self.make_heads_objective()
         self.make_token_loss()
         if not isinstance(self.eval_exit_thresholds, list | tuple):
             raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds!r} must be a list of numbers.")
@@ -227,25 +223,14 @@ class ConsistentEETrainingArguments(TrainingArguments):
         """
         from transformers_cee.training.heads_objectives import make_heads_objective
 
-        options = self.heads_objective_options
-        if options is not None and not isinstance(options, dict):
-            raise ValueError(f"`heads_objective_options`={options!r} must be a dictionary, or JSON of one.")
-        return make_heads_objective(self.heads_objective, options, stage)
+        return make_heads_objective(self.heads_objective, self.heads_objective_options, stage)
 
     def make_token_loss(self) -> Any:
         """The object that `token_loss` and its options name.
 
         Raises:
-            ValueError: an option is out of its range.
+            ValueError: an option is unknown or out of its range.
         """
         from transformers_cee.exits.token_losses import TOKEN_LOSSES
 
-        options = {
-            "kl": {"temperature": self.token_loss_temperature, "top_k": self.token_loss_top_k},
-            "argmax": {"entropy_weight": self.token_loss_entropy_weight},
-        }
-        try:
-            return TOKEN_LOSSES[self.token_loss](**options.get(self.token_loss, {}))
-        except ValueError as error:
-            # The loss speaks of its own fields, which have longer names here.
-            raise ValueError(str(error).replace("`", "`token_loss_", 1)) from error
+        return TOKEN_LOSSES.make(self.token_loss, self.token_loss_options)
