@@ -54,16 +54,17 @@ from transformers import (
 )
 
 from transformers_cee import ConsistentEETrainer, LlamaCeeConfig, LlamaForConsistentEECausalLM
-from transformers_cee.evaluation.answers import exit_scores
+from transformers_cee.evaluation.exit_budget import budgets_for_depths
 from transformers_cee.evaluation.generation import GenerationBenchmark, GenerationPoint
 from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
 from transformers_cee.evaluation.report import method_name, write_results
 from transformers_cee.evaluation.text_metrics import text_metrics
+from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.files import replacing
 from transformers_cee.hub.generation_card import GenerationCard
 from transformers_cee.hub.model_card import installed_versions
 from transformers_cee.hub.publishing import stalls_end
-from transformers_cee.stores.scoring import thresholds_for_depths
+from transformers_cee.stores.scoring import score_exits, thresholds_for_depths
 from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.least_squares import fit_exit_heads
 
@@ -176,11 +177,8 @@ def depths_of_deciding(dev: ExitStore, depths: list[float]) -> list[float]:
 
 
 def pick_budgets(model: LlamaForConsistentEECausalLM, dev: ExitStore, depths: list[float]) -> list[float]:
-    """The budget for each wanted depth; it counts the tokens that may leave. Where the policies do not get as low, it
-    is the least that they reach."""
-    fitted = model.config.exit_budgets
-    lowest = fitted[0][0] if fitted else 0.0
-    return [max(lowest, min(1.0, depth / int(dev.layers[-1]))) for depth in depths_of_deciding(dev, depths)]
+    """The budget for each wanted depth; it counts the tokens that may leave."""
+    return budgets_for_depths(model.config.exit_budgets, depths_of_deciding(dev, depths), int(dev.layers[-1]))
 
 
 def pick_thresholds(
@@ -188,10 +186,11 @@ def pick_thresholds(
 ) -> dict[str, dict[float, float]]:
     """Per criterion, the threshold by wanted depth, from the exits of known dev text."""
     layers = dev.layers.tolist()
-    entries, wanted = dev.deciding(), depths_of_deciding(dev, depths)
+    deciding, wanted = dev.select(dev.deciding()), depths_of_deciding(dev, depths)
+    settings, first_layer = criterion_settings(model), model.config.min_exit_layer
     found = {}
     for criterion in criteria:
-        scores = exit_scores(model, dev.states[entries], criterion)
+        scores = score_exits(criterion, deciding, model.exit_policies, settings, first_layer, model.exit_logits)
         thresholds = thresholds_for_depths(criterion, scores, layers, wanted)
         found[criterion] = dict(zip(depths, thresholds, strict=True))
     return found

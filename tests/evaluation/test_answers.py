@@ -16,12 +16,10 @@ from transformers_cee.evaluation.answers import (
     Answers,
     TeacherForced,
     answer,
-    exit_scores,
     pad_left,
     similar_length_batches,
     teacher_forced,
 )
-from transformers_cee.exits.criteria import CRITERIA
 
 
 SETTINGS = [
@@ -122,40 +120,6 @@ def test_agreement_by_hand(model, prompts, settings):
     result = teacher_forced(model, prompts, full, 2, pad=0, **settings)
     assert (result.matches, result.decided) == (matches, decided)
     assert result.agreement < 1 or settings["exit_criterion"] != "policy"
-
-
-@pytest.mark.parametrize("criterion", ["policy", "max_probability", "margin"])
-def test_scores_decide_as_the_model_does(model, criterion):
-    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    states = model(ids, labels=ids, output_all_exits=True).all_exit_states.detach()
-    scores = exit_scores(model, states, criterion)
-    assert scores.shape == (16, 3)
-    logits = torch.stack([model.exit_logits(states[:, index], index) for index in range(3)], dim=1)
-    top = logits.softmax(-1).topk(2).values
-    wanted = {
-        "policy": lambda: model.exit_policies(states).sigmoid(),
-        "max_probability": lambda: top[..., 0],
-        "margin": lambda: top[..., 0] - top[..., 1],
-    }[criterion]()
-    torch.testing.assert_close(scores, wanted.detach())
-    assert CRITERIA[criterion].higher_is_deeper
-
-
-@pytest.mark.parametrize("criterion", ["exit_cdf", "entropy"])
-def test_closed_exits_pass_no_threshold(criterion):
-    model = tiny_llama(policy_inputs="both", min_exit_layer=2)
-    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    output = model(ids, labels=ids, output_all_exits=True, output_policies=True)
-    scores = exit_scores(model, output.all_exit_states.detach(), criterion)
-    assert scores[:, 0].eq(0.0 if criterion == "exit_cdf" else 1.0).all()
-    leave = output.all_policy_logits.detach().sigmoid()
-    if criterion == "exit_cdf":
-        torch.testing.assert_close(scores[:, 1], leave[:, 1])
-        torch.testing.assert_close(scores[:, 2], 1 - (1 - leave[:, 1]) * (1 - leave[:, 2]))
-    else:
-        model.config.min_exit_layer = None
-        open_scores = exit_scores(model, output.all_exit_states.detach(), criterion)
-        torch.testing.assert_close(scores[:, 1:], open_scores[:, 1:])
 
 
 def test_batches_hold_rows_of_similar_length():

@@ -248,7 +248,7 @@ def test_thresholds_hit_the_wanted_depths(run, rows):
     trainer = run_clm_cee.make_trainer(model, tokenizer, corpus, arguments)
     dev = trainer.collect_exits(corpus.splits["validation"])
     found = run_clm_cee.pick_thresholds(model, dev, ["max_probability"], [2.0, 3.0])["max_probability"]
-    scores = run_clm_cee.exit_scores(model, dev.states, "max_probability")
+    scores = run_clm_cee.score_exits("max_probability", dev, heads=model.exit_logits)
     for wanted, threshold in found.items():
         leaves = torch.cat((scores > threshold, torch.ones(len(scores), 1, dtype=torch.bool)), dim=1)
         layers = torch.where(dev.may_exit, dev.layers[leaves.int().argmax(1)], 4)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import criteria_reference as slow
 import pytest
 import torch
@@ -177,7 +179,7 @@ class TestThresholdsForDepths:
 @pytest.fixture(scope="module")
 def known():
     """A language model with estimators, its tokens one by one, and the same tokens stored."""
-    names = sorted({*ESTIMATORS} - {"calibrated_probability", "token_hash"})
+    names = sorted({*ESTIMATORS} - {"token_hash"})
     model, rows = tiny_llama(policy_inputs="both", exit_estimators=names), instructions(12, seed=1)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -187,21 +189,37 @@ def known():
     return model, tokens, collect(model, rows)
 
 
+def scores_of_tokens(model, tokens, criterion):
+    """Scores (tokens, 3) by the reference, one token at a time."""
+    expected = []
+    for token in tokens:
+        policy = [
+            slow.reference.policy_score(model, token.states[i], token.logits[: i + 1], SINGLE, i) for i in range(3)
+        ]
+        row = slow.Journey(
+            token.states[:3], token.logits[:3], SINGLE, policy, dict(model.exit_estimators.items()), [1, 2, 3, 4]
+        )
+        expected.append(slow.scores_of(criterion, row))
+    return torch.tensor(expected, dtype=torch.float32)
+
+
 class TestTokens:
     @pytest.mark.parametrize("criterion", sorted(OF_TOKENS))
     def test_against_reference(self, known, criterion):
         model, tokens, store = known
         scores = score_exits(criterion, store, model.exit_policies, criterion_settings(model))
-        expected = []
-        for token in tokens:
-            policy = [
-                slow.reference.policy_score(model, token.states[i], token.logits[: i + 1], SINGLE, i) for i in range(3)
-            ]
-            row = slow.Journey(
-                token.states[:3], token.logits[:3], SINGLE, policy, dict(model.exit_estimators.items()), [1, 2, 3, 4]
-            )
-            expected.append(slow.scores_of(criterion, row))
-        torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(scores, scores_of_tokens(model, tokens, criterion), rtol=1e-3, atol=2e-4)
+
+    @pytest.mark.parametrize("criterion", sorted({*CRITERIA} - {"oracle", "token_hash"}))
+    @pytest.mark.parametrize("features", [True, False])
+    def test_with_the_heads_of_the_model(self, known, criterion, features, monkeypatch):
+        """Logits that the store does not keep are made anew, of a part of the tokens at a time."""
+        monkeypatch.setattr(scoring, "SCORED_TOKENS", 5)
+        model, tokens, store = known
+        store = store if features else replace(store, features=None)
+        settings = criterion_settings(model)
+        scores = score_exits(criterion, store, model.exit_policies, settings, heads=model.exit_logits)
+        torch.testing.assert_close(scores, scores_of_tokens(model, tokens, criterion), rtol=1e-3, atol=2e-4)
 
     @pytest.mark.parametrize("criterion", sorted({*CRITERIA} - OF_TOKENS))
     def test_refused(self, known, criterion):

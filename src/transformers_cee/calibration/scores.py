@@ -159,7 +159,7 @@ def score_store(
         store.disagrees[deciding],
         losses[deciding],
         risk if isinstance(risk, str) else "own",
-        groups=None if store.logits is not None or store.rows is None else store.rows[deciding],
+        groups=None if store.logits is not None else store.rows[deciding],
         last_scores=None if last_scores is None else last_scores[deciding],
         alpha=None if settings is None else settings.alpha,
     )

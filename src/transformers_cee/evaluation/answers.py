@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Answers of a language model: generated and timed, or known and fed token by token; and the scores of exit criteria.
+"""Answers of a language model: generated and timed, or known and fed token by token.
 
 Times are taken around `generate` itself.
 """
@@ -18,13 +18,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from transformers_cee.evaluation.operating_points import FULL_DEPTH
 from transformers_cee.evaluation.timing import synchronize
-from transformers_cee.exits.criteria import CRITERIA, ExitStep, build_criterion
-from transformers_cee.exits.deciding import criterion_settings
-from transformers_cee.stores.scoring import close_exits
-
-
-# Rows of logits that exist at once when exits are scored.
-SCORED_ROWS = 256
 
 
 @dataclass
@@ -207,44 +200,11 @@ def similar_length_batches(rows: Sequence[int], lengths: Sequence[int], batch_si
     return [[rows[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
 
 
-@torch.no_grad()
-def exit_scores(model: nn.Module, states: Tensor, criterion: str) -> Tensor:
-    """Scores (tokens, exits − 1) of a criterion at every internal exit, as if no token had left before. Exits that
-    `config.min_exit_layer` closes pass no threshold.
-
-    Args:
-        model: an early-exit language model.
-        states (`Tensor` of shape `(tokens, exits, hidden)`): exit states, as `output_all_exits=True` gives them.
-        criterion: name of an exit criterion.
-    """
-    exits = states.shape[1]
-    first_exit = sum(layer < (model.config.min_exit_layer or 1) for layer in model.layer_numbers[:-1])
-    parts = []
-    for some in states.split(max(1, SCORED_ROWS // exits)):
-        some = some.to(model.device, model.dtype)
-        walk = build_criterion(
-            criterion,
-            CRITERIA[criterion].off,
-            exits,
-            "single_label_classification",
-            model.exit_policies,
-            criterion_settings(model, first_exit=first_exit),
-        )
-        steps = [
-            ExitStep(index, some[:, index], lambda one, index=index: model.exit_logits(one, index))  # type: ignore[misc]
-            for index in range(exits - 1)
-        ]
-        scores = [walk.score(step) for step in steps]
-        parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(some), 0))
-    return close_exits(criterion, torch.cat(parts), first_exit)
-
-
 __all__ = [
     "FULL_DEPTH",
     "Answers",
     "TeacherForced",
     "answer",
-    "exit_scores",
     "pad_left",
     "similar_length_batches",
     "teacher_forced",

@@ -4,17 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.evaluation.exit_budget import fit_exit_budgets
+from transformers_cee.evaluation.exit_budget import budgets_for_depths, fit_exit_budgets
 from transformers_cee.evaluation.operating_points import (
     Metrics,
     OperatingPoint,
+    by_depth,
     depth_figures,
     exit_histogram,
     full_depth_point,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare_criteria", "exit_points", "time_points"]
 
+# The points of one method by rising depth, from wanted depths.
+PointsAt = Callable[[Sequence[float]], list["OperatingPoint"]]
 # Thresholds per curve on which metrics at matched depths are interpolated.
 DENSE_POINTS = 48
 # Layers by which a point on dev may miss a wanted depth and still compete for it.
@@ -90,35 +94,44 @@ def compare_criteria(
             takes, at every depth, the policies and threshold that are best on dev.
         settings: what some criteria need besides, for the rows of dev and of test.
     """
-    layers = test.layers.tolist()
-    exits = exit_points(test, metrics)
-    curves, matched = {}, {}
-    dense = torch.linspace(layers[0], layers[-1], DENSE_POINTS).tolist()
-    for name, family in (more_policies or {}).items():
-        choices = _Choices(list(family.values()), dev, test, metrics, metric)
-        curves[name] = choices.points(depths)
-        curve = [exits[0], *choices.points(dense), exits[-1]]
-        matched[name] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
     on_dev, on_test = settings or (None, None)
+    points: dict[str, PointsAt] = {}
+    own_point: OperatingPoint | None = None
+    for name, family in (more_policies or {}).items():
+        points[name] = _Choices(list(family.values()), dev, test, metrics, metric)
     for criterion in criteria:
         if criterion == "policy" and policies.is_conditioned:
-            curves[criterion] = budget_curve(policies, dev, test, metrics, depths)
-            curve = [exits[0], *budget_curve(policies, dev, test, metrics, dense), exits[-1]]
-            matched[criterion] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
+            points[criterion] = partial(budget_curve, policies, dev, test, metrics)
             continue
         dev_scores = score_exits(criterion, dev, policies, on_dev)
         test_scores = score_exits(criterion, test, policies, on_test)
-        thresholds = thresholds_for_depths(criterion, dev_scores, layers, depths)
-        curves[criterion] = hindsight_curve(criterion, thresholds, test_scores, test, metrics)
+        points[criterion] = partial(_threshold_curve, criterion, dev_scores, test_scores, test, metrics)
         if own is not None and own[0] == criterion:
-            point = hindsight_point(*own, test_scores, test, metrics)
-            others = [other for other in curves[criterion] if other.depth != point.depth]
-            curves[criterion] = sorted([*others, point], key=lambda point: point.depth)
-        thresholds = thresholds_for_depths(criterion, dev_scores, layers, dense)
+            own_point = hindsight_point(*own, test_scores, test, metrics)
+    layers, exits = test.layers.tolist(), exit_points(test, metrics)
+    dense = torch.linspace(layers[0], layers[-1], DENSE_POINTS).tolist()
+    curves, matched = {}, {}
+    for name, at in points.items():
+        curves[name] = at(depths)
         # Every criterion can send all rows to the first or to the last exit.
-        curve = [exits[0], *hindsight_curve(criterion, thresholds, test_scores, test, metrics), exits[-1]]
-        matched[criterion] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
+        curve = [exits[0], *at(dense), exits[-1]]
+        matched[name] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
+    if own_point is not None:
+        curves[own_point.criterion] = by_depth([*curves[own_point.criterion], own_point])
     return Comparison(curves, full_depth_point(test, metrics), oracle_point(test, metrics), matched, exits)
+
+
+def _threshold_curve(
+    criterion: str,
+    dev_scores: Tensor,
+    test_scores: Tensor,
+    test: ExitStore,
+    metrics: Metrics,
+    depths: Sequence[float],
+) -> list[OperatingPoint]:
+    """Points on test of a criterion, by rising depth, at the thresholds that have the wanted depths on dev."""
+    thresholds = thresholds_for_depths(criterion, dev_scores, test.layers.tolist(), depths)
+    return hindsight_curve(criterion, thresholds, test_scores, test, metrics)
 
 
 class _Choices:
@@ -135,29 +148,35 @@ class _Choices:
         self.dev, self.test, self.metrics, self.metric = dev, test, metrics, metric
         self.scores = [(score_exits("policy", dev, one), score_exits("policy", test, one)) for one in family]
 
-    def points(self, depths: Sequence[float]) -> list[OperatingPoint]:
+    def __call__(self, depths: Sequence[float]) -> list[OperatingPoint]:
         """One point on test per depth, by rising depth, each depth once."""
         layers = self.dev.layers.tolist()
-        candidates: list[list[tuple[OperatingPoint, Tensor]]] = [[] for _ in depths]
+        candidates: list[list[_Candidate]] = [[] for _ in depths]
         for on_dev, on_test in self.scores:
             thresholds = thresholds_for_depths("policy", on_dev, layers, depths)
             known: dict[float, OperatingPoint] = {}
             for candidate, threshold in zip(candidates, thresholds, strict=True):
                 if threshold not in known:
                     known[threshold] = hindsight_point("policy", threshold, on_dev, self.dev, self.metrics)
-                candidate.append((known[threshold], on_test))
-        found = [self._pick(depth, candidate) for depth, candidate in zip(depths, candidates, strict=True)]
-        by_depth = {point.depth: point for point in found}
-        return [by_depth[depth] for depth in sorted(by_depth)]
+                candidate.append(_Candidate(known[threshold], threshold, on_test))
+        return by_depth([self._pick(depth, candidate) for depth, candidate in zip(depths, candidates, strict=True)])
 
-    def _pick(self, depth: float, candidates: Sequence[tuple[OperatingPoint, Tensor]]) -> OperatingPoint:
+    def _pick(self, depth: float, candidates: Sequence[_Candidate]) -> OperatingPoint:
         """The best on dev of those that come near the depth, or else the nearest."""
-        near = [one for one in candidates if abs(one[0].depth - depth) <= DEPTH_TOLERANCE]
+        near = [one for one in candidates if abs(one.on_dev.depth - depth) <= DEPTH_TOLERANCE]
         if near:
-            chosen, scores = max(near, key=lambda one: one[0].metrics[self.metric])
+            chosen = max(near, key=lambda one: one.on_dev.metrics[self.metric])
         else:
-            chosen, scores = min(candidates, key=lambda one: abs(one[0].depth - depth))
-        return hindsight_point("policy", chosen.exit_threshold, scores, self.test, self.metrics)
+            chosen = min(candidates, key=lambda one: abs(one.on_dev.depth - depth))
+        return hindsight_point("policy", chosen.threshold, chosen.scores, self.test, self.metrics)
+
+
+class _Candidate(NamedTuple):
+    """One of several policies at one threshold: its point on dev, and its scores on test."""
+
+    on_dev: OperatingPoint
+    threshold: float
+    scores: Tensor
 
 
 def budget_curve(
@@ -170,19 +189,15 @@ def budget_curve(
         policies: conditioned policies.
         dev, test, metrics, depths: as in `compare_criteria`.
     """
-    prices, layers = fit_exit_budgets(policies, dev), int(dev.layers[-1])
-    by_depth = {}
-    for depth in depths:
-        budget = min(1.0, depth / layers)
-        if prices:
-            # The least that the policies reach, on dev, where they do not get as low.
-            budget = max(budget, prices[0][0])
+    prices = fit_exit_budgets(policies, dev)
+    points = []
+    for budget in budgets_for_depths(prices, depths, int(dev.layers[-1])):
         alpha, threshold = price_of_budget(prices, budget)
         scores = score_exits("policy", test, policies, CriterionSettings(alpha=alpha))
         point = hindsight_point("policy", threshold, scores, test, metrics)
         point.exit_budget = budget
-        by_depth[point.depth] = point
-    return [by_depth[depth] for depth in sorted(by_depth)]
+        points.append(point)
+    return by_depth(points)
 
 
 def exit_points(store: ExitStore, metrics: Metrics) -> list[OperatingPoint]:

@@ -81,4 +81,17 @@ def fit_exit_budgets(
     return points
 
 
-__all__ = ["fit_exit_budgets"]
+def budgets_for_depths(budgets: Sequence[Sequence[float]], depths: Sequence[float], num_layers: int) -> list[float]:
+    """The budget to ask for at each wanted mean depth. Where the policies do not get as low, it is the least that they
+    reach.
+
+    Args:
+        budgets (sequence of `[budget, α, threshold]`): as `fit_exit_budgets` gives them.
+        depths (sequence of `float`): wanted mean exit layers of the entries that may leave early, in 1..L.
+        num_layers (`int`): number of layers L.
+    """
+    least = budgets[0][0] if budgets else 0.0
+    return [max(least, min(1.0, depth / num_layers)) for depth in depths]
+
+
+__all__ = ["budgets_for_depths", "fit_exit_budgets"]

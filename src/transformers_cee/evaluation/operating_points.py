@@ -62,7 +62,7 @@ class OperatingPoint:
         return asdict(self)
 
 
-def depth_figures(exit_layers: Tensor, num_layers: int) -> dict[str, float]:
+def depth_figures(exit_layers: Tensor, num_layers: int) -> dict[str, Any]:
     """Depth, saved layers and layer speed-up of exit layers (rows,)."""
     depth = float(exit_layers.float().mean())
     return {"depth": depth, "saved_layers": 1 - depth / num_layers, "layer_speedup": num_layers / depth}
@@ -115,9 +115,10 @@ def point_at(
     taken = torch.arange(len(exits)), exits
     layers = store.layers[exits[store.may_exit] if bool(store.may_exit.any()) else exits]
     if store.logits is None:
-        predictions = store.predictions
+        losses, predictions = store.losses, store.predictions
+        assert predictions is not None
         values = token_figures(
-            store.losses[taken], predictions[taken], store.labels, store.may_exit, full_depth=predictions[:, -1]
+            losses[taken], predictions[taken], store.labels, store.may_exit, full_depth=predictions[:, -1]
         )
     else:
         values = {} if metrics is None else metrics(EvalPrediction(store.logits[taken].numpy(), store.labels.numpy()))
@@ -154,8 +155,13 @@ def hindsight_curve(
 ) -> list[OperatingPoint]:
     """Operating points at several thresholds, by rising depth, each depth once."""
     points = [hindsight_point(criterion, threshold, scores, store, metrics) for threshold in dict.fromkeys(thresholds)]
-    by_depth = {point.depth: point for point in points}
-    return [by_depth[depth] for depth in sorted(by_depth)]
+    return by_depth(points)
+
+
+def by_depth(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
+    """Points by rising depth; of several at one depth the last."""
+    found = {point.depth: point for point in points}
+    return [found[depth] for depth in sorted(found)]
 
 
 def metric_at_depth(curve: Sequence[OperatingPoint], metric: str, depth: float) -> float | None:

@@ -71,8 +71,10 @@ def plot_curves(
     for index, (method, curve) in enumerate(curves.items()):
         style = _style(index, method)
         _draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
-        timed = [point for point in curve if point.wall_clock_speedup is not None]
-        _draw_curve(by_time, [(point.wall_clock_speedup, point.metrics[metric]) for point in timed], style)
+        timed = [
+            (speedup, point.metrics[metric]) for point in curve if (speedup := point.wall_clock_speedup) is not None
+        ]
+        _draw_curve(by_time, timed, style)
     if full is not None:
         for axis in (by_depth, by_time):
             axis.axhline(full.metrics[metric], color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
@@ -297,7 +299,7 @@ def _figure(columns: int, rows: int = 1, width: float = 5.2, height: float = 4.2
         axis.grid(color="#E0E0E0", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, list(axes)
 
 
 def _style(index: int, label: str) -> dict[str, Any]:

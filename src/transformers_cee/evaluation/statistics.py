@@ -189,7 +189,6 @@ def compare_at_depth(
         raise ValueError(f"`depth`={depth} must lie between the first and the last exit, {layers[0]}..{layers[-1]}.")
     outcomes, depths, thresholds = [], [], []
     entries = store.deciding()
-    assert store.rows is not None
     correct, (_, row) = store.correct[entries].double(), store.rows[entries].unique(return_inverse=True)
     counts = np.bincount(row.numpy())
     for criterion, scores in (first, second):

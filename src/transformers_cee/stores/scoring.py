@@ -3,7 +3,7 @@
 """Scores of exit criteria on stored exits, without a model: where each entry would leave, and at which thresholds."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,8 +23,11 @@ from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.stores.store import ExitStore
 
 
-# Entries of a store that are scored at once.
+# Maps states (entries, hidden) of an exit (0-based) to its logits (entries, labels).
+Heads = Callable[[Tensor, int], Tensor]
+# Entries of a store that are scored at once, and tokens whose logits are made anew.
 SCORED_ENTRIES = 4096
+SCORED_TOKENS = 256
 
 
 @torch.no_grad()
@@ -34,6 +37,7 @@ def score_exits(
     policies: ExitPolicies | None = None,
     settings: CriterionSettings | None = None,
     min_exit_layer: int | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """Scores (entries, exits − 1) of a criterion at every internal exit, as if nothing had left before.
 
@@ -47,10 +51,14 @@ def score_exits(
             by default a patience of 2 and the store's tolerance. What they hold of the input, such as `input_ids`,
             belongs to the store's entries in their order. Labels are the store's own by default.
         min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; scores before it pass no threshold.
+        heads (`Callable`, *optional*):
+            The model's heads, where the store keeps no logits: states (entries, hidden), on the policies' device, and
+            the exit (0-based) to logits. Without them tokens have the scores only that states, predictions and
+            confidence features tell.
 
     Raises:
         ValueError: what the criterion needs is missing; policies of other exits; or of a store of tokens, a criterion
-            that its states, predictions and confidence features do not tell.
+            that is not told without `heads`, or needs tokens or labels.
     """
     check_criterion(criterion)
     if policies is not None and len(policies.networks) != store.states.shape[1] - 1:
@@ -66,11 +74,12 @@ def score_exits(
     first_exit = int((store.layers[:-1] < (min_exit_layer or 1)).sum())
     settings = replace(settings, first_exit=first_exit)
     if store.logits is None:
-        _check_stored_tokens(criterion, store, policies, settings)
+        _check_stored_tokens(criterion, store, policies, settings, heads)
     like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
     num_exits = store.states.shape[1]
     parts = []
-    for entries in torch.arange(len(store)).split(SCORED_ENTRIES):
+    at_once = SCORED_TOKENS if store.logits is None and heads is not None else SCORED_ENTRIES
+    for entries in torch.arange(len(store)).split(at_once):
         walk = build_criterion(
             criterion,
             CRITERIA[criterion].off,
@@ -79,7 +88,7 @@ def score_exits(
             policies,
             _settings_of(settings, entries, like.device),
         )
-        scores = [walk.score(step) for step in _stored_steps(store, entries, like)]
+        scores = [walk.score(step) for step in _stored_steps(store, entries, like, heads)]
         parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
     return close_exits(criterion, torch.cat(parts), first_exit)
 
@@ -107,7 +116,7 @@ def _settings_of(settings: CriterionSettings, entries: Tensor, device: torch.dev
     )
 
 
-def _stored_steps(store: ExitStore, entries: Tensor, like: Tensor) -> Iterator[ExitStep]:
+def _stored_steps(store: ExitStore, entries: Tensor, like: Tensor, heads: Heads | None) -> Iterator[ExitStep]:
     """What a criterion sees of some entries at each internal exit, where and as precise as `like` is."""
     states, rows = store.states[entries].to(like), torch.arange(len(entries), device=like.device)
     logits, features, predicted = (
@@ -118,28 +127,38 @@ def _stored_steps(store: ExitStore, entries: Tensor, like: Tensor) -> Iterator[E
         yield ExitStep(
             index,
             states[:, index],
-            partial(_stored_logits, logits, index),
+            partial(_logits, logits, heads, index),
             rows,
             None if features is None else features[:, index],
             None if predicted is None else predicted[:, index],
         )
 
 
-def _stored_logits(logits: Tensor | None, index: int, state: Tensor) -> Tensor:
-    """What the head of an exit made of its states when the store was filled."""
-    assert logits is not None, "checked by `_check_stored_tokens`"
-    return logits[:, index]
+def _logits(logits: Tensor | None, heads: Heads | None, index: int, states: Tensor) -> Tensor:
+    """Logits of an exit: the stored ones, or made anew of its states."""
+    if logits is not None:
+        return logits[:, index]
+    assert heads is not None, "checked by `_check_stored_tokens`"
+    return heads(states, index)
 
 
 def _check_stored_tokens(
-    criterion: str, store: ExitStore, policies: ExitPolicies | None, settings: CriterionSettings
+    criterion: str,
+    store: ExitStore,
+    policies: ExitPolicies | None,
+    settings: CriterionSettings,
+    heads: Heads | None,
 ) -> None:
     """Raises `ValueError` when a store of tokens, which has no logits, does not tell a criterion's scores."""
-    kept = {"state", "predictions", *(() if store.features is None else ("confidence",))}
+    kept = {"state", "predictions"}
+    if heads is not None:
+        kept |= {"logits", "confidence", "policy"}
+    if store.features is not None:
+        kept |= {"confidence", "policy"}
+    if policies is None or not policies.needs_logits:
+        kept.add("policy")
     if settings.input_ids is not None:
         kept.add("tokens")
-    if policies is None or not policies.needs_logits or store.features is not None:
-        kept.add("policy")
     accepted = sorted(name for name, cls in CRITERIA.items() if cls.looks_at <= kept)
     if criterion not in accepted:
         raise ValueError(

@@ -55,8 +55,9 @@ class ExitStore:
     features: Tensor | None = None
     token_losses: Tensor | None = None
     predictions: Tensor | None = None
-    rows: Tensor | None = None
-    may_exit: Tensor | None = None
+    # Both are tensors once the store is made.
+    rows: Tensor = None  # type: ignore[assignment]
+    may_exit: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -136,7 +137,6 @@ class ExitStore:
 
     def deciding(self, rows: Tensor | None = None) -> Tensor:
         """Numbers of the entries that can leave early, all or those of some rows (LongTensor) of the data set."""
-        assert self.rows is not None and self.may_exit is not None
         mine = self.may_exit if rows is None else self.may_exit & torch.isin(self.rows, rows)
         return mine.nonzero().squeeze(1)
 
