@@ -180,10 +180,11 @@ class TestThresholdsForDepths:
 def known():
     """A language model with estimators, its tokens one by one, and the same tokens stored."""
     names = sorted({*ESTIMATORS} - {"token_hash"})
-    model, rows = tiny_llama(policy_inputs="both", exit_estimators=names), instructions(12, seed=1)
+    model = tiny_llama(policy_inputs="both", exit_head="untied", exit_estimators=names)
+    rows = instructions(12, seed=1)
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in model.exit_estimators.parameters():
+        for parameter in [*model.exit_estimators.parameters(), *model.exit_heads.parameters()]:
             parameter.normal_(0.0, 0.3)
         tokens = text_tokens(model, rows)
     return model, tokens, collect(model, rows)
