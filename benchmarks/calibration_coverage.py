@@ -33,14 +33,14 @@ from tqdm.auto import tqdm
 
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.budget import calibrate_budget
+from transformers_cee.calibration.points import CalibratedPoint
 from transformers_cee.calibration.risk import calibrate_risk
 from transformers_cee.calibration.scores import ExitScores, excess_risk
-from transformers_cee.calibration.thresholds import ExitThresholds
 from transformers_cee.evaluation.report import markdown_table
 from transformers_cee.files import write_json, write_text
 
 
-Calibrate = Callable[[ExitScores], ExitThresholds]
+Calibrate = Callable[[ExitScores], CalibratedPoint]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

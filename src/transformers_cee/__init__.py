@@ -25,7 +25,7 @@ _PUBLIC = {
     "ExitCriterion": "exits.criteria",
     "ExitStep": "exits.criteria",
     "ExitStore": "stores.store",
-    "ExitThresholds": "calibration.thresholds",
+    "CalibratedPoint": "calibration.points",
     "HeadsObjective": "training.heads_objectives",
     "HeadsStep": "training.heads_objectives",
     "LlamaCeeConfig": "models.llama_cee",

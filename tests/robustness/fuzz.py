@@ -95,7 +95,7 @@ def thresholds(generator: random.Random, folder: Path) -> Iterator[Input]:
     from tiny import tiny_config, tiny_model
 
     from transformers_cee.calibration.agreement import calibrate_agreement
-    from transformers_cee.calibration.thresholds import ExitThresholds
+    from transformers_cee.calibration.points import CalibratedPoint
 
     scores = population(200, exits=6)
     base = calibrate_agreement(scores, 0.1).check(scores).to_dict()
@@ -106,7 +106,7 @@ def thresholds(generator: random.Random, folder: Path) -> Iterator[Input]:
         text = mutations.text_of(values)
 
         def read(text: str = text) -> None:
-            found = ExitThresholds.from_dict(json.loads(text))
+            found = CalibratedPoint.from_dict(json.loads(text))
             found.check(scores)
             found.save_to(model, "point")
             model(ids, exit_threshold="point")

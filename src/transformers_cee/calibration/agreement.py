@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformers_cee.calibration.points import CalibratedPoint, calibrated_point, exits_off
 from transformers_cee.calibration.risk import certified_threshold
 from transformers_cee.calibration.scores import ExitScores, unit_weights
-from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
 from transformers_cee.exits.numbers import share
 
 
@@ -87,7 +87,7 @@ def calibrate_agreement(
     delta: float = 0.05,
     coverage: str = "max",
     published: bool = False,
-) -> ExitThresholds:
+) -> CalibratedPoint:
     """Thresholds for an agreement with full depth of at least 1 − epsilon.
 
     Args:
@@ -104,7 +104,7 @@ def calibrate_agreement(
         published (`bool`): of `"conformal"`.
 
     Returns:
-        `ExitThresholds`: with exits off, and the reason, when there are too few rows for the promise.
+        `CalibratedPoint`: with exits off, and the reason, when there are too few rows for the promise.
 
     Raises:
         ValueError: epsilon or delta outside of (0, 1), or an unknown method.
@@ -115,10 +115,10 @@ def calibrate_agreement(
     levels = {"epsilon": epsilon}
     internal = scores.num_exits - 1
     if internal == 0:
-        return found_thresholds(scores, [], "agreement", levels, method)
+        return calibrated_point(scores, [], "agreement", levels, method)
     if method == "running":
         found = running_agreement(scores.oriented, scores.disagrees, epsilon, coverage)
-        return found_thresholds(scores, found, "agreement", levels, f"running_agreement_{coverage}_coverage")
+        return calibrated_point(scores, found, "agreement", levels, f"running_agreement_{coverage}_coverage")
     if method == "conformal":
         name = "conformal_published" if published else "conformal"
         shared: float | None = conformal_agreement(scores.oriented, scores.disagrees, epsilon, published)
@@ -139,4 +139,4 @@ def calibrate_agreement(
         needed = math.ceil(min(wanted, 2.0**53) - 1e-9)
         reason = f"{units} {rows} are too few for an agreement of {1 - epsilon:g}; it takes at least {needed}."
         return exits_off(scores, "agreement", levels, name, reason, units)
-    return found_thresholds(scores, [shared] * internal, "agreement", levels, name, units)
+    return calibrated_point(scores, [shared] * internal, "agreement", levels, name, units)

@@ -18,8 +18,8 @@ from scipy.special import softmax
 from scipy.stats import norm
 from torch import Tensor
 
+from transformers_cee.calibration.points import CalibratedPoint, calibrated_point, exits_off
 from transformers_cee.calibration.scores import ExitScores, just_below, leave_at, orient, own_thresholds
-from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
 from transformers_cee.exits.numbers import number, numbers, share
 
 
@@ -161,7 +161,7 @@ def calibrate_budget(
     delta: float = 0.02,
     batch_rows: int | None = None,
     risks: Sequence[float] | Tensor | None = None,
-) -> ExitThresholds:
+) -> CalibratedPoint:
     """Thresholds that keep the mean cost of a row within a budget.
 
     Args:
@@ -210,9 +210,9 @@ def calibrate_budget(
         spread = math.sqrt(1 / len(scores) + 1 / (batch_rows or len(scores)))
         margin = max(0.0, float(norm.ppf(1 - delta))) * spread
         found = _within_budget(oriented, risks, prices, budget, beta, margin)
-        return found_thresholds(scores, found, "budget", levels, method)
+        return calibrated_point(scores, found, "budget", levels, method)
     rates = eero_rates(risks, prices, budget, beta)
-    return found_thresholds(scores, eero_thresholds(oriented, rates, noise=0.0), "budget", levels, method)
+    return calibrated_point(scores, eero_thresholds(oriented, rates, noise=0.0), "budget", levels, method)
 
 
 def _within_budget(
@@ -246,17 +246,17 @@ def _within_budget(
     return found
 
 
-def with_rejection(thresholds: ExitThresholds, scores: ExitScores, rate: float) -> ExitThresholds:
+def with_rejection(thresholds: CalibratedPoint, scores: ExitScores, rate: float) -> CalibratedPoint:
     """The same thresholds with one at the last exit, below which a row is not answered (EERO's reject rule).
 
     Args:
-        thresholds (`ExitThresholds`): a calibration.
+        thresholds (`CalibratedPoint`): a calibration.
         scores (`ExitScores`): of calibration rows, with `last_scores`.
         rate (`float`): share of all rows to reject at most, in (0, 1): of those that come to the last exit, the ones
             with the lowest scores. When fewer come, all of them.
 
     Returns:
-        `ExitThresholds`: of which `rejected` tells the rows; figures of an earlier `check` are dropped.
+        `CalibratedPoint`: of which `rejected` tells the rows; figures of an earlier `check` are dropped.
 
     Raises:
         ValueError: a rate outside of (0, 1), or scores without `last_scores` or of another criterion.

@@ -18,8 +18,8 @@ from scipy.special import rel_entr
 from scipy.stats import binom
 from torch import Tensor
 
+from transformers_cee.calibration.points import CalibratedPoint, calibrated_point, exits_off
 from transformers_cee.calibration.scores import ExitScores, unit_weights
-from transformers_cee.calibration.thresholds import ExitThresholds, exits_off, found_thresholds
 from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.numbers import numbers, share
 from transformers_cee.stores.scoring import exits_taken
@@ -155,7 +155,7 @@ def calibrate_risk(
     delta: float = 0.05,
     p_value: str = "hoeffding_bentkus",
     grid: Sequence[float] | None = None,
-) -> ExitThresholds:
+) -> CalibratedPoint:
     """Lowest threshold whose risk is at most `level`, with probability at least 1 − delta over calibration rows.
 
     Args:
@@ -166,7 +166,7 @@ def calibrate_risk(
         grid (sequence of `float`, *optional*): the criterion's thresholds to test, safest first; all by default.
 
     Returns:
-        `ExitThresholds`: with exits off, and the reason, when not even the safest threshold passes.
+        `CalibratedPoint`: with exits off, and the reason, when not even the safest threshold passes.
 
     Raises:
         ValueError: a level or delta outside of (0, 1), losses outside of what the p-value accepts, or a bad grid.
@@ -178,12 +178,12 @@ def calibrate_risk(
     if grid is None:
         found = certified_threshold(scores.oriented, scores.losses, level, delta, p_value, scores.groups)
         if found is not None:
-            return found_thresholds(scores, [found] * (scores.num_exits - 1), "risk", levels, method, units)
+            return calibrated_point(scores, [found] * (scores.num_exits - 1), "risk", levels, method, units)
     else:
         count = _certified_in_grid(scores, grid, level, delta, p_value)
         if count:
             own = check_thresholds(scores.criterion, float(grid[count - 1]), scores.num_exits)
-            return ExitThresholds(scores.criterion, own, "risk", levels, method, units, scores.alpha)
+            return CalibratedPoint(scores.criterion, own, "risk", levels, method, units, scores.alpha)
     full = scores.mean(scores.losses[:, -1])
     reason = (
         f"{units} calibration rows do not certify the risk {scores.risk!r} at {level} with probability {1 - delta:g}, "

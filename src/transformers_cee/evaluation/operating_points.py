@@ -26,7 +26,8 @@ Metrics = Callable[[EvalPrediction], dict[str, float]]
 
 @dataclass
 class OperatingPoint:
-    """What a model does with one criterion at one threshold.
+    """An operating point (a criterion and its thresholds), measured: what the model does there. One that was chosen
+    for a promise, before anything was measured, is a `CalibratedPoint`.
 
     Args:
         criterion (`str`): exit criterion.

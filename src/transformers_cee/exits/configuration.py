@@ -87,7 +87,8 @@ class ExitConfigMixin(ConfigLoadingMixin):
         exit_estimators (`list[str]`, *optional*):
             Criteria whose fitted estimators the model carries, see `transformers_cee.exits.estimators`.
         exit_operating_points (`dict[str, dict]`, *optional*):
-            Calibrated thresholds by name, for `exit_threshold="name"`: `criterion`, `thresholds`, and their promise.
+            Operating points by name, for `exit_threshold="name"`: `criterion`, `thresholds` and what calibration says
+            of them, see `CalibratedPoint`.
         exit_budget (`float`, *optional*):
             Default mean depth as a share of all layers, of policies conditioned on the price of a layer; used when
             neither a threshold nor another criterion is asked for.

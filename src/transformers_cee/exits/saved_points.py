@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Fields of calibrated thresholds and of fitted budgets, as configs and files hold them."""
+"""Fields of operating points and of fitted budgets, as configs and files hold them."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ _NEEDED_LEVELS = {"agreement": ("epsilon",), "budget": ("budget", "costs"), "ris
 
 
 def check_point(point: Mapping[str, Any], needed: Sequence[str], where: str, num_exits: int | None = None) -> None:
-    """Raises `ValueError` for calibrated thresholds with a field that is missing, unknown, or not of its kind.
+    """Raises `ValueError` for an operating point with a field that is missing, unknown, or not of its kind.
 
     Args:
-        point (`Mapping`): fields as `ExitThresholds` has them.
+        point (`Mapping`): fields as `CalibratedPoint` has them.
         needed (sequence of `str`): fields that must be there.
         where (`str`): what they belong to, for the message.
         num_exits (`int`, *optional*): exits of the model, the last included.

@@ -10,7 +10,7 @@ import pytest
 from mutations import WRONG_VALUES, mutated
 from populations import population
 
-from transformers_cee import ExitThresholds, calibrate_agreement, calibrate_budget, calibrate_risk
+from transformers_cee import CalibratedPoint, calibrate_agreement, calibrate_budget, calibrate_risk
 from transformers_cee.calibration.budget import with_rejection
 
 
@@ -31,7 +31,7 @@ def test_one_wrong_field(values):
         if path[0] == "held_out" and len(path) > 1:
             continue
         try:
-            found = ExitThresholds.from_dict(changed)
+            found = CalibratedPoint.from_dict(changed)
         except ValueError as error:
             refused += 1
             assert str(path[0]) in str(error) or "levels" in str(error), (path, changed, str(error))
@@ -48,4 +48,4 @@ def test_one_wrong_field(values):
 @pytest.mark.parametrize("values", [value for value in WRONG_VALUES if not isinstance(value, dict)])
 def test_no_dictionary(values):
     with pytest.raises(ValueError, match="must be a dictionary"):
-        ExitThresholds.from_dict(values)
+        CalibratedPoint.from_dict(values)

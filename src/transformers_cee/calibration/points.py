@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What calibration gives: thresholds, the promise they were chosen for, and what became of it on other rows."""
+"""What calibration gives: an operating point, the promise it was chosen for, and what became of it on other rows."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,8 +17,9 @@ from transformers_cee.stores.scoring import exits_taken
 
 
 @dataclass
-class ExitThresholds:
-    """Thresholds of one criterion for one promise.
+class CalibratedPoint:
+    """An operating point (a criterion and its thresholds) that was chosen for a promise. A model keeps such points by
+    name in `config.exit_operating_points`; what was measured at a point is an [`OperatingPoint`] of `evaluation`.
 
     Args:
         criterion (`str`): exit criterion.
@@ -52,7 +53,7 @@ class ExitThresholds:
     held_out: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        check_point(vars(self), [one.name for one in fields(self)], "ExitThresholds")
+        check_point(vars(self), [one.name for one in fields(self)], "CalibratedPoint")
         self.thresholds = check_thresholds(self.criterion, self.thresholds, len(self.thresholds))
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class ExitThresholds:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ExitThresholds":
+    def from_dict(cls, values: dict[str, Any]) -> "CalibratedPoint":
         """Back from `to_dict`.
 
         Raises:
@@ -90,7 +91,7 @@ class ExitThresholds:
         passes = CRITERIA[self.criterion].passes(scores.last_scores, self.thresholds[-1])
         return (exits == scores.num_exits - 1) & ~passes
 
-    def check(self, scores: ExitScores) -> "ExitThresholds":
+    def check(self, scores: ExitScores) -> "CalibratedPoint":
         """Walks other rows than those of the calibration and keeps the figures in `held_out`: `rows`, `depth` (mean
         exit layer), `agreement` with the last exit, `risk` (mean loss, if labels are known), of a budget `mean_cost`
         and `used_budget` (its share of the budget), with rejection `rejected` (a share) and `risk_answered`, and
@@ -150,7 +151,7 @@ class ExitThresholds:
         return exits_taken(self.criterion, self.thresholds, scores.scores)
 
     def save_to(self, model: Any, name: str) -> None:
-        """Makes the thresholds an operating point of a model, to be asked for as `exit_threshold=name` and kept by
+        """Makes this an operating point of a model, to be asked for as `exit_threshold=name` and kept by
         `save_pretrained`.
 
         Args:
@@ -170,18 +171,18 @@ class ExitThresholds:
         config.exit_operating_points = {**config.exit_operating_points, name: self.to_dict()}
 
 
-def found_thresholds(
+def calibrated_point(
     scores: ExitScores,
     thresholds: Sequence[float] | Tensor,
     promise: str,
     levels: dict[str, Any],
     method: str,
     rows: int | None = None,
-) -> ExitThresholds:
+) -> CalibratedPoint:
     """The result of a calibration from thresholds (exits − 1,) for oriented scores."""
     off = CRITERIA[scores.criterion].off
     own = [*own_thresholds(scores.criterion, thresholds, scores.oriented), off]
-    return ExitThresholds(scores.criterion, own, promise, levels, method, rows or len(scores), scores.alpha)
+    return CalibratedPoint(scores.criterion, own, promise, levels, method, rows or len(scores), scores.alpha)
 
 
 def exits_off(
@@ -192,10 +193,10 @@ def exits_off(
     reason: str,
     rows: int | None = None,
     warn: bool = True,
-) -> ExitThresholds:
+) -> CalibratedPoint:
     """The result of a calibration that found nothing better than full depth, and why; with a warning."""
     if warn:
         warnings.warn(f"Exits are off: {reason}", stacklevel=3)
     thresholds = [CRITERIA[scores.criterion].off] * scores.num_exits
     count = rows or len(scores)
-    return ExitThresholds(scores.criterion, thresholds, promise, levels, method, count, scores.alpha, reason)
+    return CalibratedPoint(scores.criterion, thresholds, promise, levels, method, count, scores.alpha, reason)

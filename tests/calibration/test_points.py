@@ -14,7 +14,7 @@ from populations import population
 from tiny import collate, collate_text, instructions, pad, random_rows, task, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from transformers_cee import ExitThresholds, calibrate_agreement, calibrate_budget, calibrate_risk, score_store
+from transformers_cee import CalibratedPoint, calibrate_agreement, calibrate_budget, calibrate_risk, score_store
 from transformers_cee.calibration.budget import with_rejection
 from transformers_cee.evaluation.operating_points import hindsight_point
 from transformers_cee.stores.filling import collect_exits
@@ -54,13 +54,13 @@ class TestCheck:
         for wrong in (49, 50, 51):
             disagrees[:wrong, 0] = True
             some = replace(rows, disagrees=disagrees, losses=disagrees.float())
-            found = ExitThresholds("max_probability", [0.0, 1.0], promise, levels, "test", 1)
+            found = CalibratedPoint("max_probability", [0.0, 1.0], promise, levels, "test", 1)
             assert found.check(some).held_out["kept"] == (wrong <= 50)
 
     def test_groups(self):
         rows = replace(population(6, exits=2), groups=torch.tensor([0, 0, 0, 0, 0, 1]))
         rows = replace(rows, disagrees=torch.tensor([[False, False]] * 5 + [[True, False]]))
-        found = ExitThresholds("max_probability", [0.0, 1.0], "agreement", {"epsilon": 0.1}, "test", 1)
+        found = CalibratedPoint("max_probability", [0.0, 1.0], "agreement", {"epsilon": 0.1}, "test", 1)
         assert found.check(rows).held_out["agreement"] == 0.5
 
     def test_errors(self):
@@ -87,17 +87,17 @@ class TestJson:
             off = calibrate_risk(rows, 0.01)
         rejecting = with_rejection(calibrate_budget(rows, 4.0), rows, 0.1).check(rows)
         for found in (calibrate_agreement(rows, 0.1), rejecting, off):
-            again = ExitThresholds.from_dict(json.loads(json.dumps(found.to_dict())))
+            again = CalibratedPoint.from_dict(json.loads(json.dumps(found.to_dict())))
             assert again == found and again.alpha == 0.01
         assert "held_out" not in off.to_dict() and "reason" not in rejecting.to_dict()
 
     def test_errors(self):
         values = calibrate_agreement(population(400), 0.1).to_dict()
         with pytest.raises(ValueError, match="`values` has the fields"):
-            ExitThresholds.from_dict({**values, "speed": 2})
+            CalibratedPoint.from_dict({**values, "speed": 2})
         del values["method"]
         with pytest.raises(ValueError, match="`values` has the fields"):
-            ExitThresholds.from_dict(values)
+            CalibratedPoint.from_dict(values)
 
 
 class TestOperatingPoints:
@@ -113,7 +113,7 @@ class TestOperatingPoints:
         calibrate_agreement(scores, 0.2, "running").save_to(model, "agreement-0.8")
         model.save_pretrained(tmp_path)
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-        assert ExitThresholds.from_dict(again.config.exit_operating_points["budget-3"]) == found
+        assert CalibratedPoint.from_dict(again.config.exit_operating_points["budget-3"]) == found
         batch = pad(random_rows(20, seed=3))
         named = again(**batch, exit_threshold="budget-3")
         numbers = model(**batch, exit_criterion=criterion, exit_threshold=found.thresholds)
