@@ -1,0 +1,310 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What every family can do, whatever leaves and when: loading and saving, learning, adapters, precision, pipelines."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import families
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from tiny import training_arguments
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, pipeline
+from transformers.models.auto import modeling_auto
+
+from transformers_cee import ConsistentEETrainer, collect_exits, exit_lora_config
+from transformers_cee.families import MODELS
+from transformers_cee.hub.remote_code import REMOTE_CODE_FILE
+
+
+FAMILIES = list(MODELS)
+TASKS = {"encoder": "SEQ_CLS", "decoder": "CAUSAL_LM", "image": None}
+PROBLEM = "single_label_classification"
+
+
+def learnable(model_type, count=6):
+    """Rows with labels, as data sets hold them, and a collator for them."""
+    made = families.rows(model_type, count, seed=4, lengths=(5,) * count)
+    rows = [{name: value[0].tolist() for name, value in row.items()} for row in made]
+    decoder = families.kind_of(model_type) == "decoder"
+    for number, row in enumerate(rows):
+        row["labels"] = row["input_ids"] if decoder else number % 3
+
+    def collate(given):
+        return {name: torch.tensor([row[name] for row in given]) for name in given[0]}
+
+    return Dataset.from_list(rows), collate
+
+
+def labelled(model_type, count=6):
+    """A batch with labels."""
+    dataset, collate = learnable(model_type, count)
+    return collate(list(dataset))
+
+
+def everything(model_type, model, inputs):
+    """What a model makes of a batch: results of every way to leave."""
+    with torch.no_grad():
+        outputs = [model(**inputs), model(**inputs, exit_threshold=0.5), model(**inputs, exit_threshold=0.0)]
+    return [tensor for output in outputs for tensor in (output.logits, output.exit_layers)]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_entry(model_type):
+    assert model_type in families.FAMILIES, "a family needs an entry in tests/common/families.py"
+    config, stock = families.config(model_type), families.stock_config(model_type)
+    assert config.model_type == model_type and config.exit_threshold is None
+    assert isinstance(config, type(stock)) and stock.model_type == MODELS[model_type].stock
+    assert families.model(model_type).layer_numbers == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_saved_and_loaded_bit_by_bit(model_type, tmp_path):
+    model = families.model(model_type, exit_layers=[1, 3], exit_threshold=[0.2, 0.3, 1.0])
+    model.save_pretrained(tmp_path)
+    entry, weights = MODELS[model_type], model.state_dict()
+    autos = [AutoModel, *(getattr(modeling_auto, name) for name in entry.auto_classes)]
+    for load in (type(model), *autos):
+        again, info = load.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(again) is type(model)
+        assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert again.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is type(model.config) and config.exit_layer_numbers == [1, 3, 4]
+    assert config.exit_threshold == [0.2, 0.3, 1.0]
+    assert type(autos[1].from_config(config)) is type(model)
+    inputs = labelled(model_type)
+    assert all(map(torch.equal, everything(model_type, again.eval(), inputs), everything(model_type, model, inputs)))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_saved_file_hands_out_the_classes(model_type, tmp_path):
+    """What `trust_remote_code` runs, run here."""
+    config_class, model_class = families.classes(model_type)
+    families.model(model_type).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    found: dict = {}
+    exec((tmp_path / REMOTE_CODE_FILE).read_text(), found)
+    assert set(auto_map) == {"AutoConfig", "AutoModel", *MODELS[model_type].auto_classes}
+    for auto, reference in auto_map.items():
+        assert reference.startswith(REMOTE_CODE_FILE.removesuffix("py"))
+        assert found[reference.rpartition(".")[2]] is (config_class if auto == "AutoConfig" else model_class)
+
+
+REFUSED = {
+    "exit_layers": (9, r"`exit_layers`=9 as a stride must lie in 1\.\.4"),
+    "exit_threshold": (1.5, r"`exit_threshold`=1.5"),
+    "exit_criterion": ("hope", r"`exit_criterion`='hope'"),
+    "policy_inputs": ("all", r"`policy_inputs`='all'"),
+    "policy_hidden_size": (0, r"`policy_hidden_size`=0"),
+    "exit_budget": (2.0, r"`exit_budget`=2.0"),
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_fields_out_of_range_are_refused(model_type):
+    config = families.config(model_type)
+    for name, (value, message) in REFUSED.items():
+        with pytest.raises(ValueError, match=message):
+            families.config(model_type, **{name: value})
+        changed = families.config(model_type)
+        setattr(changed, name, value)
+        with pytest.raises(ValueError, match=message):
+            families.classes(model_type)[1](changed)
+    with pytest.raises(ValueError, match="`exit_threshold` has 2 values"):
+        families.classes(model_type)[1](config)(**families.rows(model_type, 1)[0], exit_threshold=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_checkpoints_of_other_architectures_are_refused(model_type, tmp_path):
+    kinds = [one for one in FAMILIES if MODELS[one].stock != MODELS[model_type].stock]
+    other = next((one for one in kinds if families.kind_of(one) == families.kind_of(model_type)), kinds[0])
+    families.stock_config(other).save_pretrained(tmp_path / "stock")
+    families.config(other).save_pretrained(tmp_path / "ours")
+    config_class, model_class = families.classes(model_type)
+    own = rf"accepted are '{model_type}', '{MODELS[model_type].stock}'"
+    for folder, name in (("stock", MODELS[other].stock), ("ours", other)):
+        for load in (model_class, config_class):
+            with pytest.raises(ValueError, match=rf"`model_type`='{name}'.*{own}"):
+                load.from_pretrained(tmp_path / folder)
+    with pytest.raises(TypeError, match=config_class.__name__):
+        model_class(families.stock_config(model_type))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_step_of_training_reaches_every_exit(model_type):
+    model, batch = families.model(model_type).train(), labelled(model_type)
+    output = model(**batch)
+    assert output.exit_layers.unique().tolist() == [model.config.num_hidden_layers]
+    output.loss.backward()
+    exits = [name for name, _ in model.named_parameters() if name.startswith(("exit_heads", "exit_norms"))]
+    layers = {name.split("layer_")[1].split(".")[0] for name in exits}
+    assert {"1", "2", "3"} <= layers
+    trained = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    for name in exits:
+        assert trained[name].abs().max() > 0, name
+    lacking = [name for name, _ in model.named_parameters() if name not in trained]
+    assert all("exit_policies" in name or "pooler" in name for name in lacking), lacking
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter -= 1e-3 * trained[name]
+    assert model(**batch).loss < output.loss
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_trainer_runs_its_phases(model_type, tmp_path):
+    dataset, collate = learnable(model_type)
+    model = families.model(model_type)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = training_arguments(tmp_path, policy_num_train_epochs=1, phases=["heads", "policy"])
+    ConsistentEETrainer(model, arguments, train_dataset=dataset, data_collator=collate).train()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name].to(value), value)}
+    for layer in (1, 2, 3):
+        mine = {name for name in before if f"layer_{layer}." in name and name.startswith("exit_")}
+        for part in ("exit_heads" if families.kind_of(model_type) != "decoder" else "exit_norms", "exit_policies"):
+            assert any(name.startswith(part) for name in mine & changed), (layer, part)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_stored_exits_are_what_the_model_says(model_type):
+    model, (dataset, collate) = families.model(model_type), learnable(model_type)
+    store = collect_exits(model, dataset, collate, Accelerator(cpu=True), problem_type=PROBLEM, batch_size=4)
+    output = model(**collate(list(dataset)), output_all_exits=True)
+    assert store.layers.tolist() == [1, 2, 3, 4]
+    torch.testing.assert_close(store.states, output.all_exit_states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(store.losses, output.all_exit_losses, rtol=1e-5, atol=1e-5)
+    # Five tokens predict four.
+    count = 4 if families.kind_of(model_type) == "decoder" else 1
+    assert store.rows.tolist() == [row for row in range(6) for _ in range(count)]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_lora(model_type):
+    family, task = families.FAMILIES[model_type], TASKS[families.kind_of(model_type)]
+    stock = MODELS[model_type].stock
+    assert LORA_TARGETS.get(model_type) == LORA_TARGETS.get(stock)
+    assert (family.lora_targets is None) is (stock in LORA_TARGETS)
+    targets = {} if family.lora_targets is None else {"target_modules": list(family.lora_targets)}
+    with warnings.catch_warnings():
+        # PEFT asks for what newer versions of transformers call something else.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(families.model(model_type), exit_lora_config(task, r=2, **targets)).eval()
+    inputs, plain = labelled(model_type), families.model(model_type)
+    same = everything(model_type, adapted, inputs), everything(model_type, plain, inputs)
+    for ours, theirs in zip(*same, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.1)
+    expected = everything(model_type, adapted, inputs)
+    assert not torch.allclose(expected[0], same[0][0], atol=1e-3)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is type(plain) and not any("lora" in name for name in merged.state_dict())
+    for ours, theirs in zip(everything(model_type, merged, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_half_precision(model_type, dtype):
+    model, rows = families.model(model_type).to(dtype), families.rows(model_type, 6)
+    inputs = families.batch(model_type, rows)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    for criterion in ("policy", "max_probability"):
+        output = model(**inputs, exit_criterion=criterion, exit_threshold=0.5)
+        assert output.logits.dtype == dtype and output.logits.isfinite().all()
+        assert output.exit_layers.shape == output.logits.shape[:-1]
+        assert output.exit_probabilities.dtype == torch.float32
+    full = families.model(model_type)(**families.batch(model_type, rows)).logits
+    close = model(**inputs).logits.float()
+    assert float((close - full).abs().mean() / full.abs().mean()) < 0.1
+    if families.kind_of(model_type) == "decoder":
+        for skipped_kv in ("copy", "deferred"):
+            text = families.batch(model_type, rows, "left")
+            tokens = model.generate(**text, max_new_tokens=4, exit_threshold=0.5, skipped_kv=skipped_kv)
+            assert tokens.shape[0] == 6
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(model_type):
+    supported = families.stock_model(model_type).supports_gradient_checkpointing
+    assert supported is families.FAMILIES[model_type].checkpoints
+    plain, saving = families.model(model_type).train(), families.model(model_type).train()
+    # `gradient_checkpointing_enable` is its name in older versions of transformers.
+    enable = getattr(saving, "activation_checkpointing_enable", None) or saving.gradient_checkpointing_enable
+    if not supported:
+        with pytest.raises(ValueError, match="does not support"):
+            enable()
+        return
+    enable({"use_reentrant": False})
+    batch, runs = labelled(model_type), []
+    for model in (plain, saving):
+        calls = []
+        norms = [one for name, one in model.named_modules() if "norm" in name.lower() and not name.startswith("exit_")]
+        handles = [one.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for one in norms]
+        model(**batch).loss.backward()
+        for handle in handles:
+            handle.remove()
+        runs.append(len(calls))
+    assert runs[1] > runs[0], "layers must be computed again"
+    for (name, one), (_, other) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def words():
+    """A tokenizer of as many words as the tiny models know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["[PAD]", "[BOS]", "[EOS]", *(f"w{number}" for number in range(3, families.VOCABULARY))]
+    made = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="w7"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="w7",
+        model_input_names=["input_ids", "attention_mask"], padding_side="left",
+    )  # fmt: skip
+
+
+TEXTS = ["w3 w9 w20 w41", "w5 w6", "w11 w12 w50 w33 w21 w7"]
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+@torch.no_grad()
+def test_pipelines_of_texts(model_type):
+    model, tokenizer = families.model(model_type), words()
+    tokenizer.padding_side = "right"
+    for task in ("early-exit-text-classification", "text-classification"):
+        classify = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+        given = classify(TEXTS, exit_threshold=0.5, exit_criterion="max_probability", batch_size=3)
+        for text, result in zip(TEXTS, given, strict=True):
+            inputs = tokenizer(text, return_tensors="pt")
+            output = model(**inputs, exit_threshold=0.5, exit_criterion="max_probability")
+            assert result["label"] == model.config.id2label[int(output.logits.argmax())]
+            assert abs(result["score"] - float(output.logits.softmax(-1).max())) < 1e-4
+            assert task == "text-classification" or result["exit_layer"] == int(output.exit_layers)
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("decoder"))
+def test_pipelines_of_generation(model_type):
+    model, tokenizer = families.model(model_type, eos_token_id=None), words()
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    special = {"suppress_tokens": [0, 1, 2]}
+    options = {"max_new_tokens": 4, "do_sample": False, "exit_threshold": 0.3, **special}
+    for text, result in zip(TEXTS, write(TEXTS, batch_size=3, return_full_text=False, **options), strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert result[0]["generated_text"].split() == tokenizer.decode(tokens).split() != []
