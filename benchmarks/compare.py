@@ -44,7 +44,7 @@ class Run:
         options: of `run_glue_cee.py`; paths still without the data folder.
         start: objective whose model of the same task and seed it continues.
         criteria: exit criteria to evaluate; all of them by default.
-        policy_alphas: prices of a layer for which policies are trained apart, in the evaluation.
+        policies_at: prices of a layer for which policies are trained apart, in the evaluation.
     """
 
     task: str
@@ -53,7 +53,7 @@ class Run:
     options: dict[str, Any]
     start: str | None = None
     criteria: list[str] | None = None
-    policy_alphas: list[float] = field(default_factory=list)
+    policies_at: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ def read_runs(args: argparse.Namespace) -> list[Run]:
     for task, about in config["tasks"].items():
         for objective, how in config["objectives"].items():
             options = {**config["options"], **about["options"], **how["options"]}
-            others = {name: how[name] for name in ("start", "criteria", "policy_alphas") if name in how}
+            others = {name: how[name] for name in ("start", "criteria", "policies_at") if name in how}
             runs += [Run(task, objective, seed, options, **others) for seed in about["seeds"]]
     seeds = sorted({run.seed for run in runs})
     for name, known in (("tasks", config["tasks"]), ("objectives", config["objectives"]), ("seeds", seeds)):
@@ -145,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> None:
         figures = {"task": run.task, "objective": run.objective, "seed": run.seed}
         if run.criteria != []:
             write_held_out_scores(folder)
-        write_results(figures | evaluate_run(folder, words, run.policy_alphas, run.criteria), path)
+        write_results(figures | evaluate_run(folder, words, run.policies_at, run.criteria), path)
         print(f"{run.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
 
 

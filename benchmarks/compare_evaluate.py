@@ -98,7 +98,9 @@ class Evaluation:
         for alpha in alphas:
             set_seed(args.seed)
             policies = make_policies(config, store.layers.tolist())
-            rewards = StoredRewards.of(store, memorized, config, loss=args.reward_loss, alpha=alpha)
+            rewards = StoredRewards.of(
+                store, memorized, config, reward=args.reward, loss=args.reward_loss, alpha=alpha
+            )
             self.train_policies(policies, rewards)
             family[alpha] = policies.eval()
         return family
@@ -109,7 +111,8 @@ class Evaluation:
         set_seed(args.seed)
         policies = make_policies(config, store.layers.tolist())
         memorized = memorized_layers(store.correct, store.layers)
-        rewards = StoredRewards.of(store, memorized, config, loss=args.reward_loss, is_conditioned=True)
+        named = {"reward": args.reward, "loss": args.reward_loss}
+        rewards = StoredRewards.of(store, memorized, config, is_conditioned=True, **named)
         self.train_policies(policies, rewards)
         return policies.eval()
 

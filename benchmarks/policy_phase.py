@@ -27,7 +27,7 @@ from transformers_cee.stores.filling import collect_exits, length_sorted_batches
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_loss
 from transformers_cee.training.policy_phase import StoredRewards
-from transformers_cee.training.rewards import layer_reward
+from transformers_cee.training.rewards import RewardStep, hardness_guided
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,8 +71,8 @@ def main() -> None:
     )
     filling = time.perf_counter() - start
     hardness = memorized_layers(store.correct, store.layers)
-    price = (config.num_hidden_layers, config.reward_alpha, config.reward_hardness)
-    data = StoredRewards(store, layer_reward(store.losses, store.layers, hardness, *price))
+    price = (config.num_hidden_layers, config.reward_alpha)
+    data = StoredRewards(store, hardness_guided(RewardStep(store.losses, store.layers, hardness, *price)))
 
     def stored_epoch() -> None:
         for indices in torch.randperm(len(data)).split(args.batch_size):
@@ -83,7 +83,7 @@ def main() -> None:
             batch = collator([rows[index] for index in indices])
             with torch.no_grad():
                 output = model(**batch, output_all_exits=True)
-            rewards = layer_reward(output.all_exit_losses, store.layers, hardness[indices], *price)
+            rewards = hardness_guided(RewardStep(output.all_exit_losses, store.layers, hardness[indices], *price))
             features = all_features(output.all_exit_logits) if policies.needs_logits else None
             update(output.all_exit_states, rewards, features)
 

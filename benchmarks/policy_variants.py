@@ -42,7 +42,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any], dict[str, Any], str], ...] = (
     ("state, error", {"policy_inputs": "state"}, {}, "train"),
     ("confidence, CE", {}, {"reward_loss": "ce"}, "train"),
     ("confidence, error", {}, {}, "train"),
-    ("confidence, error, no hardness", {"reward_hardness": False}, {}, "train"),
+    ("confidence, error, no hardness", {}, {"reward": "per_layer"}, "train"),
     ("both, error", {"policy_inputs": "both"}, {}, "train"),
     ("confidence, error, optimal stopping", {}, {"policy_gradient": "optimal_stopping"}, "train"),
     ("confidence, error, α as input", {"policy_condition": "input"}, {}, "train"),

@@ -23,7 +23,6 @@ EXIT_FIELDS = (
     "policy_activation",
     "policy_condition",
     "reward_alpha",
-    "reward_hardness",
 )
 
 
@@ -60,7 +59,6 @@ class CheckpointArguments:
         default=None, metadata={"help": "none, or policies that serve any speed: input or film."}
     )
     reward_alpha: float | None = field(default=None, metadata={"help": "Weight of a layer in the reward."})
-    reward_hardness: bool | None = field(default=None, metadata={"help": "Scale alpha by 1 - M/L."})
 
     def __post_init__(self) -> None:
         if self.float32_matmul_precision not in MATMUL_PRECISIONS:
@@ -104,7 +102,7 @@ class EvaluationArguments:
         default_factory=lambda: ["max_probability", "entropy", "patience"],
         metadata={"help": "Exit criteria that ConsistentEE is compared with. Those that need it are fitted on dev."},
     )
-    policy_alphas: list[float] = field(
+    policies_at: list[float] = field(
         default_factory=list,
         metadata={"help": "Also train policies for these reward weights; per depth, dev picks the one to use."},
     )

@@ -27,7 +27,6 @@ LM_EXIT_FIELDS = (
     "policy_activation",
     "policy_condition",
     "reward_alpha",
-    "reward_hardness",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -84,6 +84,7 @@ CARD_ARGUMENTS = (
     "policy_num_train_epochs",
     "policy_gradient",
     "policy_holdout",
+    "reward",
     "reward_loss",
     "consistent_num_rounds",
     "consistent_num_train_epochs",

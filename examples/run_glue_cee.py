@@ -67,6 +67,7 @@ CARD_ARGUMENTS = (
     "policy_num_train_epochs",
     "policy_gradient",
     "policy_holdout",
+    "reward",
     "reward_loss",
     "consistent_num_rounds",
     "consistent_num_train_epochs",
@@ -144,7 +145,7 @@ def compare_on_test(
     config, tokenizer = model.config, trainer.processing_class
     stores = {name: trainer.collect_exits(rows, name) for name, rows in splits.items() if name != "train"}
     dev = stores.pop("validation")
-    family = trainer.train_policies_at(args.policy_alphas) if args.policy_alphas else {}
+    family = trainer.train_policies_at(args.policies_at) if args.policies_at else {}
     baselines = [name for name in args.baselines if not (corpus.is_regression and CRITERIA[name].needs_classes)]
     left_out = [name for name in args.baselines if name not in baselines]
     if left_out:

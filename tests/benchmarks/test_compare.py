@@ -187,7 +187,7 @@ def evaluated(tmp_path_factory):
         "objectives": {
             "layer_weighted": {
                 "options": {"phases": ["heads", "hardness", "policy"]},
-                "policy_alphas": [0.01, 0.1],
+                "policies_at": [0.01, 0.1],
             },
         },
     }
@@ -245,7 +245,7 @@ def test_evaluated_criteria_are_timed(evaluated):
 def test_models_of_which_no_criterion_is_asked(evaluated):
     root, stage, path = evaluated
     config = yaml.safe_load((root / "compare.yaml").read_text())
-    config["objectives"]["layer_weighted"] |= {"criteria": [], "policy_alphas": []}
+    config["objectives"]["layer_weighted"] |= {"criteria": [], "policies_at": []}
     (root / "plain.yaml").write_text(yaml.safe_dump(config))
     compare.main(["evaluate", str(root / "plain.yaml"), *stage[2:-1], str(root / "plain")])
     plain, found = (json.loads((folder / path.name).read_text()) for folder in (root / "plain", path.parent))

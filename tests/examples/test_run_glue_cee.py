@@ -187,16 +187,16 @@ def test_yaml_with_overrides(checkpoint, questions, tmp_path):
     }
     config.write_text(yaml.safe_dump(options))
     model, data, evaluation, training = parse_arguments(
-        [str(config), "--output_dir", str(tmp_path / "b"), "--phases", "heads", "--reward_hardness", "false"]
+        [str(config), "--output_dir", str(tmp_path / "b"), "--phases", "heads", "--reward", "per_layer"]
     )
     assert training.output_dir == str(tmp_path / "b")
     assert training.phases == ["heads"]
-    assert training.policy_learning_rate == 1e-4
+    assert (training.policy_learning_rate, training.reward) == (1e-4, "per_layer")
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
     assert data.max_train_samples is None
     assert evaluation.timing_batch_sizes == [4, 1]
     assert model.exit_options() == {
-        "exit_layers": 2, "exit_pooling": "mean", "exit_norm": "layer_norm", "reward_hardness": False,
+        "exit_layers": 2, "exit_pooling": "mean", "exit_norm": "layer_norm",
     }  # fmt: skip
 
 

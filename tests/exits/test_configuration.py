@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from transformers_cee import BertCeeConfig, LlamaCeeConfig
+from transformers_cee.exits import config_loading
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.configuration import (
     DecoderExitConfigMixin,
@@ -24,7 +27,6 @@ SHARED = {
     "policy_activation": "gelu",
     "policy_inputs": "state",
     "reward_alpha": 0.02,
-    "reward_hardness": True,
 }
 OWN = {
     BertCeeConfig: {"exit_threshold": None, "exit_pooling": "cls", "exit_norm": "none"},
@@ -120,3 +122,22 @@ def test_what_trainer_leaves_out_of_predictions():
         LlamaCeeConfig.keys_to_ignore_at_inference
     )
     assert CACHE_NAME not in BertCeeConfig.keys_to_ignore_at_inference
+
+
+class TestFieldsThatTrainingHasNow:
+    """Configs of older folders, which have them, go on to load."""
+
+    @pytest.mark.parametrize("config", OWN)
+    @pytest.mark.parametrize("value", [True, False])
+    def test_are_dropped(self, config, value, tmp_path, caplog):
+        config_loading.logger.warning_once.cache_clear()
+        config(num_hidden_layers=4).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "reward_hardness": value}))
+        for _ in range(3):
+            loaded = config.from_pretrained(tmp_path)
+        assert not hasattr(loaded, "reward_hardness") and "reward_hardness" not in loaded.to_dict()
+        said = [one for one in caplog.messages if "reward_hardness" in one]
+        warning = "`reward_hardness`=False of a config is ignored: `reward` of `ConsistentEETrainingArguments`"
+        # Once, and only what would have made a difference.
+        assert len(said) == (0 if value else 1) and all(one.startswith(warning) for one in said)

@@ -26,9 +26,21 @@ from tiny import (
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_cee import ConsistentEETrainer
+from transformers_cee.training.rewards import REWARDS
 
 
 EVALUATES = {"eval_strategy": "epoch"}
+OWN_REWARDS = {
+    "two_exits": lambda step: -step.losses[:, :2],
+    "squared_price": lambda step: -step.losses - step.alpha**2 * step.layers,
+    "no_number": lambda step: step.losses * float("nan"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_rewards(monkeypatch):
+    for name, reward in OWN_REWARDS.items():
+        monkeypatch.setitem(REWARDS, name, reward)
 
 
 def adapted(model, task_type, **fields):
@@ -168,13 +180,17 @@ REFUSED = {
         lambda folder: encoder(folder, trainer={"callbacks": [EarlyStoppingCallback()]}, **EVALUATES),
         r"`EarlyStoppingCallback` needs `metric_for_best_model`",
     ),
-    "an own reward of conditioned policies": (
+    "a reward of another shape": (
+        lambda folder: encoder(folder, reward="two_exits"),
+        r"`reward`='two_exits' gave shape \(3, 2\), needed a tensor of \(3, 4\)",
+    ),
+    "a reward that conditioned policies cannot have": (
         lambda folder: encoder(
             folder,
             model=tiny_model(num_hidden_layers=4, policy_condition="film"),
-            trainer={"reward_function": lambda losses, *_: -losses},
+            reward="squared_price",
         ),
-        r"`reward_function` knows no α",
+        r"`reward`='squared_price' is not linear in `alpha`.*`policy_condition`='none'",
     ),
     "no token that may leave": (
         lambda folder: text(
@@ -457,6 +473,6 @@ class TestNumbers:
         assert all(torch.equal(value, trainer.model.state_dict()[key]) for key, value in before.items())
 
     def test_policies(self, tmp_path):
-        trainer = encoder(tmp_path, trainer={"reward_function": lambda losses, *_: losses * float("nan")})
+        trainer = encoder(tmp_path, reward="no_number")
         with pytest.raises(ValueError, match=r"The loss of step 1 in .*policy is nan"):
             trainer.train_policy()

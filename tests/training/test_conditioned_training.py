@@ -16,7 +16,8 @@ from transformers_cee.evaluation.comparison import budget_curve
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.evaluation.timing import measure_wall_clock
 from transformers_cee.exits.policy import ExitPolicies
-from transformers_cee.training.policy_phase import JUDGED_ALPHAS, PolicyObjective
+from transformers_cee.training.policy_phase import JUDGED_ALPHAS, PolicyObjective, StoredRewards
+from transformers_cee.training.rewards import REWARDS
 
 
 def slow_loss(policies, states, rewards, prices, alphas, num_layers):
@@ -62,8 +63,12 @@ class TestObjective:
         assert float(loss) == pytest.approx(sum(slow) / len(slow), rel=1e-4)
 
 
+# Untrained heads have memorised nothing, and what is as hard as can be pays no price.
+PRICED = {"reward": "per_layer"}
+
+
 def conditioned(**fields):
-    fields = {"policy_condition": "film", "policy_alphas": [0.01, 3.0], "reward_hardness": False, **fields}
+    fields = {"policy_condition": "film", "policy_alphas": [0.01, 3.0], **fields}
     return tiny_model(num_hidden_layers=4, **fields)
 
 
@@ -71,7 +76,7 @@ class TestTrainer:
     def test_one_model_many_depths(self, tmp_path):
         """Trained once, a higher price is a shallower depth, and budgets are kept on the rows they were fitted on."""
         trainer = tiny_trainer(
-            tmp_path, conditioned(), phases=["policy"], policy_num_train_epochs=60, policy_learning_rate=2e-2
+            tmp_path, conditioned(), phases=["policy"], policy_num_train_epochs=60, policy_learning_rate=2e-2, **PRICED
         )
         trainer.train()
         points = trainer.model.config.exit_budgets
@@ -93,7 +98,7 @@ class TestTrainer:
         assert measure_wall_clock(again, [batch], [{"exit_budget": budget}], repeats=1)[0] > 0
 
     def test_curve_by_budget(self, tmp_path):
-        trainer = tiny_trainer(tmp_path, conditioned(), phases=["policy"], policy_num_train_epochs=40)
+        trainer = tiny_trainer(tmp_path, conditioned(), phases=["policy"], policy_num_train_epochs=40, **PRICED)
         trainer.train()
         dev = trainer.collect_exits(trainer.eval_dataset)
         curve = budget_curve(trainer.model.exit_policies, dev, dev, trainer.compute_metrics, [1.5, 2.0, 2.5, 4.0])
@@ -105,7 +110,7 @@ class TestTrainer:
             assert float(layers.float().mean()) == pytest.approx(point.depth)
 
     def test_all_phases(self, tmp_path):
-        trainer = tiny_trainer(tmp_path, conditioned(policy_inputs="both"), eval_strategy="epoch")
+        trainer = tiny_trainer(tmp_path, conditioned(policy_inputs="both"), eval_strategy="epoch", **PRICED)
         results = trainer.train()
         assert list(results.phases) == ["heads", "hardness", "policy", "consistent-1-model", "consistent-1-policy"]
         trainer.evaluate()
@@ -113,9 +118,9 @@ class TestTrainer:
 
     @pytest.mark.parametrize("objective", ["expected", "sampled"])
     def test_decoder(self, tmp_path, objective):
-        model = tiny_llama(policy_condition="input", policy_alphas=[0.01, 3.0], reward_hardness=False)
+        model = tiny_llama(policy_condition="input", policy_alphas=[0.01, 3.0])
         trainer = tiny_text_trainer(
-            tmp_path, model, consistent_objective=objective, consistent_samples=2, policy_num_train_epochs=20
+            tmp_path, model, consistent_objective=objective, consistent_samples=2, policy_num_train_epochs=20, **PRICED
         )
         trainer.train()
         points = trainer.model.config.exit_budgets
@@ -159,11 +164,20 @@ class TestTrainer:
         with pytest.raises(ValueError, match=r"`eval_dataset`=None must be a data set"):
             trainer.fit_exit_budgets()
 
-    def test_an_own_reward_has_no_price(self, tmp_path):
-        reward = {"reward_function": lambda losses, layers, memorized, number: -losses}
-        trainer = tiny_trainer(tmp_path, conditioned(), trainer=reward, phases=["policy"])
-        with pytest.raises(ValueError, match=r"`reward_function` knows no α.*`policy_condition`='film'"):
-            trainer.train()
+    def test_an_own_reward(self, tmp_path, monkeypatch):
+        """What it costs at α = 1 is the difference that α makes."""
+
+        def own(step):
+            return -2 * step.losses - step.alpha * step.layers**2
+
+        monkeypatch.setitem(REWARDS, "own", own)
+        trainer = tiny_trainer(tmp_path, conditioned(), reward="own", phases=["policy"])
+        trainer.train()
+        store = trainer.collect_exits(trainer.train_dataset)
+        memorized = trainer.compute_hardness()
+        found = StoredRewards.of(store, memorized, trainer.model.config, reward="own", is_conditioned=True)
+        assert torch.equal(found.rewards, -2 * store.losses)
+        torch.testing.assert_close(found.prices, torch.tensor([[1.0, 4.0, 9.0, 16.0]]).expand(len(store), 4))
 
 
 def test_budgets_of_one_speed_are_refused(tmp_path):

@@ -14,6 +14,7 @@ from text_steps import ROWS, SGD, is_policy
 from tiny import changed, collate_text, instructions, tiny_llama, tiny_text_trainer, weights
 
 from transformers_cee.training.policy_phase import PolicyObjective, StoredRewards
+from transformers_cee.training.rewards import REWARDS
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ class TestPolicy:
     @pytest.mark.parametrize("loss,hardness", [("ce", True), ("error", False), ("disagreement", True)])
     def test_step(self, tmp_path, learned, inputs, loss, hardness):
         """One step on all tokens that may leave, against the gradient of the expected reward, token by token."""
-        model = learned(policy_inputs=inputs, reward_alpha=0.3, reward_hardness=hardness)
+        model = learned(policy_inputs=inputs, reward_alpha=0.3)
         twin, rows = copy.deepcopy(model), instructions(ROWS, seed=1)
         with torch.no_grad():
             tokens = text_tokens(twin, rows)
@@ -74,7 +75,8 @@ class TestPolicy:
                 reached = reached * (1 - p)
         (-expected / count).backward()
         options = {**SGD, "policy_learning_rate": 0.5, "policy_batch_size": 1000, "policy_num_train_epochs": 1}
-        trainer = tiny_text_trainer(tmp_path, model, rows=ROWS, reward_loss=loss, **options)
+        rule = "hardness_guided" if hardness else "per_layer"
+        trainer = tiny_text_trainer(tmp_path, model, rows=ROWS, reward=rule, reward_loss=loss, **options)
         trainer.train_policy()
         pairs = zip(model.exit_policies.named_parameters(), twin.exit_policies.parameters(), strict=True)
         for (name, parameter), own in pairs:
@@ -137,18 +139,19 @@ class TestPolicy:
         assert names and all(name.startswith("exit_policies.networks.layer_3.") for name in names)
         assert all(3.0 <= entry.get("eval_depth", 4.0) <= 4.0 for entry in trainer.state.log_history)
 
-    def test_user_reward(self, tmp_path):
+    def test_user_reward(self, tmp_path, monkeypatch):
         asked = []
 
-        def reward(losses, layers, memorized, num_layers):
-            asked.append((losses.shape, layers.tolist(), memorized.shape, num_layers))
-            return torch.where(torch.arange(4) == 1, 0.0, -1.0).expand(len(losses), 4)
+        def own(step):
+            asked.append((step.losses.shape, step.layers.tolist(), step.memorized_layers.shape, step.num_layers))
+            return torch.where(torch.arange(4) == 1, 0.0, -1.0).expand(len(step.losses), 4)
 
+        monkeypatch.setitem(REWARDS, "own", own)
         fields = {"policy_num_train_epochs": 60, "policy_learning_rate": 0.05}
-        trainer = tiny_text_trainer(tmp_path, rows=ROWS, trainer={"reward_function": reward}, **fields)
+        trainer = tiny_text_trainer(tmp_path, rows=ROWS, reward="own", **fields)
         trainer.train_policy()
         tokens = sum(label != -100 for labels in trainer.train_dataset["labels"] for label in labels)
-        assert asked == [((tokens, 4), [1, 2, 3, 4], (tokens,), 4)]
+        assert asked[-1] == ((tokens, 4), [1, 2, 3, 4], (tokens,), 4)
         trainer.evaluate(trainer.train_dataset)
         point = next(one for one in trainer.operating_points["eval"] if one.exit_threshold == 0.5)
         assert point.depth == 2.0, "the only exit that is rewarded"

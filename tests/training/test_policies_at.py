@@ -9,13 +9,14 @@ from tiny import changed, tiny_text_trainer, tiny_trainer, weights
 
 from transformers_cee.evaluation.operating_points import hindsight_point
 from transformers_cee.stores.scoring import score_exits
+from transformers_cee.training.rewards import REWARDS
 
 
 @pytest.mark.parametrize("make", [tiny_trainer, tiny_text_trainer])
 def test_a_higher_price_gives_a_shallower_policy_and_leaves_the_model_alone(make, tmp_path):
-    trainer = make(tmp_path, policy_num_train_epochs=40, policy_learning_rate=2e-2, phases=["policy"])
     # Untrained heads have memorised nothing, and what is as hard as can be pays no price.
-    trainer.model.config.reward_hardness = False
+    fields = {"reward": "per_layer", "policy_num_train_epochs": 40, "policy_learning_rate": 2e-2}
+    trainer = make(tmp_path, phases=["policy"], **fields)
     before = weights(trainer.model)
     family = trainer.train_policies_at([0.0, 3.0])
     assert list(family) == [0.0, 3.0]
@@ -35,8 +36,13 @@ def test_a_negative_price_is_refused_before_any_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reward_without_a_price_is_refused(tmp_path):
-    trainer = tiny_trainer(tmp_path, trainer={"reward_function": lambda losses, *about: -losses})
-    with pytest.raises(ValueError, match=r"`reward_function` knows no α that could be one of `alphas`=\[0.1\]"):
-        trainer.train_policies_at([0.1])
-    assert not list(tmp_path.iterdir())
+def test_an_own_reward_gets_each_price(tmp_path, monkeypatch):
+    asked = []
+
+    def own(step):
+        asked.append(step.alpha)
+        return -step.losses
+
+    monkeypatch.setitem(REWARDS, "own", own)
+    tiny_trainer(tmp_path, rows=8, reward="own").train_policies_at([0.3, 0.7])
+    assert asked[-2:] == [0.3, 0.7]

@@ -38,7 +38,7 @@ from transformers_cee.exits.policy import all_features, exit_log_distribution
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_exact
 from transformers_cee.training.policy_phase import StoredRewards
-from transformers_cee.training.rewards import layer_reward
+from transformers_cee.training.rewards import REWARDS, RewardStep, hardness_guided
 
 
 SGD = {
@@ -164,7 +164,7 @@ class TestRun:
         second = trainer.collect_exits(trainer.train_dataset)
         assert bool((second.losses.mean(0) < 0.9 * first.losses.mean(0)).all())
         memorized = memorized_layers(second.correct, second.layers)
-        rewards = layer_reward(second.losses, second.layers, memorized, 4, 0.02)
+        rewards = hardness_guided(RewardStep(second.losses, second.layers, memorized, 4, 0.02))
 
         def earned() -> float:
             with torch.no_grad():
@@ -299,9 +299,10 @@ class TestGradients:
     @pytest.mark.parametrize("reward_loss,hardness", [("ce", True), ("error", False)])
     def test_policy(self, tmp_path, reward_loss, hardness):
         """One step of the policy phase against the gradient of the expected reward, row by row."""
-        model = tiny_model(num_hidden_layers=4, reward_alpha=0.3, reward_hardness=hardness)
+        model = tiny_model(num_hidden_layers=4, reward_alpha=0.3)
         fields = {**SGD, "policy_learning_rate": 0.5, "policy_batch_size": 8, "policy_num_train_epochs": 1}
-        trainer = tiny_trainer(tmp_path, model, rows=8, reward_loss=reward_loss, **fields)
+        reward = "hardness_guided" if hardness else "per_layer"
+        trainer = tiny_trainer(tmp_path, model, rows=8, reward=reward, reward_loss=reward_loss, **fields)
         twin = tiny_model(num_hidden_layers=4)
         batch = collate(list(task(8, seed=1)))
         with torch.no_grad():
@@ -509,7 +510,6 @@ class TestHoldout:
             # The loss asks for the first row's labels on the way, to learn their kind.
             assert set(seen) - {heads[0]} == set(heads) - {heads[0]}
         used = []
-        trainer.reward_function = lambda losses, layers, memorized, depth: -losses
         from transformers_cee.training import policy_phase
 
         original = policy_phase.StoredRewards.__getitems__
@@ -523,37 +523,29 @@ class TestHoldout:
         assert set(used) == set(policies)
 
 
-class TestRewardFunction:
-    def test_is_asked(self, tmp_path):
+class TestOwnReward:
+    def test_is_asked(self, tmp_path, monkeypatch):
         asked = []
 
-        def reward(losses, layers, memorized, num_layers):
-            asked.append((losses.shape, layers.tolist(), memorized.shape, num_layers))
-            return torch.where(torch.arange(4) == 2, 0.0, -1.0).expand(len(losses), 4)
+        def own(step):
+            asked.append((step.losses.shape, step.layers.tolist(), step.memorized_layers.shape, step.num_layers))
+            return torch.where(torch.arange(4) == 2, 0.0, -1.0).expand(len(step.losses), 4)
 
+        monkeypatch.setitem(REWARDS, "own", own)
         fields = {"policy_num_train_epochs": 60, "policy_learning_rate": 0.02}
-        trainer = tiny_trainer(tmp_path, rows=16, trainer={"reward_function": reward}, **fields)
+        trainer = tiny_trainer(tmp_path, rows=16, reward="own", **fields)
         trainer.train_policy()
-        assert asked == [((16, 4), [1, 2, 3, 4], (16,), 4)]
+        assert asked[1:] == [((16, 4), [1, 2, 3, 4], (16,), 4)], "tried on made-up rows, then asked once"
         with torch.no_grad():
             output = trainer.model.eval()(**collate(list(trainer.train_dataset)), exit_threshold=0.5)
         assert output.exit_layers.tolist() == [3] * 16, "the only exit that is rewarded"
 
-    def test_gets_errors_on_request(self, tmp_path):
+    def test_gets_errors_on_request(self, tmp_path, monkeypatch):
         seen = []
-        trainer = tiny_trainer(
-            tmp_path,
-            rows=8,
-            reward_loss="error",
-            trainer={"reward_function": lambda errors, *_: seen.append(errors) or -errors},
-        )
+        monkeypatch.setitem(REWARDS, "own", lambda step: seen.append(step.losses) or -step.losses)
+        trainer = tiny_trainer(tmp_path, rows=8, reward_loss="error", reward="own")
         trainer.train_policy()
-        assert set(seen[0].flatten().tolist()) == {0.0, 1.0}
-
-    def test_wrong_shape(self, tmp_path):
-        trainer = tiny_trainer(tmp_path, rows=8, trainer={"reward_function": lambda losses, *_: losses[:, :2]})
-        with pytest.raises(ValueError, match=r"reward_function.*\(8, 2\).*\(8, 4\)"):
-            trainer.train_policy()
+        assert set(seen[-1].flatten().tolist()) == {0.0, 1.0}
 
 
 class TestStores:

@@ -15,6 +15,7 @@ def test_defaults():
     args = ConsistentEETrainingArguments(report_to="none", use_cpu=True)
     assert args.phases == ["heads", "hardness", "policy", "consistent"]
     assert (args.heads_objective, args.policy_gradient, args.reward_loss) == ("layer_weighted", "exact", "ce")
+    assert args.reward == "hardness_guided"
     assert (args.policy_holdout, args.policy_exploration, args.policy_entropy_bonus) == (0.0, 0.0, 0.0)
     assert (args.consistent_objective, args.consistent_num_rounds) == ("expected", 1)
     assert args.eval_exit_thresholds == [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -28,6 +29,7 @@ def test_defaults():
         ({"phases": []}, "phases.*heads"),
         ({"heads_objective": "first"}, "heads_objective.*first.*layer_weighted"),
         ({"policy_gradient": "guess"}, "policy_gradient.*guess.*reinforce"),
+        ({"reward": "none"}, "`reward`='none' is unknown; accepted are hardness_guided, per_layer"),
         ({"reward_loss": "mse"}, "reward_loss.*mse.*error.*disagreement"),
         ({"consistent_objective": "all"}, "consistent_objective.*all.*sampled"),
         ({"policy_holdout": 1.0}, r"policy_holdout.*1\.0"),

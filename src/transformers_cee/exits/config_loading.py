@@ -14,6 +14,9 @@ from transformers_cee.exits.fields import shown
 
 logger = logging.get_logger(__name__)
 
+# Fields that configs once had and training arguments have now, with the value that needs no word.
+_MOVED = {"reward_hardness": (True, "reward")}
+
 
 class ConfigLoadingMixin:
     """Loads configs of our own and of the stock architecture, and no others; mix in before `PreTrainedConfig`."""
@@ -70,6 +73,22 @@ class ConfigLoadingMixin:
             drop_unfit(config, saved.exit_layer_numbers, given)
         config.check_exits()
         return found
+
+
+def drop_moved(values: dict[str, Any]) -> None:
+    """Takes fields that are training arguments by now out of what a config is made from; warns once of a value that
+    was not the default.
+
+    Args:
+        values (`dict`): changed in place.
+    """
+    for name, (default, argument) in _MOVED.items():
+        value = values.pop(name, default)
+        if value != default:
+            logger.warning_once(
+                f"`{name}`={shown(value)} of a config is ignored: `{argument}` of `ConsistentEETrainingArguments` "
+                "has taken its place."
+            )
 
 
 def _damaged(config_class: Any, values: dict[str, Any], given: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers_cee.exits.cache_name import CACHE_NAME
-from transformers_cee.exits.config_loading import ConfigLoadingMixin
+from transformers_cee.exits.config_loading import ConfigLoadingMixin, drop_moved
 from transformers_cee.exits.fields import (
     MAX_LAYERS,
     Kind,
@@ -57,7 +57,6 @@ _KINDS = {
     "policy_activation": text,
     "policy_alphas": Kind(_are_alphas, "two rising positive numbers"),
     "reward_alpha": number(0),
-    "reward_hardness": flag,
     "exit_head_rank": whole(1),
     "copy_exit_states": flag,
 }
@@ -107,10 +106,8 @@ class ExitConfigMixin(ConfigLoadingMixin):
         policy_alphas (`list[float]`, *optional*, defaults to `[0.0005, 0.5]`):
             Lowest and highest α that conditioned policies learn.
         reward_alpha (`float`, *optional*, defaults to 0.02):
-            Weight α of one layer in the reward `−CE − α·l`; what conditioned policies are asked for where no budget
-            says otherwise.
-        reward_hardness (`bool`, *optional*, defaults to `True`):
-            Scale α by `1 − M/L`, with M the memorized layer of the training row.
+            Price α of one layer in the reward of policies that are trained for one price; what conditioned policies
+            are asked for where no budget says otherwise.
     """
 
     exit_layers: int | list[int] | None = None
@@ -128,7 +125,6 @@ class ExitConfigMixin(ConfigLoadingMixin):
     policy_condition: str = "none"
     policy_alphas: list[float] = field(default_factory=lambda: [0.0005, 0.5])
     reward_alpha: float = 0.02
-    reward_hardness: bool = True
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_layers",
@@ -142,6 +138,7 @@ class ExitConfigMixin(ConfigLoadingMixin):
     ]
 
     def __post_init__(self, **kwargs: Any) -> None:
+        drop_moved(kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         # The config of a stock checkpoint becomes ours: it would otherwise keep the stock name until it is saved.
         self.check_model_type(self.model_type)

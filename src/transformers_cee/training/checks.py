@@ -23,8 +23,9 @@ from transformers_cee.training.parameters import (
     freeze_for_model_step,
     keeping_requires_grad,
 )
-from transformers_cee.training.policy_phase import check_policies_learn, check_reward_function
+from transformers_cee.training.policy_phase import check_policies_learn
 from transformers_cee.training.rehearsal import first_batch, rehearse_evaluation, take_rows
+from transformers_cee.training.rewards import check_reward
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
@@ -207,7 +208,7 @@ def _check_exits(trainer: Any, phases: set[str]) -> None:
                 "to decide."
             )
         check_policies_learn(policies)
-        check_reward_function(trainer.reward_function, model.config)
+        check_reward(args.reward, model.layer_numbers, model.config.num_hidden_layers, policies.is_conditioned)
         operating_point(model)
     own = [weight for part in (model.exit_heads, model.exit_norms) for weight in active_module(part).parameters()]
     if "heads" in phases and trainer.model is not model and own and not any(one.requires_grad for one in own):

@@ -47,6 +47,7 @@ CARD_ARGUMENTS = (
     "policy_learning_rate",
     "policy_num_train_epochs",
     "policy_holdout",
+    "reward",
     "reward_loss",
     "consistent_objective",
     "consistent_num_rounds",

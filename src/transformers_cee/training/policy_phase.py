@@ -22,7 +22,7 @@ from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.labels import FiniteLoss
 from transformers_cee.training.objectives import closed_before, policy_loss
-from transformers_cee.training.rewards import RewardFunction, layer_prices, layer_reward
+from transformers_cee.training.rewards import RewardStep, rewards_and_prices, rewards_of
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
@@ -106,37 +106,31 @@ class StoredRewards(Dataset):
         memorized: Tensor,
         config: Any,
         *,
+        reward: str = "hardness_guided",
         loss: str = "ce",
         alpha: float | None = None,
         is_conditioned: bool = False,
-        reward_function: RewardFunction | None = None,
         entries: Tensor | None = None,
     ) -> "StoredRewards":
-        """Rewards of a store by the fields of a config: at one α, or for conditioned policies at none, with prices.
+        """Rewards of a store: at one α, or for conditioned policies at none, with prices.
 
         Args:
             memorized (`LongTensor` of shape `(entries,)`): memorized layers.
-            config (`ExitConfigMixin`): gives `reward_alpha`, `reward_hardness` and the number of layers.
+            config (`ExitConfigMixin`): gives `reward_alpha` and the number of layers.
+            reward (`str`): a name of `REWARDS`.
             loss (`str`): `"ce"`, `"error"` or `"disagreement"`.
             alpha (`float`, *optional*): price of a layer; `config.reward_alpha` by default.
-            reward_function (`Callable`, *optional*): replaces the reward, see [`ConsistentEETrainer`].
 
         Raises:
-            ValueError: a `reward_function` for conditioned policies, or one whose result has the wrong shape.
+            ValueError: an unknown reward, one whose result has another shape or, for conditioned policies, one that is
+                not linear in α.
         """
-        losses = store.reward_losses(loss)
-        about = (store.layers, memorized, config.num_hidden_layers)
+        price = config.reward_alpha if alpha is None else alpha
+        step = RewardStep(store.reward_losses(loss), store.layers, memorized, config.num_hidden_layers, price)
         if is_conditioned:
-            check_reward_function(reward_function, config)
-            return cls(store, -losses, entries, layer_prices(*about, config.reward_hardness))
-        if reward_function is None:
-            price = config.reward_alpha if alpha is None else alpha
-            return cls(store, layer_reward(losses, *about, price, config.reward_hardness), entries)
-        rewards = reward_function(losses, *about)
-        if not isinstance(rewards, Tensor) or rewards.shape != losses.shape:
-            shape = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise ValueError(f"`reward_function` gave shape {shape}, needed a tensor of {tuple(losses.shape)}.")
-        return cls(store, rewards, entries)
+            rewards, prices = rewards_and_prices(reward, step)
+            return cls(store, rewards, entries, prices)
+        return cls(store, rewards_of(reward, step), entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -151,15 +145,6 @@ class StoredRewards(Dataset):
             if value is not None:
                 batch[name] = value[entries]
         return batch
-
-
-def check_reward_function(reward_function: RewardFunction | None, config: Any) -> None:
-    """Raises `ValueError` for a reward of the caller's own where policies are conditioned on α."""
-    if reward_function is not None and config.policy_condition != "none":
-        raise ValueError(
-            f"`reward_function` knows no α that policies could be conditioned on: "
-            f"`policy_condition`={config.policy_condition!r} must be 'none'."
-        )
 
 
 def check_policies_learn(policies: nn.Module) -> None:

@@ -37,7 +37,6 @@ from transformers_cee.training.parameters import (
 from transformers_cee.training.phases import HARDNESS, PhaseLog
 from transformers_cee.training.policy_phase import StoredRewards, at_rate, run_policy_phase, stored_metrics
 from transformers_cee.training.rehearsal import subset
-from transformers_cee.training.rewards import RewardFunction
 from transformers_cee.training.run_output import RunOutput
 from transformers_cee.training.stored_exits import StoredExitsTrainer
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
@@ -67,9 +66,6 @@ class ConsistentEETrainer(StoredExitsTrainer):
             `"exit_policies"`, and `"exit_heads"` and `"exit_norms"` where these are to learn. Or give `model_init`,
             which makes a fresh one for every `train()`.
         args ([`ConsistentEETrainingArguments`]): arguments.
-        reward_function (`Callable`, *optional*):
-            Replaces the reward: takes losses or errors (rows, exits), exit layers (exits,), memorized layers (rows,)
-            and the number of layers, and returns rewards (rows, exits). Of a decoder, rows are counted tokens.
         kwargs: those of [`EarlyExitTrainer`].
 
     Raises:
@@ -82,12 +78,9 @@ class ConsistentEETrainer(StoredExitsTrainer):
         self,
         model: nn.Module | None = None,
         args: ConsistentEETrainingArguments | None = None,
-        *,
-        reward_function: RewardFunction | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, **kwargs)
-        self.reward_function = reward_function
         self._phase: ModelPhase | None = None
 
     # The run
@@ -249,12 +242,8 @@ class ConsistentEETrainer(StoredExitsTrainer):
             `dict[float, ExitPolicies]`: policies by α, in evaluation mode.
 
         Raises:
-            ValueError: a negative α, or a `reward_function`, which knows of none.
+            ValueError: a negative α.
         """
-        if self.reward_function is not None:
-            raise ValueError(
-                f"`reward_function` knows no α that could be one of `alphas`={list(alphas)}; needed None."
-            )
         wrong = [alpha for alpha in alphas if alpha < 0]
         if wrong:
             raise ValueError(f"`alphas`={list(alphas)} must not be negative; got {wrong[0]}.")
@@ -446,10 +435,10 @@ class ConsistentEETrainer(StoredExitsTrainer):
             store,
             memorized,
             self._exit_model.config,
+            reward=self.args.reward,
             loss=self.args.reward_loss,
             alpha=alpha,
             is_conditioned=is_conditioned,
-            reward_function=self.reward_function,
             entries=entries,
         )
 

@@ -97,6 +97,8 @@ class ConsistentEETrainingArguments(TrainingArguments):
             of rows drawn at random until there are enough; their hardness is all that is computed. Defaults to all.
         policy_exploration (`float`): share of decisions taken by a fair coin while training. Off by default.
         policy_entropy_bonus (`float`): weight of the exit distribution's entropy. Off by default.
+        reward (`str`): a key of `REWARDS`: `"hardness_guided"` (default, the paper's `−CE_l − α·(1 − M/L)·l`) or
+            `"per_layer"` (`−CE_l − α·l`), with `reward_alpha` of the model's config as α.
         reward_loss (`str`): loss term of the reward: `"ce"` (the paper), `"error"`, or `"disagreement"`, the error
             when the last exit's prediction is taken for the truth.
         hardness_tolerance (`float`): in regression, the absolute error up to which a head counts as right.
@@ -148,6 +150,9 @@ class ConsistentEETrainingArguments(TrainingArguments):
     )
     policy_exploration: float = field(default=0.0, metadata={"help": "Share of decisions taken by a fair coin."})
     policy_entropy_bonus: float = field(default=0.0, metadata={"help": "Weight of the exit distribution's entropy."})
+    reward: str = field(
+        default="hardness_guided", metadata={"help": "Reward of leaving: hardness_guided or per_layer."}
+    )
     reward_loss: str = field(default="ce", metadata={"help": "Loss term of the reward: ce, error or disagreement."})
     hardness_tolerance: float = field(
         default=0.5, metadata={"help": "Absolute error up to which a regression head counts as right."}
@@ -179,6 +184,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
         """Raises `ValueError` for options of the phases that are unknown or out of their range; asked again before a
         run, since arguments may have been changed."""
         from transformers_cee.stores.store import REWARD_LOSSES
+        from transformers_cee.training.rewards import REWARDS
 
         unknown = [phase for phase in self.phases if phase not in PHASES]
         if unknown or not self.phases:
@@ -206,6 +212,7 @@ class ConsistentEETrainingArguments(TrainingArguments):
                 "`trainable`='exits' leaves as it is; 'uniform' trains the others."
             )
         self.make_token_loss()
+        REWARDS.find(self.reward)
         if not isinstance(self.eval_exit_thresholds, list | tuple):
             raise ValueError(f"`eval_exit_thresholds`={self.eval_exit_thresholds!r} must be a list of numbers.")
         for threshold in self.eval_exit_thresholds:

@@ -156,7 +156,6 @@ class TestOwnCheckpoints:
                 "policy_hidden_size": 5,
                 "policy_activation": "relu",
                 "reward_alpha": 0.3,
-                "reward_hardness": False,
             },
             {"num_labels": 1, "exit_threshold": 0.25},
         ],
@@ -205,7 +204,7 @@ class TestConfig:
         assert (config.exit_criterion, config.exit_threshold) == ("policy", None)
         assert (config.exit_pooling, config.exit_norm) == ("cls", "none")
         assert (config.policy_hidden_size, config.policy_activation, config.policy_inputs) == (32, "gelu", "state")
-        assert config.reward_hardness is True and config.model_type == "bert_cee"
+        assert config.model_type == "bert_cee"
 
     @pytest.mark.parametrize(
         "exit_layers,expected",
