@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from calibration_coverage import write_scores
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    set_seed,
+)
 
-from transformers_cee import BertForConsistentEE, ConsistentEETrainingArguments
+from transformers_cee import ConsistentEETrainingArguments
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
 from transformers_cee.evaluation.overthinking import overthinking
 from transformers_cee.evaluation.reliability import exit_reliability
@@ -66,7 +72,7 @@ class Evaluation:
         collator: makes padded batches.
     """
 
-    model: BertForConsistentEE
+    model: PreTrainedModel
     corpus: Corpus
     splits: Any
     stores: dict[str, ExitStore]
@@ -80,7 +86,7 @@ class Evaluation:
         corpus = load_corpus(data_args)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
-        model = BertForConsistentEE.from_pretrained(folder).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         stores = {name: ExitStore.load(folder / f"exits-{name}.safetensors") for name in SPLITS}
         fit_token_hash(model, splits["train"]["input_ids"], tokenizer.all_special_ids)
         return cls(model, corpus, splits, stores, training_args, DataCollatorWithPadding(tokenizer))
@@ -225,7 +231,7 @@ def write_held_out_scores(folder: Path) -> None:
     Args:
         folder: model folder with the exits of all splits.
     """
-    model = BertForConsistentEE.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     stores = [ExitStore.load(folder / f"exits-{split}.safetensors") for split in ("validation", "test")]
     for criterion in CALIBRATED:
         write_scores(

@@ -19,9 +19,8 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from transformers_cee import BertForConsistentEE
 from transformers_cee.exits.policy import all_features
 from transformers_cee.stores.filling import collect_exits, length_sorted_batches
 from transformers_cee.training.hardness import memorized_layers
@@ -32,7 +31,7 @@ from transformers_cee.training.rewards import RewardStep, hardness_guided
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a BertForConsistentEE checkpoint")
+    parser.add_argument("--model", required=True, help="folder of an encoder with exits")
     parser.add_argument("--train_file", required=True, help="csv with the columns sentence and label")
     parser.add_argument("--max_train_samples", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -53,7 +52,7 @@ def read_rows(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
 
 def main() -> None:
     args = parse_arguments()
-    model = BertForConsistentEE.from_pretrained(args.model).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
     rows = read_rows(args, model.config.label2id)
     collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(args.model))
     config, policies = model.config, model.exit_policies

@@ -47,8 +47,8 @@ class LanguageModelArguments(CheckpointArguments):
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA. Default: twice lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear layers that get LoRA matrices."}
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers that get LoRA matrices. Default: PEFT's for the architecture."}
     )
     exit_head: str | None = field(
         default=None, metadata={"help": "shared, norm, low_rank, untied or layernorm_linear."}
@@ -140,7 +140,7 @@ LMArguments = tuple[LanguageModelArguments, TextArguments, GenerationArguments, 
 def parse_arguments(argv: list[str]) -> LMArguments:
     """Command line to dataclasses; a leading .yaml or .json file stands for the options in it."""
     types = (LanguageModelArguments, TextArguments, GenerationArguments, ConsistentEETrainingArguments)
-    arguments = parse_dataclasses(types, argv, "Gives a LLaMA exits and measures text quality against speed.")
+    arguments = parse_dataclasses(types, argv, "Gives a decoder exits and measures text quality against speed.")
     if arguments[0].lora_r is not None and arguments[3].trainable == "exits":
         raise ValueError("`lora_r` needs `trainable` 'all': 'exits' leaves the layers, and LoRA in them, alone.")
     return arguments

@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Gives a LLaMA exits, trains them on instructions, summaries or plain text, and measures its answers and its speed.
+"""Gives a decoder exits, trains them on instructions, summaries or plain text, measures its answers and its speed.
 
     python examples/run_clm_cee.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --do_train --do_eval \\
         --dataset_name tatsu-lab/alpaca --output_dir runs/alpaca --trainable exits --exit_layers 10 15 20 25
@@ -48,12 +48,15 @@ from common import (
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     set_seed,
 )
 
-from transformers_cee import ConsistentEETrainer, LlamaCeeConfig, LlamaForConsistentEECausalLM
+from transformers_cee import ConsistentEETrainer
+from transformers_cee.auto import model_class_of
 from transformers_cee.evaluation.exit_budget import budgets_for_depths
 from transformers_cee.evaluation.generation import GenerationBenchmark, GenerationPoint
 from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
@@ -109,9 +112,15 @@ def load_tokenizer(args: LanguageModelArguments) -> Any:
     return tokenizer
 
 
-def load_config(args: LanguageModelArguments) -> LlamaCeeConfig:
-    """The checkpoint's config with the exits that were asked for."""
-    return LlamaCeeConfig.from_pretrained(args.model_name_or_path, **_source(args), **args.exit_options())
+def load_config(args: LanguageModelArguments) -> Any:
+    """The checkpoint's config with the exits that were asked for.
+
+    Raises:
+        ValueError: a checkpoint of an architecture that is given no exits; the message lists those that are.
+    """
+    name, source = args.model_name_or_path, _source(args)
+    model_class = model_class_of(name, "AutoModelForCausalLM", **source)
+    return model_class.config_class.from_pretrained(name, **source, **args.exit_options())
 
 
 def _source(args: LanguageModelArguments) -> dict[str, Any]:
@@ -119,19 +128,17 @@ def _source(args: LanguageModelArguments) -> dict[str, Any]:
     return source | ({"gguf_file": args.gguf_file} if args.gguf_file else {})
 
 
-def load_model(args: LanguageModelArguments, config: LlamaCeeConfig, tokenizer: Any) -> LlamaForConsistentEECausalLM:
+def load_model(args: LanguageModelArguments, config: Any, tokenizer: Any) -> PreTrainedModel:
     """The checkpoint with exits."""
     dtype = getattr(torch, args.dtype)
-    model = LlamaForConsistentEECausalLM.from_pretrained(
-        args.model_name_or_path, config=config, dtype=dtype, **_source(args)
-    )
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype, **_source(args))
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, name) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
     return model
 
 
-def add_lora(model: LlamaForConsistentEECausalLM, args: LanguageModelArguments, seed: int) -> Any:
+def add_lora(model: PreTrainedModel, args: LanguageModelArguments, seed: int) -> Any:
     """LoRA matrices (Hu et al., 2022) inside the layers, in place; they and the exits are what is trained.
 
     Returns:
@@ -156,7 +163,7 @@ def add_lora(model: LlamaForConsistentEECausalLM, args: LanguageModelArguments, 
 
 
 def make_trainer(
-    model: LlamaForConsistentEECausalLM, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
+    model: PreTrainedModel, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
 ) -> ConsistentEETrainer:
     return ConsistentEETrainer(
         model=model,
@@ -177,13 +184,13 @@ def depths_of_deciding(dev: ExitStore, depths: list[float]) -> list[float]:
     return [max(first, (depth * len(dev) - last * stay) / max(1, deciding)) for depth in depths]
 
 
-def pick_budgets(model: LlamaForConsistentEECausalLM, dev: ExitStore, depths: list[float]) -> list[float]:
+def pick_budgets(model: PreTrainedModel, dev: ExitStore, depths: list[float]) -> list[float]:
     """The budget for each wanted depth; it counts the tokens that may leave."""
     return budgets_for_depths(model.config.exit_budgets, depths_of_deciding(dev, depths), int(dev.layers[-1]))
 
 
 def pick_thresholds(
-    model: LlamaForConsistentEECausalLM, dev: ExitStore, criteria: list[str], depths: list[float]
+    model: PreTrainedModel, dev: ExitStore, criteria: list[str], depths: list[float]
 ) -> dict[str, dict[float, float]]:
     """Per criterion, the threshold by wanted depth, from the exits of known dev text."""
     layers = dev.layers.tolist()
@@ -198,7 +205,7 @@ def pick_thresholds(
 
 
 def make_benchmark(
-    model: LlamaForConsistentEECausalLM, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
+    model: PreTrainedModel, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
 ) -> GenerationBenchmark:
     """The test prompts, ready to be answered."""
     args, training_args = arguments[2], arguments[3]
@@ -291,7 +298,7 @@ def curve_metrics(curves: dict[str, list[GenerationPoint]]) -> list[str]:
     return names if "agreement" in names else ["identical", *names]
 
 
-def timing_note(benchmark: GenerationBenchmark, model: LlamaForConsistentEECausalLM) -> str:
+def timing_note(benchmark: GenerationBenchmark, model: PreTrainedModel) -> str:
     threads = torch.get_num_threads()
     size = benchmark.timing_batch_sizes[0]
     where = f"{model.device.type}, {threads} thread{'s' if threads > 1 else ''}"
@@ -306,7 +313,7 @@ def print_tables(corpus: TextCorpus, results: dict[str, Any]) -> None:
 
 
 def write_card(
-    corpus: TextCorpus, results: dict[str, Any], arguments: LMArguments, config: LlamaCeeConfig, figure: str | None
+    corpus: TextCorpus, results: dict[str, Any], arguments: LMArguments, config: Any, figure: str | None
 ) -> None:
     """README.md of the model folder, from what was measured."""
     model_args, data_args, _, training_args = arguments

@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Fine-tunes a BERT with exits on GLUE or on your own files and measures accuracy against speed.
+"""Fine-tunes an encoder with exits on GLUE or on your own files and measures accuracy against speed.
 
     python examples/run_glue_cee.py --model_name_or_path google-bert/bert-base-uncased --do_train --do_eval \\
         --task_name sst2 --output_dir runs/sst2 --exit_pooling mean --exit_norm layer_norm
@@ -40,9 +40,16 @@ from common import (
 )
 from glue_data import Corpus, load_corpus, make_compute_metrics
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    set_seed,
+)
 
-from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer
+from transformers_cee import ConsistentEETrainer
+from transformers_cee.auto import model_class_of
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
 from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
 from transformers_cee.evaluation.report import matched_depth_table, method_name, operating_points_table, write_results
@@ -75,17 +82,26 @@ CARD_ARGUMENTS = (
 )
 
 
-def load_config(args: ModelArguments) -> BertCeeConfig:
-    """The checkpoint's config with the exits that were asked for."""
-    source = {"cache_dir": args.cache_dir, "revision": args.model_revision}
-    config = BertCeeConfig.from_pretrained(args.model_name_or_path, **source, **args.exit_options())
+def _source(args: ModelArguments) -> dict[str, Any]:
+    return {"cache_dir": args.cache_dir, "revision": args.model_revision}
+
+
+def load_config(args: ModelArguments) -> Any:
+    """The checkpoint's config with the exits that were asked for.
+
+    Raises:
+        ValueError: a checkpoint of an architecture that is given no exits; the message lists those that are.
+    """
+    name, source = args.model_name_or_path, _source(args)
+    model_class = model_class_of(name, "AutoModelForSequenceClassification", **source)
+    config = model_class.config_class.from_pretrained(name, **source, **args.exit_options())
     if config.exit_threshold is None and config.exit_criterion == "policy":
         # Without a threshold in its config the model would leave at none of the exits that it learns here.
         config.exit_threshold = 0.5
     return config
 
 
-def match_corpus(corpus: Corpus, config: BertCeeConfig, args: ModelArguments, trains: bool) -> bool:
+def match_corpus(corpus: Corpus, config: Any, args: ModelArguments, trains: bool) -> bool:
     """Gives corpus and config the same classes, those of the checkpoint where it knows them; says what is new.
 
     Returns:
@@ -113,16 +129,15 @@ def match_corpus(corpus: Corpus, config: BertCeeConfig, args: ModelArguments, tr
     return match.is_new
 
 
-def load_model(args: ModelArguments, config: BertCeeConfig, new_heads: bool) -> BertForConsistentEE:
+def load_model(args: ModelArguments, config: Any, new_heads: bool) -> PreTrainedModel:
     """The checkpoint with exits."""
     # Training needs float32 weights, also from a checkpoint saved in half precision; --bf16 and --fp16 autocast.
-    return BertForConsistentEE.from_pretrained(
+    return AutoModelForSequenceClassification.from_pretrained(
         args.model_name_or_path,
         config=config,
         dtype=torch.float32,
         ignore_mismatched_sizes=new_heads,
-        cache_dir=args.cache_dir,
-        revision=args.model_revision,
+        **_source(args),
     )
 
 
@@ -219,7 +234,7 @@ def write_card(
     comparisons: dict[str, Comparison],
     timing: str | None,
     arguments: Arguments,
-    config: BertCeeConfig,
+    config: Any,
     figure: str | None,
 ) -> None:
     """README.md of the model folder, from what was measured."""

@@ -311,3 +311,29 @@ def test_task_is_registered_as_transformers_would(caplog):
     assert task["impl"] is transformers_cee.EarlyExitTextClassificationPipeline
     assert task["pt"] == (transformers.AutoModelForSequenceClassification,)
     assert "already registered" not in caplog.text
+
+
+@pytest.mark.parametrize("model_type", sorted(auto.MODELS))
+def test_the_model_class_of_a_checkpoint(model_type, tmp_path):
+    """Of a stock checkpoint and of our own, from its config alone."""
+    entry = auto.MODELS[model_type]
+    for kind in (model_type, entry.stock):
+        AutoConfig.for_model(kind).save_pretrained(tmp_path)
+        for auto_class in entry.auto_classes:
+            found = auto.model_class_of(str(tmp_path), auto_class)
+            assert f"{found.__module__}.{found.__name__}" == entry.model
+            assert found.config_class.model_type == model_type
+
+
+def test_a_checkpoint_without_a_family_is_refused(tmp_path):
+    accepted = r"accepted are .*'llama' and 'llama_cee' \(LlamaForConsistentEECausalLM\)"
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"`model_type`='gpt2' of .*{tmp_path.name} has no model .*; {accepted}"):
+        auto.model_class_of(str(tmp_path), "AutoModelForCausalLM")
+    BertConfig().save_pretrained(tmp_path)
+    hint = r"For 'bert' there is BertForConsistentEE \(AutoModelForSequenceClassification\)"
+    with pytest.raises(ValueError, match=rf"{accepted}.*\. {hint}\.$"):
+        auto.model_class_of(str(tmp_path), "AutoModelForCausalLM")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`model_type`=None of "):
+        auto.model_class_of(str(tmp_path), "AutoModelForCausalLM")

@@ -15,7 +15,7 @@ import importlib
 from contextlib import suppress
 from typing import Any
 
-from transformers_cee.families import MODELS
+from transformers_cee.families import MODELS, family_of
 
 
 EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
@@ -61,6 +61,24 @@ def register_family(model_type: str) -> None:
     register_peft()
     # Last: until all is done, other threads do it themselves.
     _registered.add(model_type)
+
+
+def model_class_of(checkpoint: str, auto_class: str, **hub_arguments: Any) -> Any:
+    """The model class that gives a checkpoint exits, or has given it some; its `config_class` is that of the config.
+
+    Args:
+        checkpoint (`str`): folder or Hub name, with or without exits.
+        auto_class (`str`): the Auto class of transformers for the task, such as `"AutoModelForCausalLM"`.
+        hub_arguments: of `from_pretrained`, such as `revision`, `cache_dir` and `gguf_file`.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: a model type that has no model with exits for this task.
+    """
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint, **hub_arguments)
+    return _load(MODELS[family_of(values.get("model_type"), auto_class, checkpoint)].model)
 
 
 def register_models(model_type: str) -> None:
