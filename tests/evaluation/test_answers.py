@@ -17,7 +17,6 @@ from transformers_cee.evaluation.answers import (
     TeacherForced,
     answer,
     pad_left,
-    similar_length_batches,
     teacher_forced,
 )
 
@@ -120,7 +119,3 @@ def test_agreement_by_hand(model, prompts, settings):
     result = teacher_forced(model, prompts, full, 2, pad=0, **settings)
     assert (result.matches, result.decided) == (matches, decided)
     assert result.agreement < 1 or settings["exit_criterion"] != "policy"
-
-
-def test_batches_hold_rows_of_similar_length():
-    assert similar_length_batches([4, 7, 9], [2, 30, 8], 2) == [[7, 9], [4]]

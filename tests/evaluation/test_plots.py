@@ -81,13 +81,13 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
 def panels(monkeypatch):
     """Panels of the last picture."""
     drawn = []
-    finish = plots._finish
+    finish = plots.save_figure
 
     def remember(figure, *arguments):
         drawn[:] = figure.axes
         return finish(figure, *arguments)
 
-    monkeypatch.setattr(plots, "_finish", remember)
+    monkeypatch.setattr(plots, "save_figure", remember)
     return drawn
 
 

@@ -16,7 +16,7 @@ from text_reference import text_tokens
 from tiny import collate, collate_text, instructions, task, tiny_llama, tiny_model
 
 from transformers_cee.exits.policy import all_features
-from transformers_cee.stores.filling import collect_exits, length_sorted_batches
+from transformers_cee.stores.filling import collect_exits, length_sorted_batches, similar_length_batches
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,10 @@ def test_batches(rows, batch_size, seed):
     lengths = [len(dataset[row]["input_ids"]) for row in list(chain.from_iterable(batches))]
     assert lengths == sorted(lengths, reverse=True)
     assert list(chain.from_iterable(length_sorted_batches(list(dataset), batch_size))) == list(range(rows))
+
+
+def test_batches_hold_rows_of_similar_length():
+    assert similar_length_batches([4, 7, 9], [2, 30, 8], 2) == [[7, 9], [4]]
 
 
 KINDS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")

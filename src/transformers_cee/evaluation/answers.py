@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from transformers_cee.evaluation.operating_points import FULL_DEPTH
 from transformers_cee.evaluation.timing import synchronize
+from transformers_cee.stores.filling import similar_length_batches
 
 
 @dataclass
@@ -194,18 +195,11 @@ def teacher_forced(
     return result
 
 
-def similar_length_batches(rows: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows in batches of similar length, longest first."""
-    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
-    return [[rows[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-
-
 __all__ = [
     "FULL_DEPTH",
     "Answers",
     "TeacherForced",
     "answer",
     "pad_left",
-    "similar_length_batches",
     "teacher_forced",
 ]

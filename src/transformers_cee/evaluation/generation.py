@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from transformers_cee.evaluation.answers import FULL_DEPTH, answer, similar_length_batches, teacher_forced
+from transformers_cee.evaluation.answers import FULL_DEPTH, answer, teacher_forced
 from transformers_cee.evaluation.memory import PeakMemory
 from transformers_cee.evaluation.operating_points import OperatingPoint, depth_figures, exit_histogram
 from transformers_cee.exits.criteria import Thresholds, check_thresholds
 from transformers_cee.exits.deciding import price_of_budget, resolve_decision
 from transformers_cee.exits.numbers import plain
+from transformers_cee.stores.filling import similar_length_batches
 
 
 TextMetrics = Callable[[Sequence[str], Sequence[str]], dict[str, float]]

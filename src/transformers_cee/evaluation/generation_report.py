@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers_cee.evaluation import plots
 from transformers_cee.evaluation.report import (
-    _threshold,
     escape_markdown,
     markdown_table,
     method_name,
     operating_points_table,
+    short_threshold,
 )
 from transformers_cee.exits.criteria import CRITERIA
 
@@ -35,7 +35,7 @@ def setting_name(criterion: str, threshold: float | Sequence[float] | str, exit_
         return f"{criterion}, budget {exit_budget:.4g}"
     rule = CRITERIA[criterion]
     sign = ("≥" if rule.leaves_at_threshold() else ">") if rule.higher_is_deeper else "<"
-    return f"{criterion} {sign} {_threshold(threshold)}"
+    return f"{criterion} {sign} {short_threshold(threshold)}"
 
 
 def metric_names(points: Sequence[GenerationPoint]) -> list[str]:
@@ -94,14 +94,14 @@ def plot_generation(
     """
     points = [point for curve in curves.values() for point in curve]
     for metric in metrics:
-        plots._check_metric([*points, full] if points else [], metric)
-    figure, axes = _panels(len(metrics))
-    for (by_depth, by_speed), metric in zip(axes, metrics, strict=True):
+        plots.check_metric([*points, full] if points else [], metric)
+    figure, panels = plots.new_figure(2, len(metrics), height=2.8 + 1.4 / len(metrics), share="row")
+    for by_depth, by_speed, metric in zip(panels[::2], panels[1::2], metrics, strict=True):
         for index, (method, curve) in enumerate(curves.items()):
-            style = plots._style(index, method)
-            plots._draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
+            style = plots.curve_style(index, method)
+            plots.draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
             timed = [(_first(point).tokens_per_second, point.metrics[metric]) for point in curve if point.speeds]
-            plots._draw_curve(by_speed, timed, style)
+            plots.draw_curve(by_speed, timed, style)
         for axis in (by_depth, by_speed):
             axis.axhline(
                 full.metrics[metric], color=plots.REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), zorder=1
@@ -111,24 +111,11 @@ def plot_generation(
         if speeds:
             by_speed.plot(speeds[len(speeds) // 2], full.metrics[metric], "x", color=plots.REFERENCE_COLOR)
         by_depth.set_ylabel(metric)
-    axes[-1][0].set_xlabel("depth of generated tokens (mean exit layer)")
-    axes[-1][1].set_xlabel("tokens per second, prompt included")
-    return plots._finish(figure, axes[0][0], path, title)
+    panels[-2].set_xlabel("depth of generated tokens (mean exit layer)")
+    panels[-1].set_xlabel("tokens per second, prompt included")
+    return plots.save_figure(figure, panels[0], path, title)
 
 
 def _first(point: GenerationPoint) -> Any:
     """Speed at the first batch size."""
     return next(iter(point.speeds.values()))
-
-
-def _panels(rows: int) -> tuple[Any, list[list[Any]]]:
-    """A figure with `rows` rows of two panels; panels of a row share the vertical axis."""
-    figure, _ = plots._figure(columns=2)
-    figure.clear()
-    figure.set_size_inches(10.4, 1.4 + 2.8 * rows)
-    axes = figure.subplots(rows, 2, sharey="row", squeeze=False)
-    for axis in axes.flat:
-        axis.grid(color="#E0E0E0", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, [list(row) for row in axes]

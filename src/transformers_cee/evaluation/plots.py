@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -66,15 +66,15 @@ def plot_curves(
     """
     reference_points = [point for point in (full, oracle) if point is not None]
     points = [point for curve in curves.values() for point in curve] + reference_points
-    _check_metric(points, metric)
-    figure, (by_depth, by_time) = _figure(columns=2)
+    check_metric(points, metric)
+    figure, (by_depth, by_time) = new_figure(columns=2)
     for index, (method, curve) in enumerate(curves.items()):
-        style = _style(index, method)
-        _draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
+        style = curve_style(index, method)
+        draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
         timed = [
             (speedup, point.metrics[metric]) for point in curve if (speedup := point.wall_clock_speedup) is not None
         ]
-        _draw_curve(by_time, timed, style)
+        draw_curve(by_time, timed, style)
     if full is not None:
         for axis in (by_depth, by_time):
             axis.axhline(full.metrics[metric], color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
@@ -88,7 +88,7 @@ def plot_curves(
     by_depth.set_xlabel("depth (mean exit layer)")
     by_time.set_xlabel("wall-clock speed-up over full depth")
     by_depth.set_ylabel(metric.replace("_", " "))
-    return _finish(figure, by_depth, path, title)
+    return save_figure(figure, by_depth, path, title)
 
 
 def plot_seeds(
@@ -132,14 +132,14 @@ def plot_seeds(
         )
     for points in (full, oracle):
         if points:
-            _check_metric(points, metric)
+            check_metric(points, metric)
     bands = [_seed_bands(curves, metric, axis, exit_costs) for axis in axes]
-    figure, panels = _figure(columns=len(axes))
+    figure, panels = new_figure(columns=len(axes))
     for panel, axis, drawn in zip(panels, axes, bands, strict=True):
         for index, method in enumerate(curves):
             # Drawn without data where the method has none, so that the legend of the first panel names all.
             grid, mean, deviation = drawn.get(method, ([], [], []))
-            style = _style(index, method)
+            style = curve_style(index, method)
             panel.plot(grid, mean, **{**style, "markevery": 0.1 if len(grid) > 1 else 1})
             if len(curves[method]) > 1 and len(grid):
                 low, high = np.subtract(mean, deviation), np.add(mean, deviation)
@@ -158,7 +158,7 @@ def plot_seeds(
         if not drawn:
             panel.text(0.5, 0.5, "no method was timed", ha="center", va="center", transform=panel.transAxes)
     panels[0].set_ylabel(metric.replace("_", " "))
-    return _finish(figure, panels[0], path, title)
+    return save_figure(figure, panels[0], path, title)
 
 
 def _thousands() -> Any:
@@ -211,7 +211,7 @@ def plot_reliability(
     if not exits or columns < 1:
         raise ValueError(f"`exits` ({len(exits)}) and `columns` ({columns}) must both be at least 1.")
     columns = min(columns, len(exits))
-    figure, panels = _figure(columns, rows=-(-len(exits) // columns), width=2.6, height=2.6)
+    figure, panels = new_figure(columns, rows=-(-len(exits) // columns), width=2.6, height=2.6)
     for panel, (layer, bins) in zip(panels, exits.items(), strict=False):
         shown = bins.counts > 0
         widths, left = np.maximum(np.diff(bins.edges), 0.004)[shown], bins.edges[:-1][shown]
@@ -230,7 +230,7 @@ def plot_reliability(
         panel.set_ylabel("accuracy")
     panels[0].bar(0, 0, color=COLORS[0], label="accuracy of the bin (paler: fewer rows)")
     panels[0].plot([], [], color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), label="perfect calibration")
-    return _finish(figure, panels[0], path, title)
+    return save_figure(figure, panels[0], path, title)
 
 
 def plot_exit_histogram(
@@ -257,7 +257,7 @@ def plot_exit_histogram(
     if not totals or not all(totals.values()):
         raise ValueError(f"`histograms` must hold at least one row for every name; got row counts {totals}.")
     layers = sorted({int(layer) for histogram in histograms.values() for layer in histogram})
-    figure, (axis,) = _figure(columns=1)
+    figure, (axis,) = new_figure(columns=1)
     width = 0.8 / len(histograms)
     for index, (name, histogram) in enumerate(histograms.items()):
         counts = {int(layer): count for layer, count in histogram.items()}
@@ -268,10 +268,10 @@ def plot_exit_histogram(
     axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axis.set_xlabel("exit layer")
     axis.set_ylabel("rows that leave there (%)")
-    return _finish(figure, axis, path, title)
+    return save_figure(figure, axis, path, title)
 
 
-def _check_metric(points: Sequence[OperatingPoint], metric: str) -> None:
+def check_metric(points: Sequence[OperatingPoint], metric: str) -> None:
     if not points:
         raise ValueError("`curves` must hold at least one operating point; got none.")
     for point in points:
@@ -279,11 +279,14 @@ def _check_metric(points: Sequence[OperatingPoint], metric: str) -> None:
             raise ValueError(f"`metric` must be in every point's metrics, {sorted(point.metrics)}; got {metric!r}.")
 
 
-def _figure(columns: int, rows: int = 1, width: float = 5.2, height: float = 4.2) -> tuple[Any, Sequence[Any]]:
-    """A figure and its panels, row by row, which share the vertical axis; made without pyplot's global state.
+def new_figure(
+    columns: int, rows: int = 1, width: float = 5.2, height: float = 4.2, share: Literal["all", "row"] = "all"
+) -> tuple[Any, list[Any]]:
+    """A figure and its panels, row by row; made without pyplot's global state.
 
     Args:
         width, height: of one panel, in inches.
+        share: which panels share the vertical axis.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -294,7 +297,7 @@ def _figure(columns: int, rows: int = 1, width: float = 5.2, height: float = 4.2
         ) from error
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    axes = figure.subplots(rows, columns, sharey=share, squeeze=False).flatten()
     for axis in axes:
         axis.grid(color="#E0E0E0", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -302,7 +305,7 @@ def _figure(columns: int, rows: int = 1, width: float = 5.2, height: float = 4.2
     return figure, list(axes)
 
 
-def _style(index: int, label: str) -> dict[str, Any]:
+def curve_style(index: int, label: str) -> dict[str, Any]:
     return {
         "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -313,13 +316,13 @@ def _style(index: int, label: str) -> dict[str, Any]:
     }
 
 
-def _draw_curve(axis: Any, points: Sequence[tuple[float, float]], style: dict[str, Any]) -> None:
+def draw_curve(axis: Any, points: Sequence[tuple[float, float]], style: dict[str, Any]) -> None:
     if points:
         xs, ys = zip(*sorted(points), strict=True)
         axis.plot(xs, ys, **style)
 
 
-def _finish(figure: Any, legend_axis: Any, path: str | Path, title: str | None) -> Path:
+def save_figure(figure: Any, legend_axis: Any, path: str | Path, title: str | None) -> Path:
     handles, labels = legend_axis.get_legend_handles_labels()
     if handles:
         # Two columns fit into the width of a large panel: long labels in small print.

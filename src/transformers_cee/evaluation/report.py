@@ -71,7 +71,7 @@ def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[s
     rows = [
         [
             escape_markdown(method_name(point.criterion)),
-            _threshold(point.exit_threshold) if point.exit_budget is None else f"budget {point.exit_budget:.4g}",
+            short_threshold(point.exit_threshold) if point.exit_budget is None else f"budget {point.exit_budget:.4g}",
             f"{point.depth:.2f}",
             f"{point.saved_layers:.1%}",
             f"{point.layer_speedup:.2f}x",
@@ -192,7 +192,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
-def _threshold(value: float | Sequence[float] | str | None) -> str:
+def short_threshold(value: float | Sequence[float] | str | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):

@@ -34,12 +34,23 @@ def length_sorted_batches(dataset: Any, batch_size: int, rows: Sequence[int] | N
         batch_size (`int`): rows per batch.
         rows (sequence of `int`, *optional*): the rows to take, ascending; all by default.
     """
-    columns = getattr(dataset, "column_names", None) or ()
-    order = list(range(len(dataset)) if rows is None else rows)
-    if "input_ids" in columns:
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        order.sort(key=lambda row: -lengths[row])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rows = range(len(dataset)) if rows is None else rows
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return similar_length_batches(rows, [0] * len(rows), batch_size)
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    return similar_length_batches(rows, [lengths[row] for row in rows], batch_size)
+
+
+def similar_length_batches(rows: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches of similar length, longest first; those of one length stay in their order.
+
+    Args:
+        rows (sequence of `int`): numbers of rows.
+        lengths (sequence of `int`): length of each of them.
+        batch_size (`int`): rows per batch.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    return [[rows[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
 
 
 def collect_exits(
