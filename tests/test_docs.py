@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The Python code of README.md and docs/ runs as it stands; only names of models and folders become local ones."""
+"""The Python code of README.md, CONTRIBUTING.md and docs/ runs as it stands; only names of models and folders become
+local ones."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import transformers_cee
 
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 SENTENCES = ["a film with heart", "not a single joke lands", "the plot is worse", "heart"]
 PREPARE = """
 from datasets import load_from_disk
@@ -68,6 +69,6 @@ def test_documents_import_from_the_top(name: str) -> None:
 
 
 def test_links_in_documents_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in map(ROOT.joinpath, DOCUMENTS):
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
