@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tiny models of every family of the table, and inputs for them.
 
-A new family adds one entry to `FAMILIES`: the fields of a tiny config, and what cannot be read from the table of
+A family has one entry in `FAMILIES`: the fields of a tiny config, and what cannot be read from the table of
 `transformers_cee.families` or from transformers.
 """
 
@@ -32,8 +32,24 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 TEXT = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0}
 ENCODER = {**TEXT, "intermediate_size": 48, "num_labels": 3}
 BERT = {**ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Padding is found by its id, and positions are counted by it.
+PADS_WITH_1 = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 DECODER = {**TEXT, "intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 1, 1], "num_labels": 3}
+# Prompts and rows are longer than this.
+WINDOW = 6
+SLIDING = {**DECODER, "sliding_window": WINDOW}
+MIXED = {**SLIDING, "use_sliding_window": True, "max_window_layers": 2}
+CONVOLUTIONS = {"hidden_sizes": [8, 16, 24], "depths": [1, 2, 1], "num_labels": 3}
+DEBERTA = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "norm_rel_ebd": "layer_norm",
+    "share_att_key": True, "position_biased_input": False, "type_vocab_size": 0, "conv_kernel_size": 3,
+    "conv_act": "gelu",
+}  # fmt: skip
+DISTILBERT = {
+    "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.15, "dim": 32,
+    "n_layers": 4, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0,
+    "seq_classif_dropout": 0.0, "num_labels": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,13 +76,57 @@ class Family:
     pooled: Callable[[Tensor], Tensor] = field(default=lambda hidden: hidden[0].mean(0))
 
 
+def _blocks(made: nn.Module) -> list[nn.Module]:
+    return [block for stage in made.base_model.encoder.stages for block in stage.layers]
+
+
+def _mean_of_pixels(hidden: Tensor) -> Tensor:
+    return hidden[0].mean((-2, -1))
+
+
 # Under these fields the state of a row needs no weights, and can be written down for any family.
 POOLED = {"encoder": {"exit_pooling": "mean"}, "image": {}}
 
 FAMILIES: dict[str, Family] = {
     "bert_cee": Family(BERT),
-    "llama_cee": Family(DECODER),
-}
+    "roberta_cee": Family({**BERT, **PADS_WITH_1}, padding=1),
+    "xlm_roberta_cee": Family({**BERT, **PADS_WITH_1}, padding=1),
+    "distilbert_cee": Family(DISTILBERT, lora_targets=("q_lin", "v_lin")),
+    "electra_cee": Family({**BERT, "embedding_size": 16}),
+    "mpnet_cee": Family({**BERT, **PADS_WITH_1}, padding=1, lora_targets=("q", "v"), checkpoints=False),
+    "deberta_v2_cee": Family({**BERT, **DEBERTA}),
+    "modernbert_cee": Family(
+        {**ENCODER, "local_attention": 4, **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
+         **dict.fromkeys(("eos_token_id", "sep_token_id"), 2)},
+        lora_targets=("Wqkv",),
+    ),
+    "llama_cee": Family({**DECODER, "attention_bias": True}),
+    "mistral_cee": Family(SLIDING, window=WINDOW),
+    "qwen2_cee": Family(MIXED, window=WINDOW),
+    "qwen3_cee": Family({**MIXED, "head_dim": 16, "attention_bias": True}, window=WINDOW),
+    "smollm3_cee": Family(
+        {**SLIDING, "use_sliding_window": True, "no_rope_layer_interval": 2, "attention_bias": True},
+        window=WINDOW, lora_targets=("q_proj", "v_proj"),
+    ),
+    "olmo2_cee": Family({**DECODER, "attention_bias": True}, lora_targets=("q_proj", "v_proj")),
+    "phi3_cee": Family(
+        {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        window=WINDOW, lora_targets=("qkv_proj",),
+    ),
+    "resnet_cee": Family(
+        {**CONVOLUTIONS, "embedding_size": 8, "layer_type": "basic"},
+        lora_targets=("convolution",), checkpoints=False, layers=_blocks, pooled=_mean_of_pixels,
+    ),
+    "convnext_cee": Family(
+        {**CONVOLUTIONS, "num_stages": 3, "patch_size": 4, "layer_scale_init_value": 1.0, "initializer_range": 0.15},
+        lora_targets=("pwconv1", "pwconv2"), checkpoints=False, layers=_blocks, pooled=_mean_of_pixels,
+    ),
+    "vit_cee": Family(
+        {**SIZES, "intermediate_size": 48, "image_size": 32, "patch_size": 8, "num_labels": 3},
+        # The latter before transformers 5.24.
+        lora_targets=("q_proj", "v_proj", "query", "value"),
+    ),
+}  # fmt: skip
 
 
 def kind_of(model_type: str) -> str:

@@ -192,8 +192,10 @@ def test_lora(model_type):
     family, task = families.FAMILIES[model_type], TASKS[families.kind_of(model_type)]
     stock = MODELS[model_type].stock
     assert LORA_TARGETS.get(model_type) == LORA_TARGETS.get(stock)
-    assert (family.lora_targets is None) is (stock in LORA_TARGETS)
-    targets = {} if family.lora_targets is None else {"target_modules": list(family.lora_targets)}
+    targets = {}
+    if stock not in LORA_TARGETS:
+        assert family.lora_targets is not None, f"PEFT has no default for {stock}; tests/common/families.py needs one"
+        targets = {"target_modules": list(family.lora_targets)}
     with warnings.catch_warnings():
         # PEFT asks for what newer versions of transformers call something else.
         warnings.simplefilter("ignore", FutureWarning)
