@@ -5,6 +5,7 @@ folder (`tiny`, `reference`, `counters`)."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -36,3 +37,12 @@ def threads():
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imported_modules_are_no_garbage():
+    """Every training begins with a collection of garbage, most of whose time is spent on what was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

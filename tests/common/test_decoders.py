@@ -82,10 +82,9 @@ def test_generation_without_exits_is_the_stock_models(model_type):
         assert torch.equal(model.generate(**batch, **options, **sampled).sequences, expected), sampled
 
 
-@pytest.mark.parametrize("skipped_kv", ["copy", "deferred"])
-@pytest.mark.parametrize("criterion", ["max_probability", "policy"])
+@pytest.mark.parametrize(("skipped_kv", "criterion"), [("copy", "policy"), ("deferred", "max_probability")])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_generation_with_a_cache_is_that_without(model_type, criterion, skipped_kv):
+def test_generation_with_a_cache_is_that_without(model_type, skipped_kv, criterion):
     """Prompts of several lengths, padded on the left, against single rows that run anew in every step."""
     model = families.model(model_type)
     stock, (rows, batch) = families.twin(model), prompts(model_type)
@@ -145,10 +144,9 @@ def test_deferred_caches_become_those_of_full_depth(model_type):
     assert len(rows) == 3
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
-def test_known_text_is_generated_text(model_type, side):
+def test_known_text_is_generated_text(model_type):
     """Prompts run at full depth; every other token leaves where it left in generation, with the same logits."""
     model = families.model(model_type)
     stock, (rows, _) = families.twin(model), prompts(model_type)
@@ -158,18 +156,18 @@ def test_known_text_is_generated_text(model_type, side):
         texts.append(by_hand.generate(model, stock, ids, thresholds, "copy", "policy", NEW_TOKENS))
     assert min(by_hand.slack(text.scores, thresholds) for text in texts) > 1e-5
     assert len({layer for text in texts for layer in text.layers}) >= 3
-    whole = families.batch(model_type, [{"input_ids": torch.tensor([text.tokens])} for text in texts], side)
-    labels = torch.full_like(whole["input_ids"], -100)
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        first = int(whole["attention_mask"][number].argmax())
-        start, stop = first + row["input_ids"].shape[1], first + len(text.tokens)
-        labels[number, start:stop] = whole["input_ids"][number, start:stop]
-    output = model(**whole, labels=labels, exit_threshold=thresholds)
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        behind = int(whole["attention_mask"][number].argmax()) + row["input_ids"].shape[1] - 1
-        columns = slice(behind, behind + NEW_TOKENS)
-        assert output.exit_layers[number, columns].tolist() == text.layers, f"row {number}"
-        torch.testing.assert_close(output.logits[number, columns], torch.stack(text.logits), **CLOSE)
+    for side in ("right", "left"):
+        whole = families.batch(model_type, [{"input_ids": torch.tensor([text.tokens])} for text in texts], side)
+        starts = (whole["attention_mask"].argmax(1) + torch.tensor(LENGTHS)).tolist()
+        labels = torch.full_like(whole["input_ids"], -100)
+        for number, start in enumerate(starts):
+            labels[number, start : start + NEW_TOKENS] = whole["input_ids"][number, start : start + NEW_TOKENS]
+        output = model(**whole, labels=labels, exit_threshold=thresholds)
+        for number, (start, text) in enumerate(zip(starts, texts, strict=True)):
+            # A position's logits are of the token behind it.
+            columns = slice(start - 1, start - 1 + NEW_TOKENS)
+            assert output.exit_layers[number, columns].tolist() == text.layers, (side, number)
+            torch.testing.assert_close(output.logits[number, columns], torch.stack(text.logits), **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
