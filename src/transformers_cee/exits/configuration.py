@@ -141,8 +141,9 @@ class ExitConfigMixin(ConfigLoadingMixin):
         drop_moved(kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         # The config of a stock checkpoint becomes ours: it would otherwise keep the stock name until it is saved.
-        self.check_model_type(self.model_type)
-        self.model_type = type(self).model_type  # type: ignore[attr-defined]
+        config: Any = self
+        config.check_model_type(config.model_type)
+        config.model_type = type(config).model_type
         self.check_exits()
 
     @property

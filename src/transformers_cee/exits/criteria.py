@@ -181,7 +181,7 @@ class Patience(ExitCriterion):
     def score(self, step: ExitStep) -> Tensor:
         is_regression = self.problem_type == "regression"
         prediction = step.logits.float() if is_regression else step.predictions(self.problem_type)
-        if self.previous is None:
+        if self.previous is None or self.streak is None:
             self.streak = torch.zeros(len(prediction), device=prediction.device)
         else:
             if is_regression:
@@ -200,7 +200,7 @@ class Patience(ExitCriterion):
         return index >= self.thresholds[index]
 
     def select(self, kept: Tensor) -> None:
-        if self.previous is not None:
+        if self.previous is not None and self.streak is not None:
             self.previous, self.streak = self.previous[kept], self.streak[kept]
 
 

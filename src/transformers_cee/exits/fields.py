@@ -8,7 +8,7 @@ import math
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 
 # More of anything is a damaged file: a list of so many layers alone would fill the memory.
@@ -32,7 +32,7 @@ class Kind:
         return Kind(lambda value: value is None or self.accepts(value), f"{self.spoken}, or None")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
