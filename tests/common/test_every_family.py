@@ -85,6 +85,41 @@ def test_saved_and_loaded_bit_by_bit(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_our_checkpoint_is_the_stock_models(model_type, tmp_path):
+    """The layers and the last head keep the names of the stock model."""
+    model, config = families.model(model_type), families.stock_config(model_type)
+    model.save_pretrained(tmp_path)
+    stock, info = type(families.stock_model(model_type)).from_pretrained(
+        tmp_path, config=config, output_loading_info=True
+    )
+    assert not info["missing_keys"] and all(name.startswith("exit_") for name in info["unexpected_keys"])
+    inputs = families.rows(model_type, 1)[0]
+    torch.testing.assert_close(stock.eval()(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_new_exits_of_a_stock_checkpoint_are_drawn(model_type, tmp_path):
+    families.stock_model(model_type).save_pretrained(tmp_path)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = families.classes(model_type)[1].from_pretrained(tmp_path)
+        drawn.append({name: one for name, one in model.named_parameters() if name.startswith("exit_")})
+    for name, one in drawn[0].items():
+        assert torch.equal(one, drawn[1][name]), f"{name} is not initialised"
+        if "norms" in name:
+            assert one.isfinite().all() and one.any()
+        elif one.ndim > 1:
+            assert 0.001 < float(one.detach().std()) < 1, name
+        elif families.kind_of(model_type) != "image":
+            # Convolutional families of transformers draw the biases of linear layers.
+            assert not one.any(), name
+    first, second = (drawn[0][f"exit_policies.networks.layer_{layer}.0.weight"] for layer in (1, 2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_saved_file_hands_out_the_classes(model_type, tmp_path):
     """What `trust_remote_code` runs, run here."""
     config_class, model_class = families.classes(model_type)
