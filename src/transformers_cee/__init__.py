@@ -46,6 +46,7 @@ _PUBLIC = {
     "exit_points": "evaluation.comparison",
     "exit_reliability": "evaluation.reliability",
     "exits_taken": "stores.scoring",
+    "load_exits": "modeling.exit_sets",
     "fit_estimators": "training.estimators",
     "fit_token_hash": "training.estimators",
     "fixed_sequence": "calibration.risk",

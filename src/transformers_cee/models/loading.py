@@ -5,8 +5,9 @@ refused."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ from transformers.utils import logging
 
 from transformers_cee.exits.by_layer import layers_named
 from transformers_cee.exits.config_loading import drop_unfit, spoken_exits
+from transformers_cee.modeling.exit_sets import ExitSetsMixin, note_brought
+from transformers_cee.modeling.exits_folder import EXITS, RECORD, config_values
+from transformers_cee.modeling.exits_loading import load_from_folder
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +31,6 @@ _BY_POSITION = re.compile(
     r"^(exit_(heads|norms|policies)\.\w+|exit_estimators\.\w+\.(linears|projections))\.\d+\.|\.log_temperatures$"
 )
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 @dataclass
@@ -36,13 +39,15 @@ class _Request:
 
     source: Any = None
     ignores_sizes: bool = False
+    # Names of weights that come from elsewhere, whatever the checkpoint has.
+    brings: Container[str] = ()
     found: dict[str, set] = field(default_factory=dict)
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
-class EarlyExitLoadingMixin:
+class EarlyExitLoadingMixin(ExitSetsMixin):
     """`from_pretrained` and `save_pretrained` of a model with exits; mix in before the family's `PreTrainedModel`."""
 
     # Modules beside the exits that a checkpoint of another task may lack.
@@ -61,27 +66,70 @@ class EarlyExitLoadingMixin:
         """As `PreTrainedModel.from_pretrained`. Weights of exits are found by layer, so that `exit_layers` may name
         other exits than those that were trained: these are kept as they are, and new ones are announced as untrained.
 
+        From a folder or repository with exits alone, see `save_exits`, the base that it names is loaded at its own
+        revision, and then the exits; `revision` and `subfolder` concern the exits.
+
         Raises:
             ValueError: a checkpoint of another architecture, or one that lacks weights of the layers; more layers than
                 it has; fewer layers than a model with exits was trained with; a field of the exits is out of its
-                range.
+                range; exits without their base, or on another one.
         """
+        source = pretrained_model_name_or_path
         if isinstance(config, PreTrainedConfig):
-            cls._check_given_config(config, pretrained_model_name_or_path, kwargs)
-        request = _Request(pretrained_model_name_or_path, ignore_mismatched_sizes)
+            check_config_class(config, cls)
+        own = isinstance(config, PreTrainedConfig) and (source is None or config.name_or_path == str(source))
+        values = vars(config) if own else config_values(source, kwargs) or {}
+        if RECORD in values and source is not None:
+            if isinstance(config, str | os.PathLike):
+                config = cls.config_class.from_pretrained(config)  # type: ignore[attr-defined]
+            model, info = cls.from_exits_folder(source, config=config, **kwargs)
+        else:
+            if isinstance(config, PreTrainedConfig):
+                config.check_model_type(values.get("model_type"), source)
+            model, info = cls.load_checkpoint(
+                source, *args, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_exits_folder(
+        cls, source: Any, config: Any = None, base: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """A base with the exits of a folder, and what `output_loading_info` is to say.
+
+        Args:
+            source (`str` or `os.PathLike`): the folder or its name on the Hub.
+            config (`PreTrainedConfig`, *optional*): of the folder.
+            base (`str` or `os.PathLike`, *optional*): instead of the base that the folder names.
+            kwargs: of `from_pretrained`.
+        """
+        model, info, folder = load_from_folder(cls, cls.load_checkpoint, source, config, base, kwargs)
+        note_brought(model, folder.task_modules)
+        return model, {**info, "missing_keys": set(info["missing_keys"]) - folder.tensors.keys()}
+
+    @classmethod
+    def load_checkpoint(
+        cls, source: Any, *args: Any, brings: Container[str] = (), ignore_mismatched_sizes: bool = False, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """A whole checkpoint, and what was found in it.
+
+        Args:
+            brings (container of `str`, *optional*): names of weights that come from elsewhere.
+            kwargs: of `PreTrainedModel.from_pretrained`.
+        """
+        request = _Request(source, ignore_mismatched_sizes, brings)
         before = _REQUEST.set(request)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path,
+                source,
                 *args,
-                config=config,
                 output_loading_info=True,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                ignore_mismatched_sizes=ignore_mismatched_sizes or bool(brings),
                 **kwargs,
             )
         finally:
             _REQUEST.reset(before)
-        return (model, {**info, **request.found}) if output_loading_info else model
+        return model, {**info, **request.found}
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.load_adapter`.
@@ -98,20 +146,6 @@ class EarlyExitLoadingMixin:
             )
         return info
 
-    @classmethod
-    def _check_given_config(cls, config: PreTrainedConfig, source: Any, kwargs: dict[str, Any]) -> None:
-        check_config_class(config, cls)
-        if source is None or config.name_or_path == str(source):
-            return
-        try:
-            values, _ = PreTrainedConfig.get_config_dict(
-                source, **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            )
-        except OSError:
-            # Weights without a config.json: their names say whether they fit.
-            return
-        config.check_model_type(values.get("model_type"), source)
-
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`. The saved config names the exits that the weights are of."""
         config, own = self.config, self.layer_numbers  # type: ignore[attr-defined]
@@ -122,6 +156,8 @@ class EarlyExitLoadingMixin:
                 "`from_pretrained(..., exit_layers=...)`."
             )
             config.exit_layers = list(own)
+        # Of a folder with exits alone, which this is not.
+        vars(config).pop(RECORD, None)
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -134,7 +170,10 @@ class EarlyExitLoadingMixin:
             "mismatched_keys": set(loading_info.mismatched_keys),
         }
         try:
-            _review(self, loading_info, request)
+            if request.brings:
+                _review_base(self, loading_info, request)
+            else:
+                _review(self, loading_info, request)
         except ValueError:
             # The error says it all.
             loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
@@ -194,6 +233,21 @@ def _review(model: Any, info: Any, request: _Request) -> None:
     if not info.mismatched_keys:
         # Otherwise transformers raises an error, with its table.
         announce_untrained(model, new & set(model.state_dict()), request.source)
+
+
+def _review_base(model: Any, info: Any, request: _Request) -> None:
+    """As `_review`, for a model that gets its exits from elsewhere: only what it takes from the checkpoint counts."""
+    missing = {name for name in info.missing_keys if name not in request.brings}
+    unexpected = {name for name in info.unexpected_keys if not name.startswith(EXITS)}
+    _check_layers(model, missing, unexpected, missing, request.source)
+    sizes = sorted(name for name, *_ in info.mismatched_keys if name not in request.brings)
+    if sizes:
+        raise ValueError(
+            f"{request.source} has other sizes than the {type(model).__name__} that its exits are of: "
+            f"{', '.join(sizes[:3])} {'differs' if len(sizes) == 1 else 'differ'} in shape."
+        )
+    info.missing_keys, info.mismatched_keys = set(), set()
+    info.unexpected_keys = {name for name in unexpected if not _is_left_out(model, name)}
 
 
 def _is_new(model: Any, name: str) -> bool:
