@@ -26,9 +26,9 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from transformers_cee.exits.config_loading import spoken_exits
-from transformers_cee.exits.fields import MAX_LAYERS, check_fields, listed, mapping, shown, text, whole
+from transformers_cee.exits.fields import MAX_LAYERS, Kind, check_fields, listed, mapping, shown, text, whole
 from transformers_cee.files import replacing
-from transformers_cee.modeling.fingerprints import fingerprints, is_of, saved_tensors
+from transformers_cee.modeling.fingerprints import are_fingerprints, fingerprints, is_of, saved_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +42,7 @@ _WHOLE = re.compile(r"(pytorch_|adapter_)?model(-\d+-of-\d+)?\.(safetensors|bin)
 _FIELDS = {
     "base": text,
     "revision": text.or_none(),
-    "fingerprints": mapping,
+    "fingerprints": Kind(are_fingerprints, "a dictionary from dtypes to fingerprints"),
     "task_modules": listed(text),
     "weights": text,
     "generation": mapping,
@@ -83,12 +83,18 @@ class ExitsFolder:
                 f"{self.source} holds {spoken_exits(self.layers)}; accepted are these, for a base of as many layers."
             )
 
-    def check_tensors(self, blank: nn.Module) -> None:
+    def check_tensors(self, blank: Any) -> None:
         """Raises `ValueError` unless the weights are those of a model's exits.
 
         Args:
-            blank (`nn.Module`): a model of the folder's config; its weights are not read.
+            blank (`PreTrainedModel`): a model of the folder's config; its weights are not read.
         """
+        unknown = set(self.task_modules) - set(blank.task_modules)
+        if unknown:
+            raise ValueError(
+                f"`{RECORD}.task_modules`={self.task_modules!r} of {self.source} must be among "
+                f"{', '.join(blank.task_modules)}."
+            )
         expected = {
             name: value for name, value in saved_tensors(blank).items() if belongs_to_exits(name, self.task_modules)
         }
@@ -108,17 +114,19 @@ class ExitsFolder:
                     f"{tuple(value.shape)} in a {type(blank).__name__} of these sizes, labels and exits."
                 )
 
-    def check_sizes(self, config: Any, base_config: Any, base: Any) -> None:
+    def check_sizes(self, config: Any, base_config: Any, base: Any, cut: bool = False) -> None:
         """Raises `ValueError` where a base of other sizes is given.
 
         Args:
+            cut (`bool`, *optional*, defaults to `False`): may the base have further layers?
             config (`PreTrainedConfig`): of the folder.
             base_config (`PreTrainedConfig`): of the base.
             base: what to call it.
         """
         for name in _SIZES:
             wanted, found = getattr(config, name, None), getattr(base_config, name, None)
-            if wanted != found:
+            deeper = cut and name == "num_hidden_layers" and wanted < found
+            if wanted != found and not deeper:
                 raise ValueError(
                     f"{base} has `{name}`={found!r}, but the exits of {self.source} were trained on {self.base} with "
                     f"{wanted!r}."
@@ -241,7 +249,8 @@ def config_values(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | No
         values: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **given)[0]
     except OSError:
         return None
-    return values
+    # Some releases give nothing where there is no such file.
+    return values or None
 
 
 def blank_model(model_class: Any, config: Any, **kwargs: Any) -> Any:

@@ -94,7 +94,7 @@ def _check_base_config(folder: ExitsFolder, model_class: Any, config: Any, base:
         ) from error
     if hasattr(found, RECORD):
         raise ValueError(f"The base {base} is itself a folder with exits alone; accepted are whole models.")
-    folder.check_sizes(config, found, base)
+    folder.check_sizes(config, found, base, cut=True)
     folder.check_labels(config, found, base, model_class)
 
 

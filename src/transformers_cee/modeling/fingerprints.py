@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,13 @@ def is_of(known: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool | Non
     return known[own] == _fingerprint(tensors, _DTYPES[own])
 
 
+def are_fingerprints(value: Any) -> bool:
+    """Is this what `fingerprints` gives?"""
+    return (isinstance(value, dict) and bool(value) and value.keys() <= _DTYPES.keys()) and all(
+        isinstance(one, str) for one in value.values()
+    )
+
+
 def _narrowest(tensors: Mapping[str, Tensor]) -> str:
     """The dtype that all floating-point tensors can be had in."""
     own = {value.dtype for value in tensors.values() if value.is_floating_point()}
@@ -92,4 +100,4 @@ def _digest(tensor: Tensor, dtype: torch.dtype) -> str:
     return hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-__all__ = ["fingerprints", "is_of", "saved_tensors"]
+__all__ = ["are_fingerprints", "fingerprints", "is_of", "saved_tensors"]

@@ -239,7 +239,8 @@ def _review_base(model: Any, info: Any, request: _Request) -> None:
     """As `_review`, for a model that gets its exits from elsewhere: only what it takes from the checkpoint counts."""
     missing = {name for name in info.missing_keys if name not in request.brings}
     unexpected = {name for name in info.unexpected_keys if not name.startswith(EXITS)}
-    _check_layers(model, missing, unexpected, missing, request.source)
+    # Whatever exits it has give way.
+    _check_layers(model, missing, unexpected, set(model.state_dict()), request.source)
     sizes = sorted(name for name, *_ in info.mismatched_keys if name not in request.brings)
     if sizes:
         raise ValueError(
