@@ -124,7 +124,8 @@ class ExitsFolder:
             base: what to call it.
         """
         for name in _SIZES:
-            wanted, found = getattr(config, name, None), getattr(base_config, name, None)
+            wanted: Any = getattr(config, name, None)
+            found: Any = getattr(base_config, name, None)
             deeper = cut and name == "num_hidden_layers" and wanted < found
             if wanted != found and not deeper:
                 raise ValueError(

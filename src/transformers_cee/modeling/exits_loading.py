@@ -55,7 +55,7 @@ def load_from_folder(
     folder = read_exits(source, getattr(config, RECORD, None), **hub)
     if config is None:
         # What is of loading and of the config stays both.
-        kept = {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
+        kept: dict[str, Any] = {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
         config, kwargs = model_class.config_class.from_pretrained(
             source, return_unused_kwargs=True, **hub, **{name: kwargs[name] for name in kwargs.keys() - kept.keys()}
         )
