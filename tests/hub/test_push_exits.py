@@ -82,7 +82,7 @@ def published(request, hub, tmp_path_factory):
 
 
 def test_what_is_published(published, hub):
-    kind, base, exits, _, refusal = published
+    _, base, exits, _, refusal = published
     files = hub.files[exits]
     assert set(files) == {"README.md", "config.json", "exits.safetensors", "modeling_cee.py"}
     record = json.loads(files["config.json"])["exits_of"]
