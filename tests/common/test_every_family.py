@@ -276,6 +276,43 @@ def test_half_precision(model_type):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_eager_attention_leaves_alike(model_type):
+    """Masks are other tensors there: they are added, and there may be none with the other."""
+    if not families.stock_model(model_type)._supports_sdpa:
+        pytest.skip("the stock model has one attention only")
+    rows = families.rows(model_type, 6, lengths=(9, 4, 12, 7, 2, 9))
+    for side in ("right", "left"):
+        model, inputs, found = families.model(model_type), families.batch(model_type, rows, side), []
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            outputs = everything(model_type, model, inputs)
+            if families.kind_of(model_type) == "decoder" and side == "left":
+                options = {"max_new_tokens": 5, "eos_token_id": None, "exit_threshold": 0.3}
+                outputs += [model.generate(**inputs, skipped_kv=kind, **options) for kind in ("copy", "deferred")]
+            found.append(outputs)
+        # What stands at padding is nobody's.
+        real = inputs.get("attention_mask", torch.ones(6)).bool()
+        for one, other in zip(*found, strict=True):
+            picked = [x[real] if x.shape[:2] == real.shape[:2] and real.ndim == 2 else x for x in (one, other)]
+            torch.testing.assert_close(*picked, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("encoder", "decoder"))
+@torch.no_grad()
+def test_more_tokens_leave_the_old_ones_alone(model_type):
+    model, inputs = families.model(model_type), labelled(model_type)
+    before = everything(model_type, model, inputs)
+    model.resize_token_embeddings(families.VOCABULARY + 8, mean_resizing=False)
+    assert model.config.vocab_size == families.VOCABULARY + 8
+    for ours, theirs in zip(everything(model_type, model, inputs), before, strict=True):
+        torch.testing.assert_close(ours[..., : theirs.shape[-1]], theirs)
+    new = {name: value.clone() for name, value in inputs.items()}
+    new["input_ids"][:, 1] = families.VOCABULARY + 7
+    assert model(**new, output_all_exits=True).loss.isfinite()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(model_type):
     supported = families.stock_model(model_type).supports_gradient_checkpointing
     assert supported is families.FAMILIES[model_type].checkpoints
