@@ -246,11 +246,11 @@ def _within_budget(
     return found
 
 
-def with_rejection(thresholds: CalibratedPoint, scores: ExitScores, rate: float) -> CalibratedPoint:
-    """The same thresholds with one at the last exit, below which a row is not answered (EERO's reject rule).
+def with_rejection(point: CalibratedPoint, scores: ExitScores, rate: float) -> CalibratedPoint:
+    """The same point with a threshold at the last exit, below which a row is not answered (EERO's reject rule).
 
     Args:
-        thresholds (`CalibratedPoint`): a calibration.
+        point (`CalibratedPoint`): a calibration.
         scores (`ExitScores`): of calibration rows, with `last_scores`.
         rate (`float`): share of all rows to reject at most, in (0, 1): of those that come to the last exit, the ones
             with the lowest scores. When fewer come, all of them.
@@ -261,12 +261,12 @@ def with_rejection(thresholds: CalibratedPoint, scores: ExitScores, rate: float)
     Raises:
         ValueError: a rate outside of (0, 1), or scores without `last_scores` or of another criterion.
     """
-    levels = {**thresholds.levels, "reject_rate": share("rate", rate)}
+    levels = {**point.levels, "reject_rate": share("rate", rate)}
     if scores.last_scores is None:
         raise ValueError("`scores.last_scores` is None; rejection compares scores at the last exit.")
     rate = levels["reject_rate"]
-    reached = replace(thresholds, thresholds=[*thresholds.thresholds], levels=levels, held_out=None)
-    last = orient(scores.criterion, scores.last_scores)[thresholds.taken_exits(scores) == scores.num_exits - 1]
+    reached = replace(point, thresholds=[*point.thresholds], levels=levels, held_out=None)
+    last = orient(scores.criterion, scores.last_scores)[point.taken_exits(scores) == scores.num_exits - 1]
     ordered = last.sort().values
     rejected = math.floor(rate * len(scores) + 1e-9)
     limit = just_below(ordered[rejected]) if rejected < len(ordered) else torch.tensor(math.inf)
