@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftType, mixed_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, EncoderExitConfigMixin
 from transformers_cee.families import MODELS
+from transformers_cee.modeling.exits_loading import around_stock, blank_around, config_around
 from transformers_cee.models.loading import EarlyExitLoadingMixin
 from transformers_cee.training.parameters import EXIT_MODULES
 
@@ -232,13 +232,7 @@ def _with_exits(stock: Any, adapter: PeftConfig) -> Any:
         )
     module, _, name = entry.model.rpartition(".")
     model_class = getattr(importlib.import_module(module), name)
-    left_out = ("model_type", "architectures", "transformers_version", "dtype")
-    values = {name: value for name, value in stock.config.to_dict().items() if name not in left_out}
-    config = model_class.config_class(**{**values, **mapping[NOTE]})
-    with torch.device("meta"):
-        model = model_class._from_config(
-            config, attn_implementation=stock.config._attn_implementation, dtype=stock.dtype
-        )
+    model = blank_around(model_class, config_around(model_class, stock, mapping[NOTE]), stock)
     saved = tuple(getattr(adapter, "modules_to_save", None) or ())
     new = [one for one in EXIT_MODULES if any(True for _ in getattr(model, one).parameters())]
     lacks = [one for one in new if not one.endswith(saved)]
@@ -248,22 +242,8 @@ def _with_exits(stock: Any, adapter: PeftConfig) -> Any:
             f"{type(stock).__name__} lacks: load the model that it was trained on, exits included, and then "
             "`PeftModel.from_pretrained(model, ...)`; or train with `exit_lora_config`, which saves them."
         )
-    body = getattr(stock, stock.base_model_prefix)
-    if getattr(getattr(model, model.base_model_prefix), "pooler", None) is None and hasattr(body, "pooler"):
-        body.pooler = None
-    setattr(model, model.base_model_prefix, body)
-    for name in ("classifier", "lm_head"):
-        theirs, ours = getattr(stock, name, None), getattr(model, name, None)
-        if theirs is not None and ours is not None and theirs.weight.shape == ours.weight.shape:
-            setattr(model, name, theirs)
-    for child in model.children():
-        if all(child is not one for one in stock.children()):
-            child.to_empty(device=stock.device).apply(model._init_weights)
-    model.train(stock.training)
-    if stock.can_generate():
-        model.generation_config = stock.generation_config
-    # Where an adapter folder says that it belongs.
-    model.name_or_path = model.config.name_or_path = stock.config.name_or_path
+    for module in around_stock(model, stock):
+        module.to_empty(device=stock.device).train(stock.training).apply(model._init_weights)
     return model
 
 

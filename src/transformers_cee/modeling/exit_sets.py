@@ -20,7 +20,6 @@ from transformers_cee.modeling.exits_folder import (
     HUB_ARGUMENTS,
     RECORD,
     ExitsFolder,
-    blank_model,
     config_values,
     read_exits,
     some,
@@ -28,6 +27,7 @@ from transformers_cee.modeling.exits_folder import (
 from transformers_cee.modeling.exits_loading import (
     TASK_FIELDS,
     around_stock,
+    blank_around,
     check_base_weights,
     check_stock,
     config_around,
@@ -254,8 +254,8 @@ def _around(model_class: Any, stock: Any, source: Any, kwargs: dict[str, Any]) -
     bare = stock is stock.base_model
     prefix = model_class.base_model_prefix + "."
     tensors = {(prefix if bare else "") + one: value for one, value in stock.state_dict(keep_vars=True).items()}
-    _checked(folder, model_class, config, tensors, base, stock)
-    model = around_stock(model_class, config, stock, folder.task_modules)
+    model = _checked(folder, model_class, config, tensors, base, stock)
+    around_stock(model, stock, folder.task_modules)
     for one in (*(name for name, _ in model.named_children() if name.startswith(EXITS)), *folder.task_modules):
         _fill(module_at(model, one).to_empty(device=stock.device).train(stock.training), one, folder)
     model.tie_weights()
@@ -277,7 +277,7 @@ def _checked(
 ) -> Any:
     """A model without weights of the exits that a folder holds, once these and those of the base are known to fit."""
     folder.check_config(config)
-    blank = blank_model(model_class, config, dtype=model.dtype)
+    blank = blank_around(model_class, config, model)
     folder.check_tensors(blank)
     wanted = {name for name in saved_tensors(blank) if name not in folder.tensors}
     lacking = wanted - tensors.keys()

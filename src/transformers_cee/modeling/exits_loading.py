@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers_cee.exits.configuration import ExitConfigMixin
 from transformers_cee.generation.mixin import EXIT_ARGUMENTS
 from transformers_cee.modeling.exits_folder import (
+    EXITS,
     HUB_ARGUMENTS,
     RECORD,
     ExitsFolder,
@@ -122,17 +123,24 @@ def config_around(model_class: Any, stock: Any, own: Mapping[str, Any]) -> Any:
     return model_class.config_class(**{**values, **own})
 
 
-def around_stock(model_class: Any, config: Any, stock: Any, brought: Collection[str] = ()) -> Any:
-    """A model with exits around the layers of a stock model. What the stock model lacks stays without weights.
+def blank_around(model_class: Any, config: Any, stock: Any) -> Any:
+    """A model without weights that runs as a stock model does."""
+    return blank_model(model_class, config, attn_implementation=stock.config._attn_implementation, dtype=stock.dtype)
+
+
+def around_stock(model: Any, stock: Any, brought: Collection[str] = ()) -> list[nn.Module]:
+    """Makes a model without weights one with exits around the layers of a stock model.
 
     Args:
-        model_class (`type`): class of the model.
-        config (`PreTrainedConfig`): its config.
+        model (`PreTrainedModel`): from `blank_around`.
         stock (`PreTrainedModel`): becomes a part of it; a pooler that the model does not use is taken away.
         brought (collection of `str`): modules of the task that are not to be the stock model's.
+
+    Returns:
+        `list[nn.Module]`: what is still without weights: the exits, and modules of the task.
     """
-    model = blank_model(model_class, config, attn_implementation=stock.config._attn_implementation, dtype=stock.dtype)
     prefix = model.base_model_prefix
+    new = [module for name, module in model.named_children() if name.startswith(EXITS)]
     own = {name: module_at(model, name) for name in model.task_modules}
     bare = stock is stock.base_model
     theirs = {name: module_at(stock, name.removeprefix(prefix + ".") if bare else name) for name in own}
@@ -140,12 +148,13 @@ def around_stock(model_class: Any, config: Any, stock: Any, brought: Collection[
     for name, module in own.items():
         fits = name not in brought and None not in (module, theirs[name]) and _shapes(module) == _shapes(theirs[name])
         put_at(model, name, theirs[name] if fits else module)
+        new += [] if fits or module is None else [module]
     model.train(stock.training)
     if stock.can_generate():
         model.generation_config = stock.generation_config
     # Where an adapter folder says that it belongs.
     model.name_or_path = model.config.name_or_path = stock.config.name_or_path
-    return model
+    return new
 
 
 def check_stock(model_class: Any, stock: Any, source: Any) -> None:
@@ -222,6 +231,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 __all__ = [
     "TASK_FIELDS",
     "around_stock",
+    "blank_around",
     "check_base_weights",
     "check_stock",
     "config_around",
