@@ -146,6 +146,25 @@ class TestLoadedAnew:
         layers = same(model, again, exit_threshold="quick")
         assert torch.equal(layers, answers(model, exit_threshold=[0.5, 0.4, 1.0])[1])
 
+    def test_estimators_that_stay_behind_are_named(self, base, tmp_path, caplog):
+        """An adapter holds none; who has them already is told nothing."""
+        task_type, folder = base
+        name = "calibrated_probability" if task_type == "SEQ_CLS" else "token_hash"
+        fields = {**FIELDS[task_type], "exit_estimators": [name], "exit_criterion": name}
+        model = adapted(task_type, folder, fields)
+        model.save_pretrained(tmp_path / "adapter")
+        caplog.clear()
+        again = AUTO[task_type].from_pretrained(tmp_path / "adapter").eval()
+        assert f"beside the estimators '{name}', which it does not hold" in caplog.text
+        assert again.config.exit_estimators == []
+        same(model, again, exit_criterion="policy", exit_threshold=0.5)
+        with pytest.raises(ValueError, match=f"'{name}' needs its fitted estimator"):
+            answers(again, exit_threshold=0.5)
+        caplog.clear()
+        right = OURS[task_type].from_pretrained(folder, **fields)
+        PeftModel.from_pretrained(right, tmp_path / "adapter")
+        assert "does not hold" not in caplog.text
+
     def test_the_pooler_is_trained_and_saved(self, tmp_path):
         """Of a base without one it is random, and all exits look through it."""
         BertModel(BertConfig(**SIZES), add_pooling_layer=False).save_pretrained(tmp_path / "base")

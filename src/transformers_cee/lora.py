@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftConfig, PeftType, mixed_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, EncoderExitConfigMixin
 from transformers_cee.families import MODELS
@@ -27,6 +28,8 @@ from transformers_cee.modeling.exits_loading import around_stock, blank_around, 
 from transformers_cee.models.loading import EarlyExitLoadingMixin
 from transformers_cee.training.parameters import EXIT_MODULES
 
+
+logger = logging.get_logger(__name__)
 
 # Key of the note in `auto_mapping`, which PEFT saves with an adapter and reads where no task is given only.
 NOTE = "early_exit_config"
@@ -36,6 +39,7 @@ _SHAPE = (
     "policy_activation", "policy_inputs", "policy_condition", "policy_alphas",
 )  # fmt: skip
 _TASK = ("id2label", "label2id", "problem_type")
+_ESTIMATORS = "exit_estimators"
 _EXIT_FIELDS = {one.name for mixin in (EncoderExitConfigMixin, DecoderExitConfigMixin) for one in fields(mixin)}
 
 
@@ -115,6 +119,7 @@ class ExitTunerMixin:
             _check_fields(model, mapping)
             if adapter_name in self.active_adapters:
                 _take_fields(model, mapping)
+            _say_what_is_missing(model, mapping)
         elif NOTE in mapping:
             _refuse(model, mapping)
         own.inject_adapter(model, adapter_name, *args, **kwargs)
@@ -191,9 +196,9 @@ def _new_note(model: Any) -> _Note:
 
 
 def _note_of(model: Any) -> dict[str, Any]:
-    """Fields of a model's exits and of its task, for JSON. Estimators are not among the weights of an adapter."""
+    """Fields of a model's exits and of its task, for JSON."""
     values = model.config.to_dict()
-    names = [name for name in (*_TASK, *_EXIT_FIELDS) if name in values and name != "exit_estimators"]
+    names = [name for name in (*_TASK, *_EXIT_FIELDS) if name in values]
     return copy.deepcopy({**{name: values[name] for name in sorted(names)}, "exit_layers": list(model.layer_numbers)})
 
 
@@ -214,9 +219,19 @@ def _check_fields(model: Any, mapping: dict[str, Any]) -> None:
 def _take_fields(model: Any, mapping: dict[str, Any]) -> None:
     """Gives a model the thresholds and the like of an adapter."""
     note = mapping[NOTE]
-    for name in _EXIT_FIELDS & note.keys():
+    for name in (_EXIT_FIELDS & note.keys()) - {_ESTIMATORS}:
         setattr(model.config, name, copy.deepcopy(note[name]))
     model.config.check_exits()
+
+
+def _say_what_is_missing(model: Any, mapping: dict[str, Any]) -> None:
+    """Warns of estimators, which are not among the weights of an adapter."""
+    lacks = [name for name in mapping[NOTE].get(_ESTIMATORS, ()) if name not in model.exit_estimators]
+    if lacks:
+        logger.warning(
+            f"The adapter was saved beside the estimators {', '.join(map(repr, lacks))}, which it does not hold: fit "
+            "them anew before you exit by these criteria (`fit_estimators`, `fit_token_hash`)."
+        )
 
 
 def _with_exits(stock: Any, adapter: PeftConfig) -> Any:
@@ -232,7 +247,8 @@ def _with_exits(stock: Any, adapter: PeftConfig) -> Any:
         )
     module, _, name = entry.model.rpartition(".")
     model_class = getattr(importlib.import_module(module), name)
-    model = blank_around(model_class, config_around(model_class, stock, mapping[NOTE]), stock)
+    noted = {name: value for name, value in mapping[NOTE].items() if name != _ESTIMATORS}
+    model = blank_around(model_class, config_around(model_class, stock, noted), stock)
     saved = tuple(getattr(adapter, "modules_to_save", None) or ())
     new = [one for one in EXIT_MODULES if any(True for _ in getattr(model, one).parameters())]
     lacks = [one for one in new if not one.endswith(saved)]
