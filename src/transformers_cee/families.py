@@ -44,14 +44,14 @@ MODELS: dict[str, ModelEntry] = {
         config="transformers_cee.models.bert_cee.configuration_bert_cee.BertCeeConfig",
         model="transformers_cee.models.bert_cee.modeling_bert_cee.BertForConsistentEE",
         auto_classes=("AutoModelForSequenceClassification",),
-        base="transformers_cee.models.bert_cee.encoder_bert_cee.BertCeeModel",
+        base="transformers_cee.models.bert_cee.modeling_bert_cee.BertCeeModel",
     ),
     "llama_cee": ModelEntry(
         stock="llama",
         config="transformers_cee.models.llama_cee.configuration_llama_cee.LlamaCeeConfig",
         model="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaForConsistentEECausalLM",
         auto_classes=("AutoModelForCausalLM",),
-        base="transformers_cee.models.llama_cee.decoder_llama_cee.LlamaCeeModel",
+        base="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaCeeModel",
     ),
 }
 

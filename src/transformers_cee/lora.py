@@ -25,7 +25,7 @@ from transformers.utils import logging
 from transformers_cee.exits.configuration import DecoderExitConfigMixin, EncoderExitConfigMixin
 from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_loading import around_stock, blank_around, config_around
-from transformers_cee.models.loading import EarlyExitLoadingMixin
+from transformers_cee.modeling.loading import EarlyExitLoadingMixin
 from transformers_cee.training.parameters import EXIT_MODULES
 
 

@@ -44,7 +44,7 @@ def stock_arguments(folder, **fields):
 
 def stock_trainer(folder, model, rows=8, **fields):
     """🤗 Trainer as it is, on the tiny tasks."""
-    text = model.exits_per_token
+    text = model.item == "token"
     data = instructions(rows, seed=1) if text else task(rows, seed=1)
     arguments = stock_arguments(folder, **fields)
     return Trainer(model, arguments, data_collator=collate_text if text else collate, train_dataset=data)

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers_cee.exits.losses import exit_losses
 from transformers_cee.exits.policy import all_features, exit_log_distribution
 from transformers_cee.exits.runner import RowBatch, collect_states
+from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.training import heads_objectives
 from transformers_cee.training.heads_objectives import (
     HEADS_OBJECTIVES,
@@ -355,7 +356,9 @@ class TestGradientEquilibrium:
         gradients, outputs = [], []
         for balanced in (False, True):
             model.zero_grad()
-            outputs.append(model(**batch, output_all_exits=True, gradient_equilibrium=balanced))
+            outputs.append(
+                model(**batch, output_all_exits=True, exit_training=ExitTraining(gradient_equilibrium=balanced))
+            )
             GradientEquilibrium()(HeadsStep(outputs[-1].all_exit_losses)).backward()
             gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         assert torch.equal(outputs[0].all_exit_losses, outputs[1].all_exit_losses)
@@ -480,7 +483,9 @@ def test_one_step(tmp_path, name, accumulation):
     trainer.train_heads()
     model = tiny_model(num_hidden_layers=4, policy_inputs="both").train()
     batch = collate(list(task(8, seed=1)))
-    output = model(**batch, output_all_exits=True, gradient_equilibrium=name == "gradient_equilibrium")
+    output = model(
+        **batch, output_all_exits=True, exit_training=ExitTraining(gradient_equilibrium=name == "gradient_equilibrium")
+    )
     step = HeadsStep(output.all_exit_losses, output.all_exit_logits, batch["labels"])
     if name == "variational":
         logits = model.exit_policies(output.all_exit_states, all_features(output.all_exit_logits.detach()))

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The exit fields that every early-exit config carries, and their validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -79,6 +80,7 @@ class ExitConfigMixin(ConfigLoadingMixin):
             one has no effect, since the last exit takes everything that reaches it); or the name of one of
             `exit_operating_points`, which brings its criterion. `None` switches exits off, whatever the criterion,
             until a call gives a threshold or a budget.
+        min_exit_layer (`int`, *optional*): first layer (1-based) at which an input may leave; `None` allows all exits.
         exit_patience (`int`, *optional*, defaults to 2):
             Exits in a row that must agree, of criteria whose threshold is something else.
         exit_tolerance (`float`, *optional*, defaults to 0.5):
@@ -113,6 +115,7 @@ class ExitConfigMixin(ConfigLoadingMixin):
     exit_layers: int | list[int] | None = None
     exit_criterion: str = "policy"
     exit_threshold: float | list[float] | str | None = None
+    min_exit_layer: int | None = None
     exit_patience: int = 2
     exit_tolerance: float = 0.5
     exit_estimators: list[str] = field(default_factory=list)
@@ -187,6 +190,7 @@ class ExitConfigMixin(ConfigLoadingMixin):
         _check_choice("policy_inputs", self.policy_inputs, POLICY_INPUTS)
         _check_choice("policy_condition", self.policy_condition, POLICY_CONDITIONS)
         _check_activation(self.policy_activation)
+        check_min_exit_layer(self.min_exit_layer, self.num_hidden_layers)  # type: ignore[attr-defined]
         # Imported here: defining the class of a config then needs no criteria.
         from transformers_cee.exits.criteria import check_criterion, check_thresholds
         from transformers_cee.exits.deciding import resolve_decision
@@ -236,7 +240,6 @@ class DecoderExitConfigMixin(ExitConfigMixin):
             exit, shared head), `"untied"` (norm and a head per exit, started from the model's; ConsistentEE) or
             `"layernorm_linear"` (LayerNorm and a linear layer with bias per exit; Valade 2024).
         exit_head_rank (`int`, *optional*, defaults to 64): rank of the adapters of `"low_rank"`.
-        min_exit_layer (`int`, *optional*): first layer (1-based) at which a token may leave; `None` allows all exits.
         skipped_kv (`str`, *optional*, defaults to `"copy"`):
             Keys and values of a token at the layers that it skipped: `"copy"` projects its exit state, `"deferred"`
             computes them exactly, several tokens at a time, when a later token goes that deep.
@@ -248,7 +251,6 @@ class DecoderExitConfigMixin(ExitConfigMixin):
 
     exit_head: str = "norm"
     exit_head_rank: int = 64
-    min_exit_layer: int | None = None
     skipped_kv: str = "copy"
     copy_exit_states: bool = True
 
@@ -268,7 +270,6 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         super().check_exits()
         _check_choice("exit_head", self.exit_head, LM_EXIT_HEADS)
         check_skipped_kv(self.skipped_kv)
-        check_min_exit_layer(self.min_exit_layer, self.num_hidden_layers)  # type: ignore[attr-defined]
 
 
 _NUMBERS = (
@@ -286,6 +287,16 @@ def check_min_exit_layer(layer: int | None, num_layers: int) -> None:
     """Raises `ValueError` unless `layer` is a layer (1-based) or `None`."""
     if layer is not None and not (is_whole(without_point(layer)) and 1 <= layer <= num_layers):
         raise ValueError(f"`min_exit_layer`={shown(layer)} must lie in 1..{num_layers}, or be None.")
+
+
+def first_exit(layer_numbers: Sequence[int], min_exit_layer: int | None) -> int:
+    """Exit (0-based) before which nothing leaves.
+
+    Args:
+        layer_numbers (sequence of `int`): layers (1-based) of all exits, ascending.
+        min_exit_layer (`int`, *optional*): first layer to leave at.
+    """
+    return 0 if min_exit_layer is None else sum(number < min_exit_layer for number in layer_numbers)
 
 
 def check_skipped_kv(name: str) -> None:

@@ -157,7 +157,7 @@ def criterion_settings(
         tolerance=config.exit_tolerance,
         alpha=alpha,
         input_ids=input_ids,
-        per_token=model.exits_per_token,
+        per_token=model.item == "token",
         **more,
     )
 

@@ -12,68 +12,7 @@ from torch import Tensor
 
 from transformers_cee.exits.criteria import ExitCriterion, ExitStep
 from transformers_cee.exits.recording import Place
-
-
-@dataclass
-class RowBatch:
-    """The rows still on their way, with everything that must follow them.
-
-    Args:
-        hidden_states (`Tensor` of shape `(rows, time, hidden)`): input of the next layer.
-        attention_mask (`Tensor`, *optional*):
-            What the layers take: `None`, (rows, 1, query, key) for sdpa and eager, or (rows, key) for flash attention.
-        padding_mask (`Tensor` of shape `(rows, time)`, *optional*): non-zero at tokens, 0 at padding.
-        index (`LongTensor` of shape `(rows,)`, *optional*): number of each row in the original batch.
-        spans (`LongTensor` of shape `(rows, 3)`, *optional*): first token, last token, number of tokens of each row.
-        start (`int`): column of the original batch that the first position stands in.
-    """
-
-    hidden_states: Tensor
-    attention_mask: Tensor | None = None
-    padding_mask: Tensor | None = None
-    index: Tensor | None = None
-    spans: Tensor | None = None
-    start: int = 0
-
-    @property
-    def size(self) -> int:
-        """Rows, which an exported graph may leave open."""
-        return self.hidden_states.shape[0]
-
-    def select(self, kept: Tensor, columns: slice, dense: bool) -> "RowBatch":
-        """Rows `kept` (remaining rows,) and token positions `columns`; without masks when no padding is left."""
-        time = self.hidden_states.shape[1]
-        padding_mask, attention_mask = None, None
-        if not dense and self.padding_mask is not None:
-            padding_mask = self.padding_mask.index_select(0, kept)[:, columns]
-        if not dense and self.attention_mask is not None:
-            attention_mask = self.attention_mask
-            if attention_mask.shape[0] != 1:
-                attention_mask = attention_mask.index_select(0, kept)
-            if attention_mask.shape[-1] == time:
-                # Otherwise the keys are those of a cache, which keeps its columns.
-                attention_mask = attention_mask[..., columns]
-            if attention_mask.dim() == 4 and attention_mask.shape[-2] == time:
-                attention_mask = attention_mask[..., columns, :]
-        return RowBatch(
-            self.hidden_states.index_select(0, kept)[:, columns],
-            attention_mask,
-            padding_mask,
-            self.index.index_select(0, kept),
-            None
-            if dense or self.spans is None
-            else self.spans.index_select(0, kept) - self.spans.new_tensor((columns.start, columns.start, 0)),
-            self.start + columns.start,
-        )
-
-
-def _spans(padding_mask: Tensor | None) -> Tensor | None:
-    """First token, last token and number of tokens of each row, (rows, 3), on the device; None without padding."""
-    if padding_mask is None or padding_mask.shape[0] == 1:
-        return None
-    real = padding_mask != 0
-    last = real.shape[1] - 1 - real.flip(1).to(torch.int8).argmax(1)
-    return torch.stack((real.to(torch.int8).argmax(1), last, real.sum(1)), dim=1)
+from transformers_cee.exits.row_batch import RowBatch, token_spans
 
 
 class Exits(Protocol):
@@ -90,13 +29,15 @@ class Exits(Protocol):
 
 @dataclass
 class ExitRun:
-    """Result of a walk, in the original order of rows. Shapes as in `ExitClassifierOutput`."""
+    """Result of a walk, in the original order of rows. Shapes as in `ExitClassifierOutput`; `states` (rows, hidden),
+    in the place of logits, are what a head shared by all exits takes."""
 
-    logits: Tensor
+    logits: Tensor | None
     exit_layers: Tensor
     scores: Tensor
     all_logits: Tensor | None = None
     all_states: Tensor | None = None
+    states: Tensor | None = None
 
 
 Layer = Callable[[RowBatch], Tensor]
@@ -159,6 +100,7 @@ def run_exits(
     leaving: Leaving | None = None,
     score_closed: bool = True,
     places: list[Place] | None = None,
+    head_state: Callable[[Tensor, int], Tensor] | None = None,
 ) -> ExitRun:
     """Walks the layers and lets rows leave where the criterion says so.
 
@@ -176,13 +118,16 @@ def run_exits(
             layer (1-based).
         score_closed (`bool`): also ask for scores at exits that a threshold closes, unless all exits are closed.
         places (`list[Place]`, *optional*): gets, for each layer that runs, where its rows stand in the batch.
+        head_state (`Callable`, *optional*):
+            Of exits that share one head, which the caller asks once for all rows: maps states (rows, hidden) of an
+            exit (0-based) to what that head takes. The walk then gives these instead of logits.
     """
     rows, last = batch.size, len(exits.layer_numbers) - 1
     device = batch.hidden_states.device
     if criterion.is_off or first_exit >= last:
-        return _run_whole(batch, layers, exits, places)
-    batch = replace(batch, index=torch.arange(rows, device=device), spans=_spans(batch.padding_mask))
-    record = _Record(rows, last + 1, device)
+        return _run_whole(batch, layers, exits, places, head_state)
+    batch = replace(batch, index=torch.arange(rows, device=device), spans=token_spans(batch.padding_mask))
+    record = _Record(rows, last + 1, device, head_state)
     exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
     for number, layer in enumerate(layers, start=1):
         if places is not None:
@@ -198,7 +143,7 @@ def run_exits(
         state = exits.state(batch.hidden_states, batch.padding_mask, index)
         step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index), batch.index)
         if index == last:
-            record.leave(batch.index, step.logits, number)
+            record.leave(batch.index, step, number)
             break
         scores = criterion.score(step)
         record.keep_scores(batch.index, index, scores.detach())
@@ -209,7 +154,13 @@ def run_exits(
     return record.finish()
 
 
-def _run_whole(batch: RowBatch, layers: Sequence[Layer], exits: Exits, places: list[Place] | None) -> ExitRun:
+def _run_whole(
+    batch: RowBatch,
+    layers: Sequence[Layer],
+    exits: Exits,
+    places: list[Place] | None,
+    head_state: Callable[[Tensor, int], Tensor] | None,
+) -> ExitRun:
     """All layers for all rows, and the last exit. Nothing here depends on numbers of rows or tokens."""
     for layer in layers:
         if places is not None:
@@ -217,7 +168,8 @@ def _run_whole(batch: RowBatch, layers: Sequence[Layer], exits: Exits, places: l
         batch = replace(batch, hidden_states=layer(batch))
     last = len(exits.layer_numbers) - 1
     state = exits.state(batch.hidden_states, batch.padding_mask, last)
-    return _full_depth(exits.logits(state, last), batch.size, exits)
+    run = _full_depth((head_state or exits.logits)(state, last), batch.size, exits)
+    return run if head_state is None else replace(run, logits=None, states=run.logits)
 
 
 def _compact(
@@ -238,7 +190,7 @@ def _compact(
     if count == 0:
         return batch
     if count == len(leaves):
-        record.leave(batch.index, step.logits, number)
+        record.leave(batch.index, step, number)
         if leaving_to is not None:
             leaving_to(batch.index, batch.hidden_states, number)
         return None
@@ -246,7 +198,7 @@ def _compact(
     leaving = leaves.nonzero().squeeze(1).to(device, non_blocking=True)
     kept = (~leaves).nonzero().squeeze(1).to(device, non_blocking=True)
     numbers = batch.index.index_select(0, leaving)
-    record.leave(numbers, step.logits_of(leaving), number)
+    record.leave(numbers, step, number, leaving)
     if leaving_to is not None:
         leaving_to(numbers, batch.hidden_states.index_select(0, leaving), number)
     criterion.select(kept)
@@ -268,15 +220,18 @@ def _trim(host: Tensor) -> tuple[slice, bool]:
 class _Record:
     """Collects what leaves, and puts it back into the order of the original batch."""
 
-    def __init__(self, rows: int, exits: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, exits: int, device: torch.device, head_state: Callable[[Tensor, int], Tensor] | None
+    ) -> None:
         self.shape = (rows, exits)
+        self.head_state = head_state
         self.exit_layers = torch.zeros(rows, dtype=torch.long, device=device)
         # Scores while all rows are there, and after that with the rows that are left.
         self.columns: list[Tensor] = []
         self.whole: list[int] = []
         self.scores: list[tuple[Tensor, int, Tensor]] = []
         self.rows: list[Tensor] = []
-        self.logits: list[Tensor] = []
+        self.taken: list[Tensor] = []
 
     def keep_scores(self, rows: Tensor, exit_index: int, scores: Tensor) -> None:
         if rows.shape[0] == self.shape[0]:
@@ -285,13 +240,17 @@ class _Record:
         else:
             self.scores.append((rows, exit_index, scores))
 
-    def leave(self, rows: Tensor, logits: Tensor, layer: int) -> None:
+    def leave(self, rows: Tensor, step: ExitStep, layer: int, leaving: Tensor | None = None) -> None:
+        """Notes rows that leave behind a layer (1-based): all of the step, or those that `leaving` counts."""
         if rows.shape[0] == self.shape[0]:
             self.exit_layers.fill_(layer)
         else:
             self.exit_layers[rows] = layer
         self.rows.append(rows)
-        self.logits.append(logits)
+        if self.head_state is not None:
+            self.taken.append(self.head_state(step.state if leaving is None else step.state[leaving], step.index))
+        else:
+            self.taken.append(step.logits if leaving is None else step.logits_of(leaving))
 
     def finish(self) -> ExitRun:
         table = torch.full(self.shape, float("nan"), device=self.exit_layers.device)
@@ -300,9 +259,12 @@ class _Record:
         for rows, exit_index, scores in self.scores:
             table[rows, exit_index] = scores.to(table.dtype)
         if len(self.rows) == 1:
-            return ExitRun(self.logits[0], self.exit_layers, table)
-        order = torch.cat(self.rows).argsort()
-        return ExitRun(torch.cat(self.logits).index_select(0, order), self.exit_layers, table)
+            taken = self.taken[0]
+        else:
+            taken = torch.cat(self.taken).index_select(0, torch.cat(self.rows).argsort())
+        if self.head_state is not None:
+            return ExitRun(None, self.exit_layers, table, states=taken)
+        return ExitRun(taken, self.exit_layers, table)
 
 
 def _full_depth(logits: Tensor, rows: int, exits: Exits) -> ExitRun:

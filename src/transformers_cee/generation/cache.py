@@ -3,13 +3,21 @@
 """A cache into which single rows can write, and which keeps the states of tokens that deeper layers have not seen."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.exits.row_batch import SLIDING
 
 
 # Columns by which the buffers grow at least.
@@ -21,7 +29,7 @@ class ExitCacheLayer(CacheLayerMixin):
     """Keys and values (batch, heads, time, head size) of one layer, in buffers with room for more columns.
 
     Where `DynamicLayer` copies everything for every new token, a new token's keys and values are written in place, for
-    all rows or for some.
+    all rows or for some. Layers that look at a window of tokens keep all columns, too: their masks hide the rest.
     """
 
     is_sliding = False
@@ -30,6 +38,8 @@ class ExitCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        # First columns, which another cache had forgotten: zeros, outside of every later window.
+        self.forgotten = 0
 
     # `keys` and `values` are what other code reads and sets; the buffers behind them are longer.
 
@@ -61,6 +71,14 @@ class ExitCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.reserve(key_states.shape[-2])
         return self.write(key_states, value_states)
+
+    def take(self, layer: DynamicLayer) -> None:
+        """Takes over the content of another layer; where it holds a window alone, zeros stand before that."""
+        keys, values = layer.keys, layer.values
+        self.forgotten = layer.get_seq_length() - keys.shape[-2]
+        if self.forgotten:
+            keys, values = (torch.cat((_room(one, self.forgotten), one), dim=-2) for one in (keys, values))
+        self.update(keys, values)
 
     def write(
         self, key_states: Tensor, value_states: Tensor, rows: Tensor | None = None, only: Tensor | None = None
@@ -119,11 +137,17 @@ class ExitCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
+        self.forgotten = 0
         self.is_initialized = False
 
     def crop(self, amount: int) -> None:
         """Removes so many of the last columns, given as a negative number; before transformers 5.16, whose own caches
         do that too, a number from 0 on says how many columns stay."""
+        if self.forgotten and amount != 0:
+            raise ValueError(
+                f"A cache whose layers have forgotten their first {self.forgotten} tokens, which were outside of the "
+                "window, cannot be cropped. Run the prompt with an `EarlyExitCache` instead."
+            )
         if amount < 0:
             self.length = max(0, self.length + amount)
         elif _CROPS_TO_LENGTH:
@@ -218,15 +242,24 @@ class EarlyExitCache(DynamicCache):
         self.attention_mask: Tensor | None = None
 
     @classmethod
-    def from_cache(cls, cache: Cache, num_layers: int) -> "EarlyExitCache":
+    def from_cache(cls, cache: Cache, num_layers: int, layer_types: Sequence[str] | None = None) -> "EarlyExitCache":
         """The content of a dynamic cache. Both share their layers from then on, so the other one fills as well.
 
+        Args:
+            layer_types (sequence of `str`, *optional*):
+                Types of attention of the model's layers; by default none looks at a window alone.
+
         Raises:
-            ValueError: the cache is static, sliding, quantized or offloaded.
+            ValueError: the cache is static, quantized or offloaded, or keeps a window of what layers look at in full.
         """
         if isinstance(cache, cls):
             return cache
-        others = [layer for layer in cache.layers if type(layer) not in (DynamicLayer, ExitCacheLayer)]
+        slides = [kind == SLIDING for kind in layer_types or [""] * len(cache.layers)]
+        others = [
+            layer
+            for layer, one in zip(cache.layers, slides, strict=False)
+            if type(layer) not in (DynamicLayer, ExitCacheLayer, *((DynamicSlidingWindowLayer,) if one else ()))
+        ]
         if others or cache.offloading or len(cache.layers) > num_layers:
             kind = type(others[0]).__name__ if others else type(cache).__name__
             raise ValueError(
@@ -238,7 +271,7 @@ class EarlyExitCache(DynamicCache):
             if isinstance(layer, ExitCacheLayer):
                 own.layers[index] = layer
             elif layer.is_initialized:
-                own.layers[index].update(layer.keys, layer.values)
+                own.layers[index].take(layer)
         cache.layers[:] = own.layers
         own.layers = cache.layers
         # What `generate` asks of a cache that it was given.

@@ -7,7 +7,7 @@ The decoder is known by little: layers of transformers' usual signature, its rot
 projects a state to a layer's keys and values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.recording import Place
-from transformers_cee.exits.runner import ExitRun, Exits, Layer, RowBatch, run_exits
+from transformers_cee.exits.row_batch import Rotary, RowBatch
+from transformers_cee.exits.runner import ExitRun, Exits, Layer, run_exits
 from transformers_cee.generation.cache import EarlyExitCache, ExitCacheLayer, RowView, WaitingTokens
-
-
-Rotary = tuple[Tensor, Tensor]
+from transformers_cee.generation.masks import causal_masks
 
 
 @dataclass
@@ -34,6 +32,7 @@ class Decoder:
     Args:
         config (`PreTrainedConfig`): the model's.
         layers (sequence of `nn.Module`): decoder layers.
+        layer_types (sequence of `str`): which kind of attention each layer has, see `generation.masks`.
         rotary (`Callable`): cosines and sines (rows, time, head size) from hidden states and position ids.
         project (`Callable`):
             Keys and values (layers, rows, heads, time, head size) that the layers `start..stop−1` (0-based) make of
@@ -42,6 +41,7 @@ class Decoder:
 
     config: PreTrainedConfig
     layers: Sequence[nn.Module]
+    layer_types: Sequence[str]
     rotary: Callable[[Tensor, Tensor], Rotary]
     project: Callable[[int, int, Tensor, Rotary], tuple[Tensor, Tensor]]
 
@@ -60,6 +60,7 @@ def decode_step(
     skipped_kv: str = "copy",
     layer_arguments: dict[str, Any] | None = None,
     places: list[Place] | None = None,
+    head_state: Callable[[Tensor, int], Tensor] | None = None,
 ) -> ExitRun:
     """Runs one token per row until it leaves, without gradients. Rows that left are gone from the deeper layers.
 
@@ -71,16 +72,17 @@ def decode_step(
         skipped_kv (`str`): `"copy"` or `"deferred"`.
         layer_arguments (`dict`, *optional*): further keyword arguments of the layers.
         places (`list[Place]`, *optional*): gets, for each layer that runs, which rows it saw.
+        head_state (`Callable`, *optional*): as in `run_exits`.
     """
     past = cache.get_seq_length()
-    mask = _causal_mask(decoder, hidden_states, attention_mask, past, position_ids)
+    masks = _masks(decoder, hidden_states, attention_mask, past, position_ids)
     cache.reserve()
     cache.attention_mask = attention_mask
     step_class = {"copy": _CopyStep, "deferred": _DeferredStep}[skipped_kv]
     step = step_class(decoder, cache, hidden_states, attention_mask, position_ids, layer_arguments or {})
     layers: list[Layer] = [step.bind(index) for index in range(len(decoder.layers))]
     run = run_exits(
-        RowBatch(hidden_states, mask),
+        RowBatch(hidden_states, masks),
         layers,
         exits,
         criterion,
@@ -88,6 +90,7 @@ def decode_step(
         step.leave,
         score_closed=False,
         places=places,
+        head_state=head_state,
     )
     step.finish(run)
     return run
@@ -158,7 +161,8 @@ class _Step:
         rows = self.rows_of(batch)
         rotary, positions = _rows_of_rotary(self.rotary, rows), _rows(self.position_ids, rows)
         view = RowView(self.cache, rows)
-        return self.run_layer(index, batch.hidden_states, batch.attention_mask, rotary, positions, view)
+        mask = batch.mask_of(self.decoder.layer_types[index])
+        return self.run_layer(index, batch.hidden_states, mask, rotary, positions, view)
 
 
 class _CopyStep(_Step):
@@ -190,7 +194,7 @@ class _DeferredStep(_Step):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.waiting = self.cache.waiting
-        self.block_mask: Tensor | None = None
+        self.block_masks: Mapping[str, Tensor | None] = {}
         self.block_rotary: Rotary | None = None
         self.has_block = False
         # Does a block of columns end with the new tokens?
@@ -238,7 +242,7 @@ class _DeferredStep(_Step):
         else:
             writes = only
         length = states.shape[1]
-        mask, rotary, positions = self._block(length, rows)
+        mask, rotary, positions = self._block(self.decoder.layer_types[index], length, rows)
         view = RowView(self.cache, rows, None if bool(pending.all()) else writes)
         after = self.run_layer(index, states, mask, rotary, positions, view)
         moved = torch.where(only[..., None], after[:, :count], old)
@@ -253,8 +257,8 @@ class _DeferredStep(_Step):
             waiting.layers_done[host] = done
         return after[:, count:]
 
-    def _block(self, columns: int, rows: Tensor | None) -> tuple[Tensor | None, Rotary, Tensor]:
-        """Mask, cosines and sines, and position ids of the last columns of some rows."""
+    def _block(self, layer_type: str, columns: int, rows: Tensor | None) -> tuple[Tensor | None, Rotary, Tensor]:
+        """Mask, cosines and sines, and position ids of the last columns of some rows, for a type of layer."""
         waiting = self.waiting
         assert waiting is not None
         if not self.has_block:
@@ -266,11 +270,11 @@ class _DeferredStep(_Step):
             like = waiting.states.new_empty(self.num_rows, positions.shape[1], waiting.states.shape[-1])
             self.block_rotary = self.decoder.rotary(like, positions)
             past = total - positions.shape[1]
-            self.block_mask = _causal_mask(self.decoder, like, self.attention_mask, past, positions)
+            self.block_masks = _masks(self.decoder, like, self.attention_mask, past, positions)
             self.has_block = True
         assert self.block_rotary is not None
         cosines, sines = (_rows(part, rows)[:, -columns:] for part in self.block_rotary)
-        mask = self.block_mask
+        mask = self.block_masks[layer_type]
         if mask is not None:
             mask = _rows(mask, rows)
             mask = mask[:, :, -columns:] if mask.dim() == 4 else mask
@@ -306,21 +310,18 @@ def _rows_of_rotary(rotary: Rotary, rows: Tensor | None) -> Rotary:
     return _rows(rotary[0], rows), _rows(rotary[1], rows)
 
 
-def _causal_mask(
+def _masks(
     decoder: Decoder, hidden_states: Tensor, attention_mask: Tensor | None, past: int, position_ids: Tensor
-) -> Tensor | None:
-    """Mask of the last columns, as the attention implementation takes it."""
+) -> dict[str, Tensor | None]:
+    """Masks of the last columns by type of layer, as the attention implementation takes them."""
     layer = ExitCacheLayer()
     layer.length = past
-    mask = create_causal_mask(
-        config=decoder.config,
-        inputs_embeds=hidden_states,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        **{CACHE_NAME: Cache(layers=[layer])},
+    masks = causal_masks(
+        decoder.config, decoder.layer_types, hidden_states, attention_mask, position_ids, Cache(layers=[layer])
     )
     columns = hidden_states.shape[1]
-    if mask is None and columns > 1 and past == 0 and "flash" not in str(decoder.config._attn_implementation):
+    if columns > 1 and past == 0 and "flash" not in str(decoder.config._attn_implementation):
         # No mask stands for a plain causal one over all columns; of a block only the last columns are used.
-        mask = torch.ones(columns, columns, dtype=torch.bool, device=hidden_states.device).tril()[None, None]
-    return mask
+        plain = torch.ones(columns, columns, dtype=torch.bool, device=hidden_states.device).tril()[None, None]
+        masks = {name: plain if mask is None else mask for name, mask in masks.items()}
+    return masks

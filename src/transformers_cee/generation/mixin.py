@@ -79,6 +79,11 @@ class EarlyExitGenerationMixin(GenerationMixin):
     each new token; the first comes from the prompt's pass at full depth; 0 behind the end of a row.
     """
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Transformers looks for its own mixin among a class's direct bases."""
+        return True
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -103,7 +108,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
         if self._exits_are_on(settings):
             trace.decay = settings.pop("exit_threshold_decay", None)
             trace.settings = settings
-            self._check_rows_can_leave()
+            self.check_rows_can_leave()
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
         outer = _TRACE.set(trace)
@@ -113,7 +118,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
             _TRACE.reset(outer)
         if trace.cache is not None and (isinstance(output, ModelOutput) or kwargs.get(CACHE_NAME) is not None):
             # Whoever looks at the cache next expects all keys and values.
-            complete_waiting(self._as_decoder, trace.cache)
+            complete_waiting(self.as_decoder, trace.cache)
         if isinstance(output, ModelOutput) and trace.exit_layers:
             output["exit_layers"] = _layers_of_tokens(trace, output)
         return output
@@ -161,7 +166,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
         rename_cache(kwargs)
         trace = _TRACE.get()
         if trace is not None and trace.settings is not None and kwargs.get(CACHE_NAME) is not None:
-            trace.cache = EarlyExitCache.from_cache(kwargs[CACHE_NAME], self.config.num_hidden_layers)
+            layers = self.config.num_hidden_layers
+            trace.cache = EarlyExitCache.from_cache(kwargs[CACHE_NAME], layers, self.layer_types)
             kwargs[CACHE_NAME] = trace.cache
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs

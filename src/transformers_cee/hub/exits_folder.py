@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from transformers_cee.hub.publishing import CARD, stalls_end
-from transformers_cee.hub.remote_code import REMOTE_CODE_FILE
 from transformers_cee.modeling.exits_folder import WEIGHTS
 from transformers_cee.modeling.exits_saving import save_exits
+from transformers_cee.models.remote_code import REMOTE_CODE_FILE
 
 
 def push_exits(

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_session
 
-from transformers_cee.hub.remote_code import REMOTE_CODE_FILE
+from transformers_cee.models.remote_code import REMOTE_CODE_FILE
 
 
 # Optimizers, states of random numbers, `training_args.bin` with its token, stored exits of training rows and whatever

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers_cee.exits import configuration
 from transformers_cee.exits.criteria import Thresholds
 from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.stores.filling import count_labels, exit_features
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
 from transformers_cee.training.objectives import (
@@ -87,14 +89,14 @@ def heads_phase(
     """
     per_token = exit_model.exits_per_token
     objective = args.make_heads_objective(stage)
-    options: dict[str, Any] = {"token_loss": args.make_token_loss()} if per_token else {}
-    if objective.scales_gradients:
-        options["gradient_equilibrium"] = True
-    if objective.trains_policies:
-        options["output_policies"] = True
+    options = ExitTraining(
+        gradient_equilibrium=objective.scales_gradients,
+        output_policies=objective.trains_policies,
+        token_loss=args.make_token_loss() if per_token else None,
+    )
 
     def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        outputs = model(**inputs, output_all_exits=True, **options)
+        outputs = model(**inputs, output_all_exits=True, exit_training=options)
         if own_loss is not None:
             outputs.all_exit_losses = own_exit_losses(own_loss, outputs, inputs["labels"])
         return objective(_heads_step(objective, exit_model, outputs, inputs["labels"], state())), outputs
@@ -149,7 +151,7 @@ def consistent_phase(
             # What a token reads depends on where earlier ones left, so every sample is a pass of its own. All in one
             # batch, since DistributedDataParallel wants one forward pass per backward pass.
             copies = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
-            outputs = model(**copies, sample_exits=True)
+            outputs = model(**copies, exit_training=ExitTraining(sample_exits=True))
             return outputs.loss, outputs
         outputs = model(**inputs, output_all_exits=True)
         if own_loss is not None:
@@ -190,9 +192,8 @@ def _log_distribution(exit_model: nn.Module, exit_logits: Tensor, outputs: Any) 
 
 
 def first_exit(config: Any) -> int:
-    """Exit (0-based) before which nothing leaves, by `min_exit_layer` of a decoder's config."""
-    first = getattr(config, "min_exit_layer", None) or 1
-    return sum(layer < first for layer in config.exit_layer_numbers)
+    """Exit (0-based) before which nothing leaves, by `min_exit_layer` of the config."""
+    return configuration.first_exit(config.exit_layer_numbers, config.min_exit_layer)
 
 
 def token_share(loss: Tensor, labels: Tensor, items: Tensor | int, processes: int) -> Tensor:

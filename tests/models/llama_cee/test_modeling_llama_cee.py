@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM
 
 from transformers_cee.exits.token_losses import CHUNK_ROWS, CrossEntropy, FinalArgmax, FinalDistributionKL
+from transformers_cee.exits.training_options import ExitTraining
 
 
 KINDS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
@@ -53,7 +54,7 @@ class TestAllExits:
     def compare(self, model, side="right", token_loss=None, seed=1):
         rows, batch = texts(seed=seed, side=side)
         tokens = text_tokens(model, rows)
-        output = model(**batch, output_all_exits=True, token_loss=token_loss)
+        output = model(**batch, output_all_exits=True, exit_training=ExitTraining(token_loss=token_loss))
         assert output.token_labels.tolist() == [token.label for token in tokens]
         assert output.token_rows.tolist() == [token.row for token in tokens]
         assert output.may_exit.tolist() == [token.may_exit for token in tokens]
@@ -165,7 +166,7 @@ class TestAllExits:
         (sum(weighted(one) for one in losses) / len(tokens)).backward()
         expected = {name: one.grad for name, one in model.named_parameters()}
         model.zero_grad()
-        model(**batch, output_all_exits=True, token_loss=token_loss).loss.backward()
+        model(**batch, output_all_exits=True, exit_training=ExitTraining(token_loss=token_loss)).loss.backward()
         for name, parameter in model.named_parameters():
             if expected[name] is None:
                 assert parameter.grad is None or not parameter.grad.any(), name
@@ -202,7 +203,14 @@ class TestAllExits:
         assert float(output.loss.detach()) == 0.0
         output.loss.backward()
         assert model(ids, labels=labels, output_all_exits=True).loss.isnan()
-        assert float(model(ids, labels=labels, sample_exits=True, num_items_in_batch=3).loss.detach()) == 0.0
+        assert (
+            float(
+                model(
+                    ids, labels=labels, exit_training=ExitTraining(sample_exits=True), num_items_in_batch=3
+                ).loss.detach()
+            )
+            == 0.0
+        )
         known = model(ids, labels=labels, exit_threshold=0.5, num_items_in_batch=3)
         assert float(known.loss.detach()) == 0.0 and known.exit_layers.unique().tolist() == [4]
 
@@ -241,7 +249,9 @@ def test_logits_of_all_tokens_never_exist_together(kind, mode):
     vocabulary = 61
     model = tiny_llama(exit_head=kind, vocab_size=vocabulary, policy_inputs="both" if mode == "all" else "state")
     ids = torch.randint(3, 60, (CHUNK_ROWS // 8, 24))
-    options = {"all": {"output_all_exits": True}, "sampled": {"sample_exits": True}}.get(mode, {"exit_threshold": 0.5})
+    options = {"all": {"output_all_exits": True}, "sampled": {"exit_training": ExitTraining(sample_exits=True)}}.get(
+        mode, {"exit_threshold": 0.5}
+    )
     if mode == "known":
         # Its logits are an output; without labels it is up to `logits_to_keep`.
         options["logits_to_keep"] = 1

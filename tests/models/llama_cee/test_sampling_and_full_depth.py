@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from transformers_cee import LlamaForConsistentEECausalLM
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.exits.training_options import ExitTraining
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -67,7 +68,7 @@ class TestSampling:
         model = tiny_llama(policy_inputs=inputs, copy_exit_states=copies, min_exit_layer=first)
         batch = {name: values.repeat(COPIES, 1) for name, values in collate_text([ROW]).items()}
         torch.manual_seed(0)
-        layers = model(**batch, sample_exits=True).exit_layers
+        layers = model(**batch, exit_training=ExitTraining(sample_exits=True)).exit_layers
         assert layers[:, :2].unique().tolist() == [4]
         tokens = row_tokens(model, ROW)
         expected = [token.exit_probabilities(model, first or 1) for token in tokens]
@@ -101,7 +102,7 @@ class TestSampling:
         model, rows = tiny_llama(exit_head=kind, exit_head_rank=3), list(instructions(12, 1))
         batch = collate_text(rows)
         torch.manual_seed(3)
-        output = model(**batch, sample_exits=True)
+        output = model(**batch, exit_training=ExitTraining(sample_exits=True))
         assert output.logits is None and len(output.exit_layers.unique()) >= 3
         losses, predictions = [], []
         for number, row in enumerate(rows):
@@ -129,14 +130,14 @@ class TestSampling:
                 torch.testing.assert_close(given[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
         assert not any("exit_policies" in name and grad is not None for name, grad in given.items())
         torch.manual_seed(3)
-        items = model(**batch, sample_exits=True, num_items_in_batch=torch.tensor(5))
+        items = model(**batch, exit_training=ExitTraining(sample_exits=True), num_items_in_batch=torch.tensor(5))
         torch.testing.assert_close(items.loss, losses.sum() / 5, **CLOSE)
 
     def test_without_copies_deeper_layers_see_everything(self):
         model, row = tiny_llama(copy_exit_states=False), ROW
         batch = {name: values.repeat(30, 1) for name, values in collate_text([row]).items()}
         torch.manual_seed(0)
-        output = model(**batch, sample_exits=True)
+        output = model(**batch, exit_training=ExitTraining(sample_exits=True))
         tokens = row_tokens(model, row)
         expected = [
             tokens[column].losses[layer - 1]
@@ -147,7 +148,7 @@ class TestSampling:
 
     def test_draws_differ(self):
         model, batch = tiny_llama(), text_batch(12)
-        first, second = (model(**batch, sample_exits=True).exit_layers for _ in range(2))
+        first, second = (model(**batch, exit_training=ExitTraining(sample_exits=True)).exit_layers for _ in range(2))
         assert not torch.equal(first, second)
 
 
@@ -203,7 +204,11 @@ class TestFullDepth:
         assert all(one.grad is None for name, one in model.named_parameters() if name.startswith("exit_"))
 
 
-MODES = {"all exits": {"output_all_exits": True}, "sampled": {"sample_exits": True}, "full depth": {}}
+MODES = {
+    "all exits": {"output_all_exits": True},
+    "sampled": {"exit_training": ExitTraining(sample_exits=True)},
+    "full depth": {},
+}
 
 
 LAYERS_MAY_NOT_RUN = {
@@ -220,7 +225,10 @@ LAYERS_MAY_NOT_RUN = {
         {"input_ids": torch.ones(2, 3).long(), "output_all_exits": True},
         r"`output_all_exits` and `sample_exits` need `labels`",
     ),
-    "samples without labels": ({"input_ids": torch.ones(2, 3).long(), "sample_exits": True}, r"need `labels`"),
+    "samples without labels": (
+        {"input_ids": torch.ones(2, 3).long(), "exit_training": ExitTraining(sample_exits=True)},
+        r"need `labels`",
+    ),
     "threshold": ({"input_ids": torch.ones(2, 3).long(), "exit_threshold": 2}, r"`exit_threshold`=2"),
     "thresholds": ({"input_ids": torch.ones(2, 3).long(), "exit_threshold": [0.5]}, r"1 values.*\(4\)"),
     "criterion": (
@@ -314,7 +322,7 @@ class TestAllWays:
 
 def test_class_declares_what_trainer_and_compile_ask():
     model = tiny_llama()
-    assert model.exits_per_token and model._can_compile_fullgraph and model.loss_type == "ForCausalLM"
+    assert model.item == "token" and model._can_compile_fullgraph and model.loss_type == "ForCausalLM"
     assert {"exit_layers", CACHE_NAME, "all_exit_losses"} <= set(model.config.keys_to_ignore_at_inference)
     assert isinstance(model, LlamaForConsistentEECausalLM) and model.get_decoder() is model.model
     assert model.layer_numbers == [1, 2, 3, 4]

@@ -7,7 +7,7 @@ from transformers_cee.lazy import lazy_names
 
 _PUBLIC = {
     "BertCeeConfig": "configuration_bert_cee",
-    "BertCeeModel": "encoder_bert_cee",
+    "BertCeeModel": "modeling_bert_cee",
     "BertForConsistentEE": "modeling_bert_cee",
 }
 

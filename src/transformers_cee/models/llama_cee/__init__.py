@@ -7,7 +7,7 @@ from transformers_cee.lazy import lazy_names
 
 _PUBLIC = {
     "LlamaCeeConfig": "configuration_llama_cee",
-    "LlamaCeeModel": "decoder_llama_cee",
+    "LlamaCeeModel": "modeling_llama_cee",
     "LlamaForConsistentEECausalLM": "modeling_llama_cee",
 }
 

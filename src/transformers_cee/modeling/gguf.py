@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin
-from transformers_cee.models.loading import announce_untrained
+from transformers_cee.modeling.loading import announce_untrained
 
 
 _EXIT_FIELDS = {one.name for one in fields(DecoderExitConfigMixin)}

@@ -1,0 +1,28 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What a trainer asks of a forward pass beside its loss."""
+
+from dataclasses import dataclass
+
+from transformers_cee.exits.token_losses import TokenLoss
+
+
+@dataclass(frozen=True)
+class ExitTraining:
+    """Options of a forward pass in training. A model that has no use for one takes no notice of it.
+
+    Args:
+        sample_exits (`bool`): of decoders, with `labels`: every token leaves with the policy's probability, and the
+            loss is that of the exits.
+        gradient_equilibrium (`bool`): with all exits, every layer gets the mean of the gradients of the exits behind
+            it; see `exits.runner.collect_states`.
+        output_policies (`bool`): with `output_all_exits`, also what the policies make of every internal exit, with
+            gradient.
+        token_loss (`TokenLoss`, *optional*): of decoders with `output_all_exits`: loss per token; cross-entropy by
+            default.
+    """
+
+    sample_exits: bool = False
+    gradient_equilibrium: bool = False
+    output_policies: bool = False
+    token_loss: TokenLoss | None = None

@@ -1,0 +1,160 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""`EarlyExitModel`: what a model with exits is, whatever its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import capture_outputs
+
+from transformers_cee.exits.adapters import check_adapters
+from transformers_cee.exits.configuration import check_min_exit_layer, first_exit
+from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
+from transformers_cee.exits.losses import OwnLoss
+from transformers_cee.exits.policy import make_policies
+from transformers_cee.exits.recording import wants_states
+from transformers_cee.exits.runner import Layer
+from transformers_cee.exits.support import check_rows_can_leave
+from transformers_cee.modeling.loading import EarlyExitLoadingMixin, check_config_class
+
+
+# Arguments of `forward` that layers know nothing of.
+OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
+
+
+class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
+    """A model with exits; mix in before the `PreTrainedModel` of a family.
+
+    It owns the exits' heads, norms, policies and estimators, and knows the layers that they belong to. A subclass for
+    each task says how states become logits and losses; a family says what is peculiar to its layers.
+
+    A family gives:
+
+    - `config_class`, a config of the family's own with the fields of the exits, and `stock_class`, the model of
+      transformers whose checkpoints it loads and which it equals at full depth.
+    - `task_modules`: modules beside the exits that a checkpoint of another task may lack.
+    - `add_stock`: makes the modules of the stock model, under its names.
+    - `layers`, and how one is called (`bind`).
+
+    Raises:
+        TypeError: a config of another class.
+        ValueError: a field of the exits is out of its range.
+    """
+
+    config: Any
+    stock_class: ClassVar[type[PreTrainedModel]]
+    # What leaves, is counted and is learnt: a "row" of the batch, or a "token" of it.
+    item: ClassVar[str]
+
+    def __init__(self, config: Any) -> None:
+        check_config_class(config, type(self))
+        # Fields may have been set on a config that was checked before.
+        config.check_exits()
+        super().__init__(config)  # type: ignore[call-arg]
+        self.layer_numbers: list[int] = config.exit_layer_numbers
+        self.add_stock(config)
+        self.add_heads(config)
+        self.exit_policies = make_policies(config, self.layer_numbers)
+        self.exit_estimators = make_estimators(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    # What a family and a task say
+
+    def add_stock(self, config: Any) -> None:
+        """Makes the modules of the stock model, under its names."""
+        raise NotImplementedError
+
+    def add_heads(self, config: Any) -> None:
+        """Makes `exit_norms` and `exit_heads`."""
+        raise NotImplementedError
+
+    @property
+    def body(self) -> Any:
+        """The stock model without its head."""
+        return getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The layers in order."""
+        raise NotImplementedError
+
+    # Exits
+
+    @property
+    def exits_per_token(self) -> bool:
+        """Does every token leave on its own?"""
+        return self.item == "token"
+
+    @property
+    def last_exit(self) -> int:
+        """The last exit (0-based), which is the stock model's head."""
+        return len(self.layer_numbers) - 1
+
+    def first_exit(self, min_exit_layer: int | None = None) -> int:
+        """Exit (0-based) before which nothing leaves.
+
+        Args:
+            min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; that of the config by default.
+
+        Raises:
+            ValueError: it is no layer.
+        """
+        layer = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
+        check_min_exit_layer(layer, self.config.num_hidden_layers)
+        return first_exit(self.layer_numbers, layer)
+
+    def check_rows_can_leave(self) -> None:
+        """Raises `ValueError` where layers cannot be run for some rows alone."""
+        check_rows_can_leave(self.config, self.layers)
+        check_adapters(self, self.layers, rows_leave=True)  # type: ignore[arg-type]
+
+    def captured(self, walk: Callable[[], Any], arguments: dict[str, Any]) -> dict[str, Any]:
+        """A walk's result as `run`, and what its layers gave that the arguments or the config ask for."""
+        wanted = wants_states(self.config, arguments)
+        if not any(wanted.values()):
+            return {"run": walk()}
+        return _captured_by(self.body, walk, **wanted, return_dict=True)
+
+    # Weights
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        init_estimator(module)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, tables of tokens included."""
+        embeddings: nn.Module = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        resize_estimators(self)  # type: ignore[arg-type]
+        return embeddings
+
+
+@capture_outputs
+def _captured_by(model: nn.Module, walk: Callable[[], Any], **kwargs: Any) -> dict[str, Any]:
+    # Asked of the part of the model that captures at full depth: hooks of transformers on both would note everything
+    # twice.
+    return {"run": walk()}
+
+
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, ...]:
+    """(batch, time) of the input.
+
+    Raises:
+        ValueError: no or both inputs, or an empty one.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    assert given is not None
+    shape = tuple(given.shape[:2])
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"The input of shape {shape} is empty; (batch, time) with at least one row and token needed.")
+    return shape
+
+
+__all__ = ["OUTPUT_FLAGS", "EarlyExitModel", "Layer", "check_inputs"]

@@ -1,0 +1,307 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Encoders that classify, each input leaving at its own layer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import can_return_tuple
+
+from transformers_cee.exits.adapters import check_adapters
+from transformers_cee.exits.arguments import check_arguments
+from transformers_cee.exits.criteria import check_thresholds
+from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
+from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
+from transformers_cee.exits.losses import (
+    check_labels,
+    check_labels_of_rows,
+    check_training_without_labels,
+    exit_losses,
+    layer_weighted,
+    resolve_problem_type,
+    say_what_labels_train,
+)
+from transformers_cee.exits.outputs import ExitClassifierOutput
+from transformers_cee.exits.policy import all_features
+from transformers_cee.exits.recording import Place, restore_attentions, restore_states
+from transformers_cee.exits.row_batch import RowBatch
+from transformers_cee.exits.runner import ExitRun, Layer, run_all_exits, run_exits
+from transformers_cee.exits.support import check_rows_can_leave
+from transformers_cee.exits.training_options import ExitTraining
+from transformers_cee.modeling.base import EarlyExitModel, check_inputs
+
+
+class EarlyExitSequenceClassifier(EarlyExitModel):
+    """Sequence classification and regression in which every input leaves at its own layer (ConsistentEE, Zeng et al.,
+    AAAI 2024).
+
+    Internal exits are linear heads on the state that the stock model's own head makes before its last linear layer.
+    Exit heads and policies start at random and are trained with [`ConsistentEETrainer`].
+
+    A family of encoders gives, beside what every model with exits does, where it differs:
+
+    - `embed`: the embedded batch with its masks and positions.
+    - `finished`: what is done to hidden states behind the last layer.
+    - `pool` and `classify`: the stock head in two parts, up to its last linear layer and from there.
+    """
+
+    item = "row"
+    # Losses are divided by `num_items_in_batch`, which Trainer then gives instead of dividing by accumulation steps.
+    accepts_loss_kwargs = True
+    # How deep a batch goes depends on its data.
+    _can_compile_fullgraph: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+
+    def add_heads(self, config: Any) -> None:
+        self.exit_norms = ExitNorms(config.exit_norm, self.layer_numbers, config.hidden_size, self.norm_eps)
+        self.exit_heads = ExitHeads(
+            self.layer_numbers[:-1], config.hidden_size, config.num_labels, self.head_dropout(config)
+        )
+
+    # What a family may say otherwise
+
+    @staticmethod
+    def head_dropout(config: Any) -> float:
+        """Share of a state that heads drop in training."""
+        given: float | None = getattr(config, "classifier_dropout", None)
+        return config.hidden_dropout_prob if given is None else given
+
+    @property
+    def norm_eps(self) -> float:
+        """Of the exits' norms."""
+        return self.config.layer_norm_eps
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.body.encoder.layer
+
+    def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Layer:
+        """The layer `index` (0-based) as a function of the batch; `arguments` are those that the caller hands on."""
+        return lambda batch: layer(batch.hidden_states, batch.attention_mask, **arguments)
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> RowBatch:
+        """The embedded batch, its masks and positions."""
+        if position_ids is None and attention_mask is not None:
+            # A left-padded row counts its positions from its own first token; right-padded rows keep 0, 1, 2, ….
+            first = attention_mask.to(torch.int8).argmax(1, keepdim=True)
+            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            position_ids = (columns - first).clamp_min(0)
+        hidden_states = self.body.embeddings(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
+        return self.masked(hidden_states, attention_mask)
+
+    def masked(self, hidden_states: Tensor, attention_mask: Tensor | None) -> RowBatch:
+        """Embedded rows (rows, time, hidden) whose tokens see each other."""
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        # No mask for the layers means that nothing is padded: then pooling needs none either.
+        return RowBatch(hidden_states, mask, None if mask is None else attention_mask)
+
+    def finished(self, hidden_states: Tensor) -> Tensor:
+        """What the stock model makes of the last layer's hidden states before it pools them."""
+        return hidden_states
+
+    def pool(self, state: Tensor) -> Tensor:
+        """Exit state (rows, hidden) of pooled hidden states (rows, hidden): the stock head up to its last layer."""
+        return state
+
+    def classify(self, state: Tensor) -> Tensor:
+        """Logits (rows, labels) of the last exit from its state (rows, hidden): the last layer of the stock head."""
+        raise NotImplementedError
+
+    # What the walks over layers ask
+
+    def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
+        """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""
+        if self.config.exit_pooling == "mean":
+            pooled = mean_token(self.finished(hidden_states), padding_mask)
+        else:
+            pooled = self.pool(self.finished(first_token(hidden_states, padding_mask)))
+        return self.exit_norms(pooled, index)
+
+    def logits(self, state: Tensor, index: int) -> Tensor:
+        """Logits (rows, labels) of exit `index` from its state (rows, hidden)."""
+        return self.classify(state) if index == self.last_exit else self.exit_heads(state, index)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        exit_threshold: float | list[float] | str | None = None,
+        exit_criterion: str | None = None,
+        exit_budget: float | None = None,
+        min_exit_layer: int | None = None,
+        output_all_exits: bool = False,
+        exit_training: ExitTraining | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ExitClassifierOutput:
+        """Classifies each row at the first exit where the criterion lets it go.
+
+        Args:
+            input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
+            attention_mask (`Tensor` of shape `(batch, time)`, *optional*):
+                0 at padding, on either side; anything else, of any dtype, at tokens.
+            labels (`Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
+                Classes, indicators or values, by `config.problem_type`, which the first labels settle where it is
+                None. The loss is that of the exits taken. In training mode, where no exit argument is given, no row
+                leaves early and the loss is that of all exits (layer-weighted); without labels, `all_exit_logits` are
+                returned there, and a loss on `logits` trains the last exit alone.
+            exit_threshold (`float`, `list[float]` or `str`, *optional*, defaults to `config.exit_threshold`):
+                A row leaves at the first exit whose policy probability is greater: 1.0 switches exits off, 0.0 lets
+                all out at the first exit. Without one, of the call or the config, no row leaves early. A list holds
+                one number per exit; a name stands for one of `config.exit_operating_points`.
+            exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`):
+                `"policy"`, or a baseline such as `"max_probability"`, `"entropy"` or `"patience"`; see
+                `transformers_cee.exits.criteria.CRITERIA`.
+            exit_budget (`float`, *optional*):
+                Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
+            min_exit_layer (`int`, *optional*, defaults to `config.min_exit_layer`): first layer to leave at.
+            output_all_exits (`bool`, *optional*, defaults to `False`):
+                Run to full depth and return every exit's logits and state.
+            exit_training ([`ExitTraining`], *optional*): what trainers ask for.
+
+            kwargs: `output_hidden_states` and `output_attentions` as in the stock model, see `ExitClassifierOutput`.
+            num_items_in_batch (`int`, *optional*):
+                Divides summed losses instead of the number of rows: all labels, of all micro-batches and processes.
+
+        Raises:
+            ValueError: no or both of `input_ids` and `inputs_embeds`, an empty batch, a mask or labels that do not
+                fit, labels that Trainer took out, or a threshold that is out of range or of the wrong length. No
+                layer has run by then.
+        """
+        problem_type = resolve_problem_type(self.config.problem_type, self.num_labels, labels)
+        check_arguments(EarlyExitSequenceClassifier.forward, self.config, kwargs)
+        shape = check_inputs(input_ids, inputs_embeds)
+        if attention_mask is not None:
+            attention_mask = _checked_mask(attention_mask, shape)
+        check_labels_of_rows(kwargs)
+        # In training mode nothing leaves unless it is asked to: the config says how the model is used.
+        asked = any(one is not None for one in (exit_threshold, exit_criterion, exit_budget))
+        all_exits = output_all_exits or (self.training and not asked)
+        output_all_exits = output_all_exits or (all_exits and labels is None)
+        if self.training and not asked and labels is None:
+            check_training_without_labels(num_items_in_batch)
+        elif self.training and not output_all_exits and not asked:
+            say_what_labels_train(self.config.exit_criterion)
+        if labels is not None:
+            check_labels(labels, shape[0], self.num_labels, problem_type)
+            # As the stock model does: what logits mean is saved with it, for whoever has no labels.
+            self.config.problem_type = problem_type
+        decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
+        first_exit, options = self.first_exit(min_exit_layer), exit_training or ExitTraining()
+        if all_exits:
+            # A criterion that has yet to be fitted, on all exits, is no reason to refuse them.
+            check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
+            check_adapters(self, self.layers, rows_leave=False)
+        else:
+            walk = self._leaving(decision, problem_type, input_ids, attention_mask, first_exit)
+        batch = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        layers = [self.bind(index, layer, kwargs) for index, layer in enumerate(self.layers)]
+        if all_exits:
+            found = self.captured(lambda: run_all_exits(batch, layers, self, options.gradient_equilibrium), kwargs)
+        else:
+            found = walk(batch, layers, kwargs)
+        run: ExitRun = found["run"]
+        losses = None
+        if all_exits and labels is not None:
+            losses = exit_losses(run.all_logits, labels, problem_type)
+        output = ExitClassifierOutput(
+            loss=self._loss(run, losses, labels, problem_type, num_items_in_batch),
+            logits=run.logits,
+            exit_layers=run.exit_layers,
+            exit_probabilities=run.scores,
+            hidden_states=found.get("hidden_states"),
+            attentions=found.get("attentions"),
+        )
+        if output_all_exits:
+            output.all_exit_logits, output.all_exit_states = run.all_logits, run.all_states
+            output.all_exit_losses = losses
+            if options.output_policies:
+                output.all_policy_logits = self._policy_logits(run, problem_type)
+        return output
+
+    # Parts
+
+    def _leaving(
+        self,
+        decision: ExitDecision,
+        problem_type: str,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        first_exit: int,
+    ) -> Any:
+        """The walk in which rows leave, as a function of the batch, its layers and what the caller hands on; all that
+        could stop it has been checked."""
+        criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask, first_exit)
+        if not criterion.is_off:
+            check_rows_can_leave(self.config, self.layers)
+        check_adapters(self, self.layers, rows_leave=not criterion.is_off)
+        places: list[Place] = []
+
+        def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
+            found = self.captured(
+                lambda: run_exits(batch, layers, self, criterion, first_exit, places=places), arguments
+            )
+            for name, restore in (("hidden_states", restore_states), ("attentions", restore_attentions)):
+                if name in found:
+                    found[name] = restore(found[name], places, self.config.num_hidden_layers)
+            return found
+
+        return walk
+
+    def _policy_logits(self, run: ExitRun, problem_type: str) -> Tensor:
+        features = None
+        if self.exit_policies.needs_logits:
+            features = all_features(run.all_logits.detach(), problem_type)
+        return self.exit_policies(run.all_states, features)
+
+    def _loss(
+        self, run: ExitRun, losses: Tensor | None, labels: Tensor | None, problem_type: str, items: Tensor | int | None
+    ) -> Tensor | None:
+        if labels is None:
+            return None
+        if not self.training or losses is None:
+            losses = exit_losses(run.logits, labels, problem_type).unsqueeze(1)
+        if items is None:
+            return layer_weighted(losses)
+        # A row of many labels counts as many items.
+        return layer_weighted(losses.sum(0, keepdim=True)) * (labels.numel() // len(losses)) / items
+
+
+def _checked_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Truth values (batch, time), true at tokens: what is not 0 is one, whatever its number.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if tuple(attention_mask.shape) != shape:
+        raise ValueError(f"`attention_mask` of shape {tuple(attention_mask.shape)} must be (batch, time) = {shape}.")
+    return attention_mask != 0
+
+
+__all__ = ["EarlyExitSequenceClassifier"]
