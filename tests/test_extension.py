@@ -25,10 +25,17 @@ from tiny import (
     weights,
 )
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
-from transformers_cee import BertForConsistentEE, ConsistentEETrainingArguments, score_exits
+from transformers_cee import (
+    BertForConsistentEE,
+    ConsistentEETrainingArguments,
+    LlamaForConsistentEECausalLM,
+    exit_costs,
+    score_exits,
+)
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.lm_heads import LM_EXIT_HEADS
 from transformers_cee.exits.token_losses import TOKEN_LOSSES
 from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 from transformers_cee.training.rewards import REWARDS
@@ -39,12 +46,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from transformers_cee import (
     ExitCriterion,
     HeadsObjective,
+    LMExitHead,
     register_criterion,
+    register_exit_head,
     register_heads_objective,
     register_reward,
     register_token_loss,
@@ -105,8 +115,52 @@ class Focal:
     def __call__(self, exit_logits, final_logits, labels):
         loss = F.cross_entropy(exit_logits.float(), labels, reduction="none")
         return (1 - (-loss).exp()) ** self.gamma * loss
+
+
+class Residual(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.linear = nn.Linear(size, size, bias=False)
+
+    def forward(self, state):
+        return state + self.linear(state).tanh()
+
+
+@register_exit_head
+class Bent(LMExitHead):
+    """A residual layer before the model's own LM head, which starts as nothing."""
+
+    name = "bent"
+
+    @staticmethod
+    def head(config):
+        return Residual(config.hidden_size)
+
+    @staticmethod
+    def start(layer, head, weight):
+        if layer is head.linear:
+            nn.init.zeros_(layer.weight)
+
+
+@register_exit_head
+class Deep(LMExitHead):
+    """Two layers that give logits of their own."""
+
+    name = "deep"
+    shares_lm_head = False
+
+    @staticmethod
+    def head(config):
+        return nn.Sequential(nn.Linear(config.hidden_size, 5), nn.ReLU(), nn.Linear(5, config.vocab_size))
 '''
-ADDED = {"twice_sure": CRITERIA, "growing": HEADS_OBJECTIVES, "root_price": REWARDS, "focal": TOKEN_LOSSES}
+ADDED = {
+    "twice_sure": CRITERIA,
+    "growing": HEADS_OBJECTIVES,
+    "root_price": REWARDS,
+    "focal": TOKEN_LOSSES,
+    "bent": LM_EXIT_HEADS,
+    "deep": LM_EXIT_HEADS,
+}
 # Plain steps on all rows at once, whose weights tell the gradients.
 STEPS = {
     "optim": "sgd",
@@ -297,6 +351,87 @@ def test_token_loss(tmp_path):
     trainer = tiny_text_trainer(tmp_path, model, rows=ROWS, phases=["heads"], num_train_epochs=3, **options, **STEPS)
     trainer.train()
     compare(model, before, expected)
+
+
+def by_hand(model, kind: str, states: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of all exits from hidden states behind each layer, the last of which is normed."""
+    found = []
+    for index, state in enumerate(states[:-1]):
+        head, normed = model.exit_heads.heads[index], model.exit_norms.norms[index](state)
+        if kind == "bent":
+            found.append(model.lm_head(normed + torch.tanh(normed @ head.linear.weight.T)))
+        else:
+            hidden = (normed @ head[0].weight.T + head[0].bias).clamp_min(0)
+            found.append(hidden @ head[2].weight.T + head[2].bias)
+    return [*found, model.lm_head(states[-1])]
+
+
+class TestExitHead:
+    @pytest.mark.parametrize("kind", ["bent", "deep"])
+    def test_training(self, tmp_path, kind):
+        model, rows = tiny_llama(exit_head=kind), instructions(ROWS, seed=1)
+
+        def loss(twin):
+            total, count = 0.0, 0
+            for row in rows:
+                ids = torch.tensor([row["input_ids"]])
+                hidden = twin(ids, output_hidden_states=True, use_cache=False).hidden_states
+                logits = by_hand(twin, kind, [one[0] for one in hidden[1:]])
+                for at, label in enumerate(row["labels"][1:]):
+                    if label == -100:
+                        continue
+                    count += 1
+                    for number, one in enumerate(logits, start=1):
+                        total = total - number / 10 * one[at].log_softmax(-1)[label]
+            return total / count
+
+        before, expected = weights(model), manual_steps(model, loss, 0.1, steps=3)
+        options = {"phases": ["heads"], "num_train_epochs": 3, "learning_rate": 0.1, **STEPS}
+        tiny_text_trainer(tmp_path, model, rows=ROWS, **options).train()
+        compare(model, before, expected)
+        learnt = {name for name in expected if not torch.equal(expected[name], before[name])}
+        assert sum("exit_heads" in name for name in learnt) == (3 if kind == "bent" else 12)
+
+    @pytest.mark.parametrize("kind", ["bent", "deep"])
+    @torch.no_grad()
+    def test_saved_with_a_model(self, tmp_path, kind):
+        model, prompt = tiny_llama(exit_head=kind), torch.tensor([[5, 9, 11, 7]])
+        model.save_pretrained(tmp_path)
+        again = LlamaForConsistentEECausalLM.from_pretrained(tmp_path).eval()
+        assert again.config.exit_head == kind
+        arguments = {"exit_threshold": 0.5, "max_new_tokens": 8, "eos_token_id": None, "return_dict_in_generate": True}
+        wanted, found = model.generate(prompt, **arguments), again.generate(prompt, **arguments)
+        assert found.sequences.tolist() == wanted.sequences.tolist()
+        assert (
+            found.exit_layers.tolist() == wanted.exit_layers.tolist() and len(set(found.exit_layers[0].tolist())) > 1
+        )
+
+    @torch.no_grad()
+    def test_starts_as_it_says(self, tmp_path):
+        """On a stock checkpoint: the residual layers are zero."""
+        torch.manual_seed(0)
+        fields = {name: getattr(tiny_llama().config, name) for name in LlamaConfig().to_dict()}
+        LlamaForCausalLM(LlamaConfig(**{**fields, "model_type": "llama"})).save_pretrained(tmp_path)
+        own, norm = (
+            LlamaForConsistentEECausalLM.from_pretrained(tmp_path, exit_head=kind).eval() for kind in ("bent", "norm")
+        )
+        ids = torch.tensor([[5, 9, 11, 7]])
+        wanted, found = (one(ids, labels=ids, output_all_exits=True).all_exit_losses for one in (norm, own))
+        assert torch.equal(found, wanted) and len(own.exit_heads.heads) == 3
+
+    def test_costs(self):
+        own, norm, deep = (exit_costs(tiny_llama(exit_head=kind).config, 5) for kind in ("bent", "norm", "deep"))
+        assert own[0] - norm[0] == pytest.approx(2 * 32 * 32)
+        assert deep[0] - norm[0] == pytest.approx(2 * (32 * 5 + 5 * 60) - 2 * 32 * 60)
+
+    def test_another_vocabulary(self):
+        assert tiny_llama(exit_head="bent").resize_token_embeddings(70).weight.shape[0] == 70
+        with pytest.raises(ValueError, match="`exit_head`='deep': heads that are Sequential cannot be resized"):
+            tiny_llama(exit_head="deep").resize_token_embeddings(70)
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="`exit_head`='odd' is unknown; accepted are bent, deep, lay"):
+            tiny_llama(exit_head="odd")
 
 
 def test_command_lines(tmp_path, mine):

@@ -94,7 +94,10 @@ def test_refused(config, fields, message):
 @pytest.mark.parametrize(
     "fields,message",
     [
-        ({"exit_head": "mine"}, r"`exit_head`='mine'.*'shared', 'norm', 'low_rank', 'untied', 'layernorm_linear'"),
+        (
+            {"exit_head": "mine"},
+            r"`exit_head`='mine' is unknown; accepted are layernorm_linear, low_rank, norm, shared, untied",
+        ),
         ({"exit_head_rank": 0}, r"`exit_head_rank`=0 must be a whole number in 1\.\."),
         ({"skipped_kv": "guess"}, r"`skipped_kv`='guess'.*'copy', 'deferred'"),
         ({"min_exit_layer": 0}, r"`min_exit_layer`=0 must lie in 1\.\.4"),

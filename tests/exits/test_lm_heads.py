@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from transformers_cee.exits.configuration import LM_EXIT_HEADS
-from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms, LowRankAdapter
+from transformers_cee import LlamaCeeConfig
+from transformers_cee.exits.lm_heads import LM_EXIT_HEADS, LMExitHeads, LMExitNorms, LowRankAdapter
 
 
 def made(kind, internal=(2, 4, 5)):
-    return (
-        LMExitNorms(kind, internal, 8, 1e-5, lambda: nn.RMSNorm(8)),
-        LMExitHeads(kind, internal, 8, 11, rank=2),
-    )
+    config = LlamaCeeConfig(hidden_size=8, num_attention_heads=2, vocab_size=11, exit_head=kind, exit_head_rank=2)
+    return LMExitNorms(internal, config, lambda: nn.RMSNorm(8)), LMExitHeads(internal, config)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.lm_heads import LM_EXIT_HEADS
 from transformers_cee.exits.registry import Registry
 from transformers_cee.exits.token_losses import TOKEN_LOSSES
 from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
@@ -125,7 +126,7 @@ def test_options(anything):
             anything.make(name, options)
 
 
-@pytest.mark.parametrize("registry", [CRITERIA, HEADS_OBJECTIVES, TOKEN_LOSSES])
+@pytest.mark.parametrize("registry", [CRITERIA, HEADS_OBJECTIVES, LM_EXIT_HEADS, TOKEN_LOSSES])
 def test_everything_of_the_package_is_found_by_its_own_name(registry):
     assert registry and all(entry.name == name for name, entry in registry.items())
     assert all(entry.__doc__ for entry in registry.values())

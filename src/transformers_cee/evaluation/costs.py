@@ -33,6 +33,7 @@ from transformers_cee.evaluation.timing import synchronize
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
+from transformers_cee.exits.lm_heads import LM_EXIT_HEADS
 from transformers_cee.exits.policy import NUM_CONFIDENCE_FEATURES
 
 
@@ -117,9 +118,18 @@ def _llama_costs(config: Any, length: int) -> tuple[int, int, int, list[int]]:
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     layer = 4 * hidden * queries + 4 * hidden * keys + 4 * length * queries + 6 * hidden * wide
     head = 2 * hidden * config.vocab_size
-    adapter = 4 * hidden * config.exit_head_rank if config.exit_head == "low_rank" else 0
-    heads = [head + adapter] * (len(config.exit_layer_numbers) - 1)
+    heads = [_exit_head_cost(config, head)] * (len(config.exit_layer_numbers) - 1)
     return layer, 4 * hidden * keys if config.skipped_kv == "copy" else 0, 0, [*heads, head]
+
+
+def _exit_head_cost(config: Any, lm_head: int) -> int:
+    """FLOPs of an internal exit's head for one token: two for each weight of its matrices, and `lm_head`, those of the
+    model's own head, where it ends in that."""
+    kind = LM_EXIT_HEADS.find(config.exit_head)
+    with torch.device("meta"):
+        own = kind.head(config)
+    weights = [] if own is None else [weight.numel() for weight in own.parameters() if weight.dim() == 2]
+    return 2 * sum(weights) + (lm_head if kind.shares_lm_head else 0)
 
 
 _ARCHITECTURES: dict[str, Callable[[Any, int], tuple[int, int, int, list[int]]]] = {

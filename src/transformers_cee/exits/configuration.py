@@ -28,7 +28,6 @@ EXIT_POOLINGS = ("cls", "mean")
 EXIT_NORMS = ("none", "layer_norm")
 POLICY_INPUTS = ("state", "confidence", "both")
 POLICY_CONDITIONS = ("none", "input", "film")
-LM_EXIT_HEADS = ("shared", "norm", "low_rank", "untied", "layernorm_linear")
 SKIPPED_KV = ("copy", "deferred")
 
 
@@ -235,10 +234,10 @@ class DecoderExitConfigMixin(ExitConfigMixin):
 
     Args:
         exit_head (`str`, *optional*, defaults to `"norm"`):
-            LM head of the internal exits: `"shared"` (the model's own final norm and head, no new weights), `"norm"`
-            (a norm per exit, shared head), `"low_rank"` (norm and a residual adapter of rank `exit_head_rank` per
-            exit, shared head), `"untied"` (norm and a head per exit, started from the model's; ConsistentEE) or
-            `"layernorm_linear"` (LayerNorm and a linear layer with bias per exit; Valade 2024).
+            LM head of the internal exits, a name of `LM_EXIT_HEADS`: `"shared"` (the model's own final norm and head,
+            no new weights), `"norm"` (a norm per exit, shared head), `"low_rank"` (norm and a residual adapter of rank
+            `exit_head_rank` per exit, shared head), `"untied"` (norm and a head per exit, started from the model's;
+            ConsistentEE) or `"layernorm_linear"` (LayerNorm and a linear layer with bias per exit; Valade 2024).
         exit_head_rank (`int`, *optional*, defaults to 64): rank of the adapters of `"low_rank"`.
         skipped_kv (`str`, *optional*, defaults to `"copy"`):
             Keys and values of a token at the layers that it skipped: `"copy"` projects its exit state, `"deferred"`
@@ -268,7 +267,10 @@ class DecoderExitConfigMixin(ExitConfigMixin):
 
     def check_exits(self) -> None:
         super().check_exits()
-        _check_choice("exit_head", self.exit_head, LM_EXIT_HEADS)
+        # Imported here, as criteria are.
+        from transformers_cee.exits.lm_heads import LM_EXIT_HEADS
+
+        LM_EXIT_HEADS.find(self.exit_head)
         check_skipped_kv(self.skipped_kv)
 
 

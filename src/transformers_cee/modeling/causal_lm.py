@@ -71,16 +71,8 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitModel, EarlyExit
 
     def add_heads(self, config: Any) -> None:
         internal, norm = self.layer_numbers[:-1], type(self.model.norm)
-        self.exit_norms = LMExitNorms(
-            config.exit_head,
-            internal,
-            config.hidden_size,
-            config.rms_norm_eps,
-            lambda: norm(config.hidden_size, config.rms_norm_eps),
-        )
-        self.exit_heads = LMExitHeads(
-            config.exit_head, internal, config.hidden_size, config.vocab_size, config.exit_head_rank
-        )
+        self.exit_norms = LMExitNorms(internal, config, lambda: norm(config.hidden_size, config.rms_norm_eps))
+        self.exit_heads = LMExitHeads(internal, config)
 
     def add_stock(self, config: Any) -> None:
         self.model = self.body_class(config)
@@ -92,17 +84,19 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitModel, EarlyExit
         # Asked for single layers only: containers of classes outside of transformers are passed over when it loads.
         if any(module is norm for norm in self.exit_norms.norms) and isinstance(module, type(self.model.norm)):
             init.copy_(module.weight, self.model.norm.weight)
-        elif any(module is head for head in self.exit_heads.heads) and self.exit_heads.kind == "untied":
-            tied = self.config.tie_word_embeddings
-            init.copy_(module.weight, (self.model.embed_tokens if tied else self.lm_head).weight)
-        elif any(module is getattr(head, "up", None) for head in self.exit_heads.heads):
-            init.zeros_(module.weight)
+        tied = self.config.tie_word_embeddings
+        self.exit_heads.start(module, (self.model.embed_tokens if tied else self.lm_head).weight)
 
     def get_decoder(self) -> nn.Module:
         return self.model
 
     def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`, heads of the internal exits and tables of tokens included."""
+        """As `PreTrainedModel.resize_token_embeddings`, heads of the internal exits and tables of tokens included.
+
+        Raises:
+            ValueError: heads of the internal exits that give logits and are no linear layers.
+        """
+        self.exit_heads.check_resizes()
         embeddings = super().resize_token_embeddings(*args, mean_resizing=mean_resizing, **kwargs)
         for index, head in enumerate(self.exit_heads.heads):
             if isinstance(head, nn.Linear):
