@@ -4,13 +4,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 
 Rotary = tuple[Tensor, Tensor]
-Masks = Tensor | Mapping[str, Tensor | None] | None
+Masks: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
 SLIDING = "sliding_attention"
 
 

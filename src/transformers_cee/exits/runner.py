@@ -5,6 +5,7 @@ sequence that is known in advance. There are no other loops over layers in the p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,9 @@ from transformers_cee.exits.row_batch import RowBatch, token_spans
 class Exits(Protocol):
     """What the loop needs to know of a model's exits."""
 
-    layer_numbers: Sequence[int]
+    @property
+    def layer_numbers(self) -> Sequence[int]:
+        """Layers (1-based) of all exits, ascending."""
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""
@@ -141,16 +144,17 @@ def run_exits(
         if not may_leave and unasked and not criterion.has_memory:
             continue
         state = exits.state(batch.hidden_states, batch.padding_mask, index)
-        step = ExitStep(index, state, lambda states, index=index: exits.logits(states, index), batch.index)
+        step = ExitStep(index, state, partial(exits.logits, index=index), batch.index)
         if index == last:
             record.leave(batch.index, step, number)
             break
         scores = criterion.score(step)
         record.keep_scores(batch.index, index, scores.detach())
         if may_leave:
-            batch = _compact(batch, step, criterion, scores, number, record, leaving)
-            if batch is None:
+            rest = _compact(batch, step, criterion, scores, number, record, leaving)
+            if rest is None:
                 break
+            batch = rest
     return record.finish()
 
 
@@ -197,6 +201,7 @@ def _compact(
     device = batch.hidden_states.device
     leaving = leaves.nonzero().squeeze(1).to(device, non_blocking=True)
     kept = (~leaves).nonzero().squeeze(1).to(device, non_blocking=True)
+    assert batch.index is not None
     numbers = batch.index.index_select(0, leaving)
     record.leave(numbers, step, number, leaving)
     if leaving_to is not None:
@@ -324,7 +329,7 @@ def run_token_exits(
         if index == last or not len(active):
             continue
         state = exits.state(batch.hidden_states, None, index).flatten(0, 1)
-        step = ExitStep(index, state[active], lambda states, index=index: exits.logits(states, index), active)
+        step = ExitStep(index, state[active], partial(exits.logits, index=index), active)
         scores = criterion.score(step).detach()
         scores_of[active, index] = scores.to(scores_of.dtype)
         if index < first_exit:

@@ -123,7 +123,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
             output["exit_layers"] = _layers_of_tokens(trace, output)
         return output
 
-    def _is_checked(self, cache: EarlyExitCache) -> bool:
+    def is_checked(self, cache: EarlyExitCache) -> bool:
         """Is this the cache of a generation in progress, which saw before its first step that rows can leave?"""
         trace = _TRACE.get()
         return trace is not None and trace.settings is not None and trace.cache is cache

@@ -47,6 +47,7 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
     """
 
     config: Any
+    training: bool
     stock_class: ClassVar[type[PreTrainedModel]]
     # What leaves, is counted and is learnt: a "row" of the batch, or a "token" of it.
     item: ClassVar[str]

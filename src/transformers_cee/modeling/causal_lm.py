@@ -30,7 +30,7 @@ from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, complete_waiting
 from transformers_cee.generation.masks import causal_masks, layer_types_of
 from transformers_cee.generation.mixin import EarlyExitGenerationMixin
-from transformers_cee.modeling.base import OUTPUT_FLAGS, EarlyExitModel, check_inputs
+from transformers_cee.modeling.base import check_inputs
 from transformers_cee.modeling.decoder_runs import DecoderRuns, TextInputs, check_known_text, positions_of
 from transformers_cee.modeling.gguf import GGUFLoadingMixin
 
@@ -39,7 +39,7 @@ from transformers_cee.modeling.gguf import GGUFLoadingMixin
 _OF_STOCK = ("_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan")
 
 
-class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitModel, EarlyExitGenerationMixin):
+class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin):
     """Text generation in which every token leaves at its own layer (ConsistentEE, Zeng et al., AAAI 2024).
 
     Norms and heads of the internal exits start as copies of the model's own, policies at random;
@@ -293,4 +293,4 @@ def _bind(layer: nn.Module, layer_type: str, arguments: dict[str, Any]) -> Layer
     return lambda batch: layer(batch.hidden_states, attention_mask=batch.mask_of(layer_type), **arguments)
 
 
-__all__ = ["OUTPUT_FLAGS", "EarlyExitCausalLM"]
+__all__ = ["EarlyExitCausalLM"]

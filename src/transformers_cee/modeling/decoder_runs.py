@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,14 @@ from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.recording import Place, hide_left, restore_step
-from transformers_cee.exits.runner import TokenRun, collect_states, run_token_exits
+from transformers_cee.exits.row_batch import RowBatch
+from transformers_cee.exits.runner import Layer, TokenRun, collect_states, run_token_exits
 from transformers_cee.exits.token_losses import CrossEntropy, taken_exit_losses, token_exit_losses
 from transformers_cee.exits.token_targets import TokenTargets
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.generation.cache import EarlyExitCache
-from transformers_cee.generation.decoding import complete_waiting, decode_step
-from transformers_cee.modeling.base import OUTPUT_FLAGS
-
-
-if TYPE_CHECKING:
-    from transformers_cee.modeling.causal_lm import EarlyExitCausalLM
-else:
-    EarlyExitCausalLM = Any
+from transformers_cee.generation.decoding import Decoder, complete_waiting, decode_step
+from transformers_cee.modeling.base import OUTPUT_FLAGS, EarlyExitModel
 
 
 @dataclass
@@ -65,7 +60,7 @@ class TextInputs:
 class PickedExits:
     """A model's exits for one walk; `pick` chooses the positions that are looked at."""
 
-    def __init__(self, model: EarlyExitCausalLM, pick: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: DecoderRuns, pick: Callable[[Tensor], Tensor]) -> None:
         self.layer_numbers = model.layer_numbers
         self.logits = model.exit_logits
         self._model, self._pick = model, pick
@@ -78,11 +73,37 @@ class PickedExits:
         return self._model.exit_state(self._pick(hidden_states), index)
 
 
-class DecoderRuns:
-    """Mixin of `EarlyExitCausalLM`: the four ways to run."""
+class DecoderRuns(EarlyExitModel):
+    """The four ways to run a decoder; `EarlyExitCausalLM` gives what they need."""
+
+    model: Any
+    lm_head: Any
+    exit_heads: Any
+    is_checked: Callable[[EarlyExitCache], bool]
+
+    @property
+    def as_decoder(self) -> Decoder:
+        """What a decode step needs of the model."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: TextInputs) -> tuple[RowBatch, list[Layer]]:
+        """The embedded batch and the layers bound to masks, positions and cache."""
+        raise NotImplementedError
+
+    def exit_state(self, hidden_states: Tensor, index: int) -> Tensor:
+        """Normed state (…, hidden) of exit `index` (0-based) from its layer's hidden states (…, hidden)."""
+        raise NotImplementedError
+
+    def exit_logits(self, state: Tensor, index: int) -> Tensor:
+        """Logits (…, vocabulary) of exit `index` from its normed state (…, hidden)."""
+        raise NotImplementedError
+
+    def head_state(self, state: Tensor, index: int) -> Tensor:
+        """What the LM head takes (…, hidden) at exit `index`, where all exits share it."""
+        raise NotImplementedError
 
     def run_full_depth(
-        self: EarlyExitCausalLM, inputs: TextInputs, use_cache: bool | None, logits_to_keep: int | Tensor
+        self, inputs: TextInputs, use_cache: bool | None, logits_to_keep: int | Tensor
     ) -> ExitCausalLMOutput:
         """The stock model."""
         if isinstance(inputs.cache, EarlyExitCache):
@@ -113,7 +134,7 @@ class DecoderRuns:
         )
 
     def run_all_exits(
-        self: EarlyExitCausalLM, inputs: TextInputs, options: ExitTraining, logits_to_keep: int | Tensor | None
+        self, inputs: TextInputs, options: ExitTraining, logits_to_keep: int | Tensor | None
     ) -> ExitCausalLMOutput:
         """All layers, and every exit at the positions that count. Without `logits_to_keep` no logits are held."""
         targets = inputs.targets
@@ -147,7 +168,7 @@ class DecoderRuns:
         return output
 
     def run_known_text(
-        self: EarlyExitCausalLM,
+        self,
         inputs: TextInputs,
         criterion: ExitCriterion,
         first_exit: int,
@@ -195,12 +216,11 @@ class DecoderRuns:
         )
 
     def run_decode_step(
-        self: EarlyExitCausalLM, inputs: TextInputs, criterion: ExitCriterion, first_exit: int, skipped_kv: str
+        self, inputs: TextInputs, criterion: ExitCriterion, first_exit: int, skipped_kv: str
     ) -> ExitCausalLMOutput:
         """One token per row, for which the layers behind its exit are not executed."""
-        cache = inputs.cache
-        check_decode_inputs(inputs)
-        if not criterion.is_off and not self._is_checked(cache):
+        cache = checked_cache(inputs)
+        if not criterion.is_off and not self.is_checked(cache):
             self.check_rows_can_leave()
         decoder = self.as_decoder
         if skipped_kv == "copy":
@@ -239,11 +259,11 @@ class DecoderRuns:
 
     # Parts
 
-    def _at_full_depth(self: EarlyExitCausalLM, embedded: Tensor) -> Tensor:
+    def _at_full_depth(self, embedded: Tensor) -> Tensor:
         """Exit layers (batch, time) of tokens that all go to the end."""
         return torch.full(embedded.shape[:2], self.layer_numbers[-1], device=embedded.device)
 
-    def _captured_text(self: EarlyExitCausalLM, walk: Callable[[], Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    def _captured_text(self, walk: Callable[[], Any], arguments: dict[str, Any]) -> dict[str, Any]:
         """`captured`; the last hidden states are normed, as the stock model has them."""
         found = self.captured(walk, arguments)
         states = found.get("hidden_states")
@@ -252,7 +272,7 @@ class DecoderRuns:
         return found
 
     def _losses_of_taken(
-        self: EarlyExitCausalLM, run: TokenRun, targets: TokenTargets, may_exit: Tensor, items: Any
+        self, run: TokenRun, targets: TokenTargets, may_exit: Tensor, items: Any
     ) -> dict[str, Tensor]:
         """Losses and predictions of counted tokens, each at its own exit, as the output has them."""
         places = targets.positions
@@ -269,7 +289,7 @@ class DecoderRuns:
         }
 
 
-def _last_losses(model: EarlyExitCausalLM, states: Tensor, logits: Tensor | None, targets: TokenTargets) -> Tensor:
+def _last_losses(model: DecoderRuns, states: Tensor, logits: Tensor | None, targets: TokenTargets) -> Tensor:
     """Losses (tokens,) of the last exit, from its logits (batch, time, vocabulary), or its normed states."""
     if logits is not None:
         return F.cross_entropy(logits.flatten(0, 1)[targets.positions].float(), targets.tokens, reduction="none")
@@ -284,7 +304,7 @@ def _of_all_exits(losses: Tensor, items: Any) -> Tensor:
     return layer_weighted(losses) if items is None else layer_weighted(losses.sum(0, keepdim=True)) / items
 
 
-def _taken_logits(model: EarlyExitCausalLM, states: Tensor, taken: Tensor, positions: Tensor) -> Tensor:
+def _taken_logits(model: DecoderRuns, states: Tensor, taken: Tensor, positions: Tensor) -> Tensor:
     """Logits (positions, vocabulary) of flat positions, each from its own exit."""
     if not len(positions):
         return states.new_empty(0, model.config.vocab_size)
@@ -318,8 +338,8 @@ def reduced(losses: Tensor, items: Any) -> Tensor:
     return losses.mean() if items is None else losses.sum() / items
 
 
-def check_decode_inputs(inputs: TextInputs) -> None:
-    """Raises `ValueError` for a cache or a mask that a decode step with exits cannot work with."""
+def checked_cache(inputs: TextInputs) -> EarlyExitCache:
+    """The cache of a decode step with exits. Raises `ValueError` for a cache or a mask that it cannot work with."""
     if not isinstance(inputs.cache, EarlyExitCache):
         raise ValueError(
             f"`{CACHE_NAME}` of type {type(inputs.cache).__name__} cannot hold tokens that leave early; use "
@@ -331,6 +351,7 @@ def check_decode_inputs(inputs: TextInputs) -> None:
             f"`attention_mask` of shape {tuple(mask.shape)} must be (batch, past + 1) in a decode step with exits, "
             "where rows leave; set `exit_threshold`=1.0 for other masks."
         )
+    return inputs.cache
 
 
 def check_known_text(skipped_kv: str | None, cache: Cache | None) -> None:

@@ -277,6 +277,7 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
     def _policy_logits(self, run: ExitRun, problem_type: str) -> Tensor:
         features = None
         if self.exit_policies.needs_logits:
+            assert run.all_logits is not None
             features = all_features(run.all_logits.detach(), problem_type)
         return self.exit_policies(run.all_states, features)
 
