@@ -21,7 +21,6 @@ LM_EXIT_FIELDS = (
     "exit_threshold",
     "min_exit_layer",
     "skipped_kv",
-    "copy_exit_states",
     "policy_inputs",
     "policy_hidden_size",
     "policy_activation",
@@ -62,9 +61,6 @@ class LanguageModelArguments(CheckpointArguments):
     min_exit_layer: int | None = field(default=None, metadata={"help": "No token leaves before this layer."})
     skipped_kv: str | None = field(
         default=None, metadata={"help": "Keys and values of skipped layers: copy, deferred."}
-    )
-    copy_exit_states: bool | None = field(
-        default=None, metadata={"help": "Training with sampled exits copies the exit state to deeper layers."}
     )
 
     def __post_init__(self):

@@ -35,7 +35,6 @@ OWN = {
         "exit_head_rank": 64,
         "min_exit_layer": None,
         "skipped_kv": "copy",
-        "copy_exit_states": True,
     },
 }
 
@@ -132,15 +131,18 @@ class TestFieldsThatTrainingHasNow:
 
     @pytest.mark.parametrize("config", OWN)
     @pytest.mark.parametrize("value", [True, False])
-    def test_are_dropped(self, config, value, tmp_path, caplog):
+    @pytest.mark.parametrize(
+        "name,now", [("reward_hardness", "reward"), ("copy_exit_states", "consistent_copy_states")]
+    )
+    def test_are_dropped(self, config, value, name, now, tmp_path, caplog):
         config_loading.logger.warning_once.cache_clear()
         config(num_hidden_layers=4).save_pretrained(tmp_path)
         path = tmp_path / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "reward_hardness": value}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
         for _ in range(3):
             loaded = config.from_pretrained(tmp_path)
-        assert not hasattr(loaded, "reward_hardness") and "reward_hardness" not in loaded.to_dict()
-        said = [one for one in caplog.messages if "reward_hardness" in one]
-        warning = "`reward_hardness`=False of a config is ignored: `reward` of `ConsistentEETrainingArguments`"
+        assert not hasattr(loaded, name) and name not in loaded.to_dict()
+        said = [one for one in caplog.messages if name in one]
+        warning = f"`{name}`=False of a config is ignored: `{now}` of `ConsistentEETrainingArguments`"
         # Once, and only what would have made a difference.
         assert len(said) == (0 if value else 1) and all(one.startswith(warning) for one in said)

@@ -167,8 +167,9 @@ class TestConsistent:
         """Where tokens that left do not change what others see, many samples are the expectation."""
         ends, start = {}, weights(tiny_llama())
         for objective in ("expected", "sampled"):
-            model = tiny_llama(copy_exit_states=False, min_exit_layer=first_layer)
-            trainer = one_step(tmp_path, model, consistent_objective=objective, consistent_samples=1000)
+            model = tiny_llama(min_exit_layer=first_layer)
+            fields = {"consistent_samples": 1000, "consistent_copy_states": False}
+            trainer = one_step(tmp_path, model, consistent_objective=objective, **fields)
             trainer._consistent_model(str(tmp_path / objective), None)
             ends[objective] = torch.cat([value.flatten() for value in weights(model).values()])
         moved = ends["expected"] - torch.cat([value.flatten() for value in start.values()])
@@ -179,7 +180,7 @@ class TestConsistent:
     def test_sampled_with_certain_policies(self, tmp_path, copying):
         """Policies that leave nothing to chance: without copying the step is that of the losses at the exits taken;
         with it, the loss is that of evaluation at threshold 0.5, where tokens that left keep their state, too."""
-        model = certain(tiny_llama(3, copy_exit_states=copying))
+        model = certain(tiny_llama(3))
         before = weights(model)
 
         def loss(model, tokens):
@@ -191,7 +192,7 @@ class TestConsistent:
 
         expected = manual(model, loss)
         fields = {"logging_strategy": "steps", "logging_steps": 1, "eval_exit_thresholds": [0.5]}
-        options = {"consistent_objective": "sampled", "consistent_samples": 2}
+        options = {"consistent_objective": "sampled", "consistent_samples": 2, "consistent_copy_states": copying}
         trainer = one_step(tmp_path, model, **fields, **options)
         trainer.evaluate(trainer.train_dataset)
         point = trainer.operating_points["eval"][1]

@@ -15,7 +15,7 @@ from transformers_cee.exits.fields import shown
 logger = logging.get_logger(__name__)
 
 # Fields that configs once had and training arguments have now, with the value that needs no word.
-_MOVED = {"reward_hardness": (True, "reward")}
+_MOVED = {"reward_hardness": (True, "reward"), "copy_exit_states": (True, "consistent_copy_states")}
 
 
 class ConfigLoadingMixin:

@@ -12,7 +12,6 @@ from transformers_cee.exits.fields import (
     MAX_LAYERS,
     Kind,
     check_field,
-    flag,
     is_number,
     is_whole,
     number,
@@ -58,7 +57,6 @@ _KINDS = {
     "policy_alphas": Kind(_are_alphas, "two rising positive numbers"),
     "reward_alpha": number(0),
     "exit_head_rank": whole(1),
-    "copy_exit_states": flag,
 }
 
 
@@ -242,16 +240,12 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         skipped_kv (`str`, *optional*, defaults to `"copy"`):
             Keys and values of a token at the layers that it skipped: `"copy"` projects its exit state, `"deferred"`
             computes them exactly, several tokens at a time, when a later token goes that deep.
-        copy_exit_states (`bool`, *optional*, defaults to `True`):
-            When exits are drawn in training, a token that left keeps its exit state as input of deeper layers, as
-            generation with `"copy"` sees it.
         kwargs: fields of `ExitConfigMixin`.
     """
 
     exit_head: str = "norm"
     exit_head_rank: int = 64
     skipped_kv: str = "copy"
-    copy_exit_states: bool = True
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *ExitConfigMixin.keys_to_ignore_at_inference,

@@ -14,6 +14,8 @@ class ExitTraining:
     Args:
         sample_exits (`bool`): of decoders, with `labels`: every token leaves with the policy's probability, and the
             loss is that of the exits.
+        copy_states (`bool`): with `sample_exits`, a token that left keeps its exit state as input of deeper layers, as
+            generation with `skipped_kv="copy"` sees it; otherwise its own states there are what others see.
         gradient_equilibrium (`bool`): with all exits, every layer gets the mean of the gradients of the exits behind
             it; see `exits.runner.collect_states`.
         output_policies (`bool`): with `output_all_exits`, also what the policies make of every internal exit, with
@@ -23,6 +25,7 @@ class ExitTraining:
     """
 
     sample_exits: bool = False
+    copy_states: bool = True
     gradient_equilibrium: bool = False
     output_policies: bool = False
     token_loss: TokenLoss | None = None

@@ -265,7 +265,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         check_known_text(skipped_kv, cache)
         if not criterion.is_off:
             check_no_graph()
-        return self.run_known_text(inputs, criterion, first_exit, options.sample_exits, logits_to_keep)
+        return self.run_known_text(inputs, options, criterion, first_exit, logits_to_keep)
 
     # Parts
 

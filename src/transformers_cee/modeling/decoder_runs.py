@@ -170,9 +170,9 @@ class DecoderRuns(EarlyExitModel):
     def run_known_text(
         self,
         inputs: TextInputs,
+        options: ExitTraining,
         criterion: ExitCriterion,
         first_exit: int,
-        draw: bool,
         logits_to_keep: int | Tensor,
     ) -> ExitCausalLMOutput:
         """All layers, each token leaving at its own exit."""
@@ -190,8 +190,8 @@ class DecoderRuns(EarlyExitModel):
             criterion,
             may_exit,
             first_exit=first_exit,
-            copy_states=self.config.copy_exit_states or not draw,
-            draw=draw,
+            copy_states=options.copy_states or not options.sample_exits,
+            draw=options.sample_exits,
         )
         found = self._captured_text(walk, inputs.arguments)
         run: TokenRun = found.pop("run")
@@ -202,7 +202,7 @@ class DecoderRuns(EarlyExitModel):
         if targets is not None:
             found |= self._losses_of_taken(run, targets, may_exit, inputs.items)
         logits = None
-        if not draw:
+        if not options.sample_exits:
             positions = torch.arange(len(run.states), device=device).view(*shape, 1)
             positions = kept(positions, logits_to_keep).squeeze(-1)
             logits = _taken_logits(self, run.states, run.exits.flatten(), positions.flatten())

@@ -145,13 +145,14 @@ def consistent_phase(
         own_loss (`Callable`, *optional*): takes the place of the cross-entropy at each exit.
     """
     samples, sampled = args.consistent_samples, args.consistent_objective == "sampled"
+    drawing = ExitTraining(sample_exits=True, copy_states=args.consistent_copy_states)
 
     def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         if sampled and exit_model.exits_per_token:
             # What a token reads depends on where earlier ones left, so every sample is a pass of its own. All in one
             # batch, since DistributedDataParallel wants one forward pass per backward pass.
             copies = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
-            outputs = model(**copies, exit_training=ExitTraining(sample_exits=True))
+            outputs = model(**copies, exit_training=drawing)
             return outputs.loss, outputs
         outputs = model(**inputs, output_all_exits=True)
         if own_loss is not None:

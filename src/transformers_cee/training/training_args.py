@@ -105,8 +105,9 @@ class ConsistentEETrainingArguments(TrainingArguments):
         consistent_num_rounds (`int`): rounds of one model step and one policy step.
         consistent_num_train_epochs (`float`): epochs of each model step.
         consistent_objective (`str`): `"expected"` (default) or `"sampled"` at `consistent_samples` exits. A decoder
-            takes one pass per sample, in which tokens that left keep their exit state (`copy_exit_states` of the
-            config); memory grows with the samples.
+            takes one pass per sample; memory grows with the samples.
+        consistent_copy_states (`bool`): of a decoder with `"sampled"`, tokens that left keep their exit state as input
+            of deeper layers (default), as generation with `skipped_kv="copy"` sees it.
         store_memory_limit_mb (`int`): exit states above this size (MB) are memory-mapped on disk.
         eval_exit_thresholds (`list[float]`): operating points of `evaluate()`.
         eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times of an encoder; 0 takes none.
@@ -165,6 +166,9 @@ class ConsistentEETrainingArguments(TrainingArguments):
     )
     consistent_samples: int = field(
         default=8, metadata={"help": "Exits drawn per row by consistent_objective=sampled."}
+    )
+    consistent_copy_states: bool = field(
+        default=True, metadata={"help": "With sampled exits of a decoder, deeper layers see the state of the exit."}
     )
     store_memory_limit_mb: int = field(
         default=2048, metadata={"help": "Exit states larger than this are memory-mapped on disk."}

@@ -141,7 +141,6 @@ class TestOwnCheckpoints:
             skipped_kv="deferred",
             min_exit_layer=2,
             exit_threshold=0.25,
-            copy_exit_states=False,
         )
         model.save_pretrained(tmp_path)
         assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}

@@ -65,10 +65,10 @@ class TestSampling:
     def test_frequencies(self, inputs, copies, first):
         """Tokens leave with the probabilities of the exit distribution. Position 1 cannot leave: it is the last of the
         prompt. Position 2 can and sees only full depth before it; position 3 too, unless states are copied."""
-        model = tiny_llama(policy_inputs=inputs, copy_exit_states=copies, min_exit_layer=first)
+        model = tiny_llama(policy_inputs=inputs, min_exit_layer=first)
         batch = {name: values.repeat(COPIES, 1) for name, values in collate_text([ROW]).items()}
         torch.manual_seed(0)
-        layers = model(**batch, exit_training=ExitTraining(sample_exits=True)).exit_layers
+        layers = model(**batch, exit_training=ExitTraining(sample_exits=True, copy_states=copies)).exit_layers
         assert layers[:, :2].unique().tolist() == [4]
         tokens = row_tokens(model, ROW)
         expected = [token.exit_probabilities(model, first or 1) for token in tokens]
@@ -134,10 +134,10 @@ class TestSampling:
         torch.testing.assert_close(items.loss, losses.sum() / 5, **CLOSE)
 
     def test_without_copies_deeper_layers_see_everything(self):
-        model, row = tiny_llama(copy_exit_states=False), ROW
+        model, row = tiny_llama(), ROW
         batch = {name: values.repeat(30, 1) for name, values in collate_text([row]).items()}
         torch.manual_seed(0)
-        output = model(**batch, exit_training=ExitTraining(sample_exits=True))
+        output = model(**batch, exit_training=ExitTraining(sample_exits=True, copy_states=False))
         tokens = row_tokens(model, row)
         expected = [
             tokens[column].losses[layer - 1]
