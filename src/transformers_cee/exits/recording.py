@@ -7,12 +7,14 @@ layer, each as large as the batch. NaN stands where a row or a token had left be
 computed; 0 at padding that was cut off because no remaining row needed it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from transformers_cee.exits.row_batch import RowBatch
 
 
 # What the layers of a model gave, as Transformers captures it; None where an entry was not asked for.
@@ -31,6 +33,40 @@ class Place:
 
     rows: Tensor | None = None
     start: int = 0
+
+
+def recorded(
+    walk: Callable[[Sequence[Callable[[RowBatch], Any]]], Any],
+    layers: Sequence[Callable[[RowBatch], Any]],
+    wanted: dict[str, Any],
+) -> dict[str, Any]:
+    """A walk's result as `run`, and what is wanted of its layers: for layers that transformers does not record itself.
+
+    Args:
+        walk (`Callable`): takes layers that give hidden states alone.
+        layers (sequence of callables): give hidden states, or a tuple of these and attention weights, if any.
+        wanted (`dict`): what `wants_states` gives.
+    """
+    found: dict[str, list[Tensor | None]] = {
+        name.removeprefix("output_"): [] for name, asked in wanted.items() if asked
+    }
+
+    def noting(layer: Callable[[RowBatch], Any]) -> Callable[[RowBatch], Tensor]:
+        def note(batch: RowBatch) -> Tensor:
+            given = layer(batch)
+            hidden_states, attentions, *_ = (given, None) if isinstance(given, Tensor) else (*given, None)
+            if "hidden_states" in found:
+                if not found["hidden_states"]:
+                    found["hidden_states"].append(batch.hidden_states)
+                found["hidden_states"].append(hidden_states)
+            if "attentions" in found:
+                found["attentions"].append(attentions)
+            return hidden_states
+
+        return note
+
+    run = walk([noting(layer) for layer in layers])
+    return {"run": run, **{name: tuple(values) for name, values in found.items()}}
 
 
 def restore_states(states: Captured, places: Sequence[Place], num_layers: int) -> Captured:

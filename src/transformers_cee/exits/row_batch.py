@@ -29,6 +29,8 @@ class RowBatch:
         spans (`LongTensor` of shape `(rows, 3)`, *optional*): first token, last token, number of tokens of each row.
         start (`int`): column of the original batch that the first position stands in.
         rotary (mapping of layer types, *optional*): cosines and sines, both (1 or rows, time, head size).
+        relative (`Tensor` of shape `(1, …, query, key)`, *optional*):
+            What lies between two columns, the same in every row: their distance, or what attention adds for it.
     """
 
     hidden_states: Tensor
@@ -38,6 +40,7 @@ class RowBatch:
     spans: Tensor | None = None
     start: int = 0
     rotary: Mapping[str, Rotary] | None = None
+    relative: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -75,6 +78,7 @@ class RowBatch:
             spans,
             self.start + columns.start,
             rotary,
+            None if self.relative is None else self.relative[..., columns, columns],
         )
 
     def _mask(self, mask: Tensor | None, kept: Tensor, columns: slice, dense: bool) -> Tensor | None:

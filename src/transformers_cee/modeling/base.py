@@ -17,7 +17,7 @@ from transformers_cee.exits.configuration import check_min_exit_layer, first_exi
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.losses import OwnLoss
 from transformers_cee.exits.policy import make_policies
-from transformers_cee.exits.recording import wants_states
+from transformers_cee.exits.recording import recorded, wants_states
 from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.modeling.loading import EarlyExitLoadingMixin, check_config_class
@@ -120,6 +120,15 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
         if not any(wanted.values()):
             return {"run": walk()}
         return _captured_by(self.body, walk, **wanted, return_dict=True)
+
+    def walked(
+        self, walk: Callable[[Sequence[Layer]], Any], layers: Sequence[Callable[[Any], Any]], arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """`captured`, of layers that transformers may have no hooks on, too; these may give tuples as in the stock
+        model, see `recorded`."""
+        if self.body._can_record_outputs:
+            return self.captured(lambda: walk(layers), arguments)
+        return recorded(walk, layers, wants_states(self.config, arguments))
 
     # Weights
 

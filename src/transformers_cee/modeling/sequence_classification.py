@@ -128,6 +128,14 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
         """Logits (rows, labels) of the last exit from its state (rows, hidden): the last layer of the stock head."""
         raise NotImplementedError
 
+    def walked(self, walk: Any, layers: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As in the stock model, the last hidden states are those that are pooled."""
+        found = super().walked(walk, layers, arguments)
+        states = found.get("hidden_states", ())
+        if len(states) > len(layers) and states[-1] is not None:
+            found["hidden_states"] = (*states[:-1], self.finished(states[-1]))
+        return found
+
     # What the walks over layers ask
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
@@ -223,7 +231,9 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
         batch = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layers = [self.bind(index, layer, kwargs) for index, layer in enumerate(self.layers)]
         if all_exits:
-            found = self.captured(lambda: run_all_exits(batch, layers, self, options.gradient_equilibrium), kwargs)
+            found = self.walked(
+                lambda layers: run_all_exits(batch, layers, self, options.gradient_equilibrium), layers, kwargs
+            )
         else:
             found = walk(batch, layers, kwargs)
         run: ExitRun = found["run"]
@@ -264,8 +274,8 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
         places: list[Place] = []
 
         def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
-            found = self.captured(
-                lambda: run_exits(batch, layers, self, criterion, first_exit, places=places), arguments
+            found = self.walked(
+                lambda layers: run_exits(batch, layers, self, criterion, first_exit, places=places), layers, arguments
             )
             for name, restore in (("hidden_states", restore_states), ("attentions", restore_attentions)):
                 if name in found:
