@@ -273,10 +273,10 @@ def test_registering_again_changes_nothing(registered):
 
 def test_every_class_has_an_entry():
     for entry in auto.MODELS.values():
-        for full_name in (entry.config, entry.model, entry.base):
-            name = full_name.rpartition(".")[2]
-            assert getattr(transformers_cee, name).__module__ == full_name.rpartition(".")[0]
-            assert getattr(sys.modules[entry.package], name) is getattr(transformers_cee, name)
+        for full_name in entry.classes:
+            module, _, name = full_name.rpartition(".")
+            assert name in transformers_cee.__all__
+            assert getattr(transformers_cee, name) is getattr(sys.modules[module], name)
 
 
 def test_peft_knows_every_method_that_it_knows_for_the_stock_model(registered):
@@ -284,7 +284,8 @@ def test_peft_knows_every_method_that_it_knows_for_the_stock_model(registered):
     assert len(mappings) > 5
     for mapping in mappings:
         for model_type, entry in auto.MODELS.items():
-            assert mapping.get(model_type) == mapping.get(entry.stock)
+            ours = list(entry.lora_targets) or None if mapping is LORA_TARGETS else None
+            assert mapping.get(model_type) == mapping.get(entry.stock, ours)
 
 
 def test_others_targets_are_left_alone(monkeypatch):

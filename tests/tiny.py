@@ -11,8 +11,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from transformers_cee import BertCeeConfig, BertForConsistentEE, ConsistentEETrainer, ConsistentEETrainingArguments
-from transformers_cee.models.llama_cee import LlamaCeeConfig, LlamaForConsistentEECausalLM
+from transformers_cee import (
+    BertCeeConfig,
+    BertForConsistentEE,
+    ConsistentEETrainer,
+    ConsistentEETrainingArguments,
+    LlamaCeeConfig,
+    LlamaForConsistentEECausalLM,
+)
 
 
 VOCABULARY = 60

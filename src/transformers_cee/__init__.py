@@ -7,15 +7,19 @@ models follow with the first config that is made.
 """
 
 from transformers_cee import auto
+from transformers_cee.families import MODELS
 from transformers_cee.lazy import lazy_names
 
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "BertCeeConfig": "models.bert_cee",
-    "BertCeeModel": "models.bert_cee",
-    "BertForConsistentEE": "models.bert_cee",
+    # The classes of every family.
+    **{
+        name.rpartition(".")[2]: name.rpartition(".")[0].removeprefix(f"{__name__}.")
+        for entry in MODELS.values()
+        for name in entry.classes
+    },
     "CalibratedPoint": "calibration.points",
     "ConsistentEETrainer": "training.trainer",
     "ConsistentEETrainingArguments": "training.training_args",
@@ -29,9 +33,6 @@ _PUBLIC = {
     "HeadsObjective": "training.heads_objectives",
     "HeadsStep": "training.heads_objectives",
     "LMExitHead": "exits.lm_heads",
-    "LlamaCeeConfig": "models.llama_cee",
-    "LlamaCeeModel": "models.llama_cee",
-    "LlamaForConsistentEECausalLM": "models.llama_cee",
     "OperatingPoint": "evaluation.operating_points",
     "RewardStep": "training.rewards",
     "area_under_curve": "evaluation.curves",

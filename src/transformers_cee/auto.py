@@ -156,11 +156,14 @@ def register_peft() -> None:
         from peft.utils import constants
     except ImportError:
         return
+    lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     for name, targets in vars(constants).items():
         if name.endswith("_MAPPING") and isinstance(targets, dict):
             for model_type, entry in MODELS.items():
                 if entry.stock in targets:
                     targets.setdefault(model_type, targets[entry.stock])
+                elif targets is lora and entry.lora_targets:
+                    targets.setdefault(model_type, list(entry.lora_targets))
 
 
 _registered: set[str] = set()

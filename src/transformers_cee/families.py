@@ -19,6 +19,8 @@ class ModelEntry:
         auto_classes (`tuple[str, ...]`):
             Auto classes of transformers that load the model, beside `AutoModel`.
         base (`str`): full name of the model without exits and heads.
+        lora_targets (`tuple[str, ...]`, *optional*):
+            Modules that LoRA changes by default, where PEFT knows none for the stock architecture.
     """
 
     stock: str
@@ -26,11 +28,12 @@ class ModelEntry:
     model: str
     auto_classes: tuple[str, ...]
     base: str
+    lora_targets: tuple[str, ...] = ()
 
     @property
-    def package(self) -> str:
-        """Full name of the family's package."""
-        return self.config.rpartition(".")[0].rpartition(".")[0]
+    def classes(self) -> tuple[str, str, str]:
+        """Full names of the config, of the model and of the model without exits."""
+        return self.config, self.model, self.base
 
     @property
     def class_name(self) -> str:
@@ -38,22 +41,41 @@ class ModelEntry:
         return self.model.rpartition(".")[2]
 
 
-MODELS: dict[str, ModelEntry] = {
-    "bert_cee": ModelEntry(
-        stock="bert",
-        config="transformers_cee.models.bert_cee.configuration_bert_cee.BertCeeConfig",
-        model="transformers_cee.models.bert_cee.modeling_bert_cee.BertForConsistentEE",
-        auto_classes=("AutoModelForSequenceClassification",),
-        base="transformers_cee.models.bert_cee.modeling_bert_cee.BertCeeModel",
-    ),
-    "llama_cee": ModelEntry(
-        stock="llama",
-        config="transformers_cee.models.llama_cee.configuration_llama_cee.LlamaCeeConfig",
-        model="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaForConsistentEECausalLM",
-        auto_classes=("AutoModelForCausalLM",),
-        base="transformers_cee.models.llama_cee.modeling_llama_cee.LlamaCeeModel",
-    ),
-}
+def _row(stock: str, prefix: str, suffix: str, auto_class: str, **more: Any) -> tuple[str, ModelEntry]:
+    """A family of this package, whose names follow from that of the stock architecture and its classes' prefix."""
+    model_type = f"{stock.replace('-', '_')}_cee"
+    folder = f"transformers_cee.models.{model_type}"
+    modeling = f"{folder}.modeling_{model_type}"
+    entry = ModelEntry(
+        stock=stock,
+        config=f"{folder}.configuration_{model_type}.{prefix}CeeConfig",
+        model=f"{modeling}.{prefix}{suffix}",
+        auto_classes=(auto_class,),
+        base=f"{modeling}.{prefix}CeeModel",
+        **more,
+    )
+    return model_type, entry
+
+
+def _encoder(stock: str, prefix: str, **more: Any) -> tuple[str, ModelEntry]:
+    return _row(stock, prefix, "ForConsistentEE", "AutoModelForSequenceClassification", **more)
+
+
+def _decoder(stock: str, prefix: str, **more: Any) -> tuple[str, ModelEntry]:
+    return _row(stock, prefix, "ForConsistentEECausalLM", "AutoModelForCausalLM", **more)
+
+
+def _images(stock: str, prefix: str, **more: Any) -> tuple[str, ModelEntry]:
+    return _row(stock, prefix, "ForConsistentEE", "AutoModelForImageClassification", **more)
+
+
+# Stock model type and prefix of the stock classes; in alphabetical order.
+MODELS: dict[str, ModelEntry] = dict(
+    (
+        _encoder("bert", "Bert"),
+        _decoder("llama", "Llama"),
+    )
+)
 
 
 def family_of(model_type: str | None, auto_class: str, source: Any = None) -> str:

@@ -77,7 +77,7 @@ def test_untimed_cards_have_no_speeds():
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_snippet_runs(tmp_path, capsys, chat):
-    pytest.importorskip("transformers_cee.models.llama_cee")
+    pytest.importorskip("transformers_cee.models.llama_cee.modeling_llama_cee")
     from tiny import tiny_llama
     from tiny_models import tiny_tokenizer
     from transformers import PreTrainedTokenizerFast

@@ -24,7 +24,7 @@ REMOTE_CODE_FILE = "modeling_cee.py"
 _REMOTE_CODE = '''"""Hands out the installed package transformers-cee; no model code lives here."""
 
 try:
-    from {package} import {names}
+    {imports}
 except ModuleNotFoundError as error:
     if error.name != "transformers_cee":
         raise
@@ -50,9 +50,9 @@ def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -
         `Path`: the file.
     """
     entry = MODELS[model_type]
-    names = [_class_name(cls) for cls in (entry.config, entry.model)]
+    imports = [f"from {cls.rpartition('.')[0]} import {_class_name(cls)}" for cls in (entry.config, entry.model)]
     path = Path(save_directory) / REMOTE_CODE_FILE
-    write_text(path, _REMOTE_CODE.format(package=entry.package, names=", ".join(names)))
+    write_text(path, _REMOTE_CODE.format(imports="\n    ".join(imports)))
     return path
 
 

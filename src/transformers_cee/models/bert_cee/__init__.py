@@ -1,16 +1,3 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""BERT with exits. The config alone is loaded without the model."""
-
-from transformers_cee.lazy import lazy_names
-
-
-_PUBLIC = {
-    "BertCeeConfig": "configuration_bert_cee",
-    "BertCeeModel": "modeling_bert_cee",
-    "BertForConsistentEE": "modeling_bert_cee",
-}
-
-__all__ = list(_PUBLIC)
-
-__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)
+"""BERT with exits."""
