@@ -285,8 +285,10 @@ class TestBeforeTheFirstPhase:
                 )
 
         trainer.add_callback(Listener())
-        for phase in ("_heads", "_hardness", "_policy", "_consistent_model"):
+        for phase in ("_heads", "_consistent_model"):
             monkeypatch.setattr(ConsistentEETrainer, phase, begin)
+        for step in ("hardness_step", "policy_step"):
+            monkeypatch.setattr(f"transformers_cee.training.trainer.{step}", begin)
         with pytest.raises((ValueError, TypeError, AttributeError), match=message):
             trainer.train()
         assert not list(tmp_path.iterdir()) and not told
@@ -399,13 +401,14 @@ class TestWhatGoesThrough:
     def test_nothing_is_left_behind(self, tmp_path, kind):
         """Random numbers, modes, problem type and figures are as they were."""
         trainer = kind(tmp_path, **EVALUATES)
+        told = list(trainer.callback_handler.callbacks)
         trainer.model.train()
         torch.manual_seed(3)
         expected, before = torch.rand(3), weights(trainer.model)
         torch.manual_seed(3)
         trainer.check_phases()
         assert torch.equal(torch.rand(3), expected)
-        assert trainer.model.training and not trainer._in_phase and trainer._exit_arguments == {}
+        assert trainer.model.training and trainer.callback_handler.callbacks == told
         assert trainer.model.config.to_dict().get("problem_type") is None and trainer.is_in_train is False
         assert trainer.state.log_history == [] and not list(tmp_path.iterdir())
         assert not trainer.accelerator._models and "_is_accelerate_prepared" not in vars(trainer.model)

@@ -4,29 +4,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import EarlyStoppingCallback
 from transformers.utils import logging
 
-from transformers_cee.exits.configuration import ExitConfigMixin
 from transformers_cee.exits.policy import check_has_classes
-from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES, check_heads_objective
+from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 from transformers_cee.training.labels import check_label_column, check_labelled
 from transformers_cee.training.model_step import operating_point
-from transformers_cee.training.parameters import (
-    active_module,
-    bare_model,
-    freeze_for_model_step,
-    keeping_requires_grad,
-)
+from transformers_cee.training.parameters import active_module, freeze_for_model_step, keeping_requires_grad
 from transformers_cee.training.policy_phase import check_policies_learn
 from transformers_cee.training.rehearsal import first_batch, rehearse_evaluation, take_rows
 from transformers_cee.training.rewards import check_reward
-from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -36,60 +29,37 @@ MODEL_PHASES = {"heads", "consistent"}
 POLICY_PHASES = {"policy", "consistent"}
 # Rows whose labels are looked at together.
 ROWS = 64
+# What 🤗 Trainer asks itself while it trains, and people override.
+HOOKS = (
+    "compute_loss",
+    "create_optimizer",
+    "create_optimizer_and_scheduler",
+    "create_scheduler",
+    "evaluation_loop",
+    "get_batch_samples",
+    "get_eval_dataloader",
+    "get_train_dataloader",
+    "log",
+    "prediction_step",
+    "training_step",
+)
 
 
-def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for arguments of Trainer that early exits do not support."""
-    if not isinstance(args, ConsistentEETrainingArguments):
-        raise ValueError(f"`args` of type {type(args).__name__} must be ConsistentEETrainingArguments.")
-    if any(kwargs.get("optimizers") or ()):
-        raise ValueError(
-            "`optimizers` is not supported: every phase makes its own; use `args.optim` or `optimizer_cls_and_kwargs`."
-        )
-    fixed = {"lr", "params"} & {*(kwargs.get("optimizer_cls_and_kwargs") or (None, {}))[1]}
-    if fixed:
-        raise ValueError(
-            f"`optimizer_cls_and_kwargs` sets {sorted(fixed)}, which every phase has of its own; use `learning_rate`, "
-            "`exit_learning_rate` and `policy_learning_rate` of `args`."
-        )
-    if args.label_names not in (None, ["labels"]):
-        raise ValueError(
-            f"`label_names`={args.label_names!r} must be ['labels'] or None: losses of exits are of those."
-        )
-    if args.prediction_loss_only or args.batch_eval_metrics:
-        raise ValueError("`prediction_loss_only` and `batch_eval_metrics` are not supported: exit layers are needed.")
-
-
-def check_model(
-    model: nn.Module,
-    args: ConsistentEETrainingArguments,
-    preprocess: Callable | None = None,
-    own_loss: Callable | None = None,
-) -> None:
-    """Raises `ValueError` for a model without exits, or one that the arguments do not fit.
+def check_hooks(run: type, phase: type) -> None:
+    """Raises `ValueError` for a trainer of all phases that overrides a hook which its phases do not ask it for.
 
     Args:
-        preprocess (`Callable`, *optional*): `preprocess_logits_for_metrics`.
-        own_loss (`Callable`, *optional*): `compute_loss_func`.
+        run (`type`): a [`ConsistentEETrainer`].
+        phase (`type`): its `phase_trainer`; whoever has one of their own knows of this.
     """
-    exit_model = bare_model(model)
-    if not isinstance(getattr(exit_model, "config", None), ExitConfigMixin):
+    own = [
+        name for name in HOOKS if not getattr(run, name).__module__.startswith(("transformers.", "transformers_cee."))
+    ]
+    if own and phase.__module__.startswith("transformers_cee."):
         raise ValueError(
-            f"`model` of type {type(model).__name__} has no exits; give a model such as BertForConsistentEE."
-        )
-    check_heads_objective(args.heads_objective, exit_model.config, exit_model.exits_per_token)
-    if exit_model.exits_per_token:
-        if preprocess is not None:
-            raise ValueError("`preprocess_logits_for_metrics` is not supported: a decoder's logits are not collected.")
-        if own_loss is not None:
-            raise ValueError(
-                "`compute_loss_func` is not supported: a decoder's logits are never held at once; use `token_loss`, "
-                "which takes one of your own that `register_token_loss` has been told of."
-            )
-    elif args.token_loss != "ce" or args.policy_max_tokens is not None:
-        raise ValueError(
-            f"`token_loss`={args.token_loss!r} and `policy_max_tokens`={args.policy_max_tokens} are for decoders; "
-            f"{type(exit_model).__name__} leaves row by row: accepted are 'ce' and None."
+            f"`{run.__name__}.{own[0]}` would not be asked while phases train the model, which have trainers of their "
+            f"own. Override it in a subclass of `{phase.__name__}`, and name that as `phase_trainer` of "
+            f"`{run.__name__}`."
         )
 
 
@@ -119,10 +89,12 @@ def check_phases(trainer: Any, some: Collection[str] | None = None) -> None:
     _check_first_rows(trainer, phases)
     judged = _judges(trainer) and phases != {"hardness"}
     if judged and not trainer._splits_model:
-        rehearse_evaluation(trainer, model_phases)
+        wanted = trainer.args.metric_for_best_model if model_phases else None
+        # Policies are judged where the model step of `consistent` is.
+        rehearse_evaluation(trainer, model_phases or [trainer._consistent_phase()], wanted)
     elif judged or fits_budgets:
         for rows in evaluation_sets(trainer).values():
-            first_batch(trainer, rows, needs_labels=judged or trainer._per_token)
+            first_batch(trainer, rows, needs_labels=judged or trainer.items.needs_labels)
 
 
 def check_rows(rows: Any, name: str) -> None:
@@ -183,9 +155,10 @@ def _check_evaluation(trainer: Any, phases: set[str], fits_budgets: bool) -> Non
                     f"{batch}. Accepted are False, or a smaller `per_device_eval_batch_size`."
                 )
         check_label_column(rows, named)
-        if trainer._per_token and stores:
+        if stores:
             learnt = judges and args.eval_strategy != "no" and POLICY_PHASES & phases
-            _check_tokens(trainer, rows, torch.arange(len(rows)), named, must_leave=bool(learnt))
+            labels = _labels(trainer, rows, torch.arange(len(rows)))
+            trainer.items.check_labels(labels, named, must_leave=bool(learnt))
     if judges and phases & POLICY_PHASES and trainer.compute_metrics is not None and args.include_for_metrics:
         raise ValueError(
             f"`include_for_metrics`={args.include_for_metrics} is not supported with `eval_strategy`="
@@ -199,7 +172,7 @@ def _check_exits(trainer: Any, phases: set[str]) -> None:
     model, args = trainer._exit_model, trainer.args
     policies = active_module(model.exit_policies)
     # Arguments may have been changed since there was a model.
-    check_heads_objective(args.heads_objective, model.config, model.exits_per_token)
+    trainer.items.check_heads_objective(args.heads_objective, model.config)
     trained_beside = "heads" in phases and HEADS_OBJECTIVES[args.heads_objective].trains_policies
     if phases & POLICY_PHASES:
         if len(model.layer_numbers) == 1:
@@ -233,7 +206,7 @@ def _check_stopping(trainer: Any, phases: set[str]) -> None:
 
 
 def _check_first_rows(trainer: Any, phases: set[str]) -> None:
-    """Runs the first training rows; of a decoder whose policies learn, looks for a token that may leave."""
+    """Runs the first training rows; where policies learn, looks for an item that may leave."""
     heads, policies = trainer._split()
     if phases & MODEL_PHASES:
         objective = HEADS_OBJECTIVES[trainer.args.heads_objective]
@@ -241,19 +214,11 @@ def _check_first_rows(trainer: Any, phases: set[str]) -> None:
         first_batch(trainer, trainer.train_dataset, heads, per_row)
     if phases - {"heads"}:
         first_batch(trainer, trainer.train_dataset, policies)
-    if phases & POLICY_PHASES and trainer._per_token:
-        _check_tokens(trainer, trainer.train_dataset, policies, "train_dataset")
+    if phases & POLICY_PHASES:
+        trainer.items.check_labels(_labels(trainer, trainer.train_dataset, policies), "train_dataset")
 
 
-def _check_tokens(trainer: Any, dataset: Any, rows: torch.Tensor, name: str, must_leave: bool = True) -> None:
-    """Raises `ValueError` unless one of the rows has a token that may leave early, or else one to predict."""
+def _labels(trainer: Any, dataset: Any, rows: Tensor) -> Iterator[Tensor]:
+    """Labels of some rows, a few rows at a time, for as long as more are asked for."""
     for some in rows.split(ROWS):
-        labels = check_labelled(take_rows(trainer, dataset, some.tolist()))["labels"]
-        counted = labels != -100
-        # A token leaves as what was generated, and if one comes after it.
-        found = counted[:, 1:-1] & counted[:, 2:] if must_leave else counted[:, 1:]
-        if bool(found.any()):
-            return
-    if must_leave:
-        raise ValueError(f"`{name}` has no token that may leave early: every answer is one token long.")
-    raise ValueError(f"`{name}` has no token to predict: every label is -100, or rows have one token only.")
+        yield check_labelled(take_rows(trainer, dataset, some.tolist()))["labels"]

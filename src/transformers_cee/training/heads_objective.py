@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.registry import Registry
 
 
@@ -100,21 +99,3 @@ def make_heads_objective(name: str, options: Any = None, stage: str | None = Non
             raise ValueError(f"`stage`={stage!r} is unknown to {name!r}; accepted are {', '.join(objective.stages)}.")
         objective.stage = stage
     return objective
-
-
-def check_heads_objective(name: str, config: Any, exits_per_token: bool) -> None:
-    """Raises `ValueError` for an objective that a model with this config cannot be trained with."""
-    cls = HEADS_OBJECTIVES[name]
-    if exits_per_token and cls.needs_logits:
-        accepted = ", ".join(one for one, other in HEADS_OBJECTIVES.items() if not other.needs_logits)
-        raise ValueError(
-            f"`heads_objective`={name!r} needs the logits of all exits, which a decoder never holds at once; accepted "
-            f"are {accepted}. `token_loss`='kl' brings each exit's distribution to the last one's."
-        )
-    regression = not exits_per_token and resolve_problem_type(config.problem_type, config.num_labels) == "regression"
-    if cls.needs_classes and regression:
-        accepted = ", ".join(one for one, other in HEADS_OBJECTIVES.items() if not other.needs_classes)
-        raise ValueError(
-            f"`heads_objective`={name!r} needs class probabilities, which `problem_type`='regression' has not; "
-            f"accepted are {accepted}."
-        )

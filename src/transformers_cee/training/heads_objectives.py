@@ -15,7 +15,6 @@ from transformers_cee.training.heads_objective import (
     HEADS_OBJECTIVES,
     HeadsObjective,
     HeadsStep,
-    check_heads_objective,
     make_heads_objective,
     register_heads_objective,
 )
@@ -310,7 +309,6 @@ __all__ = [
     "TwoStage",
     "Uniform",
     "Variational",
-    "check_heads_objective",
     "make_heads_objective",
     "normalised_entropy",
     "register_heads_objective",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from transformers_cee.exits import configuration
 from transformers_cee.exits.criteria import Thresholds
@@ -15,20 +16,16 @@ from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.exits.training_options import ExitTraining
-from transformers_cee.stores.filling import count_labels, exit_features
+from transformers_cee.stores.filling import exit_features
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
-from transformers_cee.training.objectives import (
-    closed_before,
-    consistent_expected,
-    consistent_sampled,
-    staying_where_forced,
-)
+from transformers_cee.training.items import items_of
+from transformers_cee.training.objectives import closed_before, consistent_expected, consistent_sampled
 from transformers_cee.training.parameters import active_module
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
-# Mean loss over rows, or over the batch's counted tokens, and the model's output.
-StepLoss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Any]]
+# From the model, a batch and the state of the training: mean loss over the batch's items, and the model's output.
+StepLoss = Callable[[nn.Module, dict[str, Any], TrainerState], tuple[Tensor, Any]]
 
 
 @dataclass
@@ -73,33 +70,27 @@ def own_exit_losses(loss: OwnLoss, outputs: Any, labels: Tensor) -> Tensor:
 
 
 def heads_phase(
-    args: ConsistentEETrainingArguments,
-    exit_model: nn.Module,
-    state: Callable[[], Any],
-    stage: str,
-    own_loss: OwnLoss | None = None,
+    args: ConsistentEETrainingArguments, exit_model: Any, stage: str, own_loss: OwnLoss | None = None
 ) -> ModelPhase:
     """Phase `heads`: the exits learn. Evaluation is at full depth and at all exits.
 
     Args:
-        exit_model (`nn.Module`): the early-exit model itself, without wrappers.
-        state (`Callable`): gives the `TrainerState` of the run.
+        exit_model (`PreTrainedModel`): the early-exit model itself, without wrappers.
         stage (`str`): step of the objective, one of its `stages`.
         own_loss (`Callable`, *optional*): takes the place of the cross-entropy at each exit.
     """
-    per_token = exit_model.exits_per_token
     objective = args.make_heads_objective(stage)
     options = ExitTraining(
         gradient_equilibrium=objective.scales_gradients,
         output_policies=objective.trains_policies,
-        token_loss=args.make_token_loss() if per_token else None,
+        token_loss=items_of(exit_model).token_loss(args),
     )
 
-    def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def loss(model: nn.Module, inputs: dict[str, Any], state: TrainerState) -> tuple[Tensor, Any]:
         outputs = model(**inputs, output_all_exits=True, exit_training=options)
         if own_loss is not None:
             outputs.all_exit_losses = own_exit_losses(own_loss, outputs, inputs["labels"])
-        return objective(_heads_step(objective, exit_model, outputs, inputs["labels"], state())), outputs
+        return objective(_heads_step(objective, exit_model, outputs, inputs["labels"], state)), outputs
 
     return ModelPhase(
         loss,
@@ -111,7 +102,7 @@ def heads_phase(
 
 
 def _heads_step(
-    objective: HeadsObjective, exit_model: nn.Module, outputs: Any, labels: Tensor, state: Any
+    objective: HeadsObjective, exit_model: Any, outputs: Any, labels: Tensor, state: TrainerState
 ) -> HeadsStep:
     """What the objective looks at."""
     step = HeadsStep(
@@ -127,33 +118,29 @@ def _heads_step(
         step.logits, step.labels = outputs.all_exit_logits, labels
     if objective.trains_policies:
         step.log_distribution = _log_distribution(exit_model, outputs.all_policy_logits, outputs)
-        step.may_exit = outputs.may_exit if exit_model.exits_per_token else None
+        step.may_exit = items_of(exit_model).may_exit(outputs)
     return step
 
 
 def consistent_phase(
     args: ConsistentEETrainingArguments,
-    exit_model: nn.Module,
+    exit_model: Any,
     problem_type: Callable[[], str],
     own_loss: OwnLoss | None = None,
 ) -> ModelPhase:
     """Model step of the phase `consistent`: the loss at the exits that the policies take.
 
     Args:
-        exit_model (`nn.Module`): the early-exit model itself, without wrappers.
+        exit_model (`PreTrainedModel`): the early-exit model itself, without wrappers.
         problem_type (`Callable`): tells what labels mean, once there is data.
         own_loss (`Callable`, *optional*): takes the place of the cross-entropy at each exit.
     """
     samples, sampled = args.consistent_samples, args.consistent_objective == "sampled"
-    drawing = ExitTraining(sample_exits=True, copy_states=args.consistent_copy_states)
 
-    def loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        if sampled and exit_model.exits_per_token:
-            # What a token reads depends on where earlier ones left, so every sample is a pass of its own. All in one
-            # batch, since DistributedDataParallel wants one forward pass per backward pass.
-            copies = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
-            outputs = model(**copies, exit_training=drawing)
-            return outputs.loss, outputs
+    def loss(model: nn.Module, inputs: dict[str, Any], state: TrainerState) -> tuple[Tensor, Any]:
+        drawn = items_of(exit_model).sampled_step(model, inputs, args) if sampled else None
+        if drawn is not None:
+            return drawn.loss, drawn
         outputs = model(**inputs, output_all_exits=True)
         if own_loss is not None:
             outputs.all_exit_losses = own_exit_losses(own_loss, outputs, inputs["labels"])
@@ -166,7 +153,7 @@ def consistent_phase(
     return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold}, args.trainable)
 
 
-def operating_point(exit_model: nn.Module) -> tuple[str, Thresholds]:
+def operating_point(exit_model: Any) -> tuple[str, Thresholds]:
     """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. A config
     without a threshold, whose exits are off, would show nothing of them; then it is the policy at 0.5. A budget does
     not count, whose price was fitted before."""
@@ -177,7 +164,7 @@ def operating_point(exit_model: nn.Module) -> tuple[str, Thresholds]:
 
 
 @torch.no_grad()
-def log_distribution(exit_model: nn.Module, outputs: Any, problem_type: str) -> Tensor:
+def log_distribution(exit_model: Any, outputs: Any, problem_type: str) -> Tensor:
     """Log of the exit distribution (rows or tokens, exits) that the policies give for an output with all exits."""
     policies = active_module(exit_model.exit_policies)
     with torch.autocast(outputs.all_exit_states.device.type, enabled=False):
@@ -186,30 +173,15 @@ def log_distribution(exit_model: nn.Module, outputs: Any, problem_type: str) -> 
         return _log_distribution(exit_model, exit_logits, outputs)
 
 
-def _log_distribution(exit_model: nn.Module, exit_logits: Tensor, outputs: Any) -> Tensor:
+def _log_distribution(exit_model: Any, exit_logits: Tensor, outputs: Any) -> Tensor:
     """Log of the exit distribution (rows or tokens, exits) where some exits are closed and some tokens must stay."""
     distribution = exit_log_distribution(closed_before(exit_logits, first_exit(exit_model.config)))
-    return staying_where_forced(distribution, outputs.may_exit) if exit_model.exits_per_token else distribution
+    return items_of(exit_model).decided(distribution, outputs)
 
 
 def first_exit(config: Any) -> int:
     """Exit (0-based) before which nothing leaves, by `min_exit_layer` of the config."""
     return configuration.first_exit(config.exit_layer_numbers, config.min_exit_layer)
-
-
-def token_share(loss: Tensor, labels: Tensor, items: Tensor | int, processes: int) -> Tensor:
-    """Share of a micro-batch in the mean over all counted tokens of an optimizer step.
-
-    Args:
-        loss (`Tensor`): mean over the micro-batch's own counted tokens.
-        labels (`LongTensor` of shape `(rows, time)`): its labels.
-        items (`Tensor` or `int`): counted tokens of the step, in all micro-batches and processes.
-        processes (`int`): processes over which gradients will be averaged.
-    """
-    tokens = count_labels(labels).sum()
-    share = loss * (tokens * processes / torch.as_tensor(items, device=loss.device).clamp_min(1))
-    # The mean over no token is not a number.
-    return torch.where(tokens > 0, share, torch.zeros_like(share))
 
 
 def with_gradient(loss: Tensor, model: nn.Module) -> Tensor:

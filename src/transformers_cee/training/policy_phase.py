@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import TrainOutput
 
@@ -171,6 +171,8 @@ class PolicyPhaseTrainer(FiniteLoss, ResumableTrainer):
         metrics (`Callable`, *optional*): `compute_metrics` of the caller.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         *args: Any,
@@ -272,7 +274,7 @@ def run_policy_phase(
     callbacks: list[TrainerCallback] | None = None,
     processing_class: Any = None,
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
-    resume_from_checkpoint: str | None = None,
+    resume_from_checkpoint: str | bool | None = None,
 ) -> tuple[TrainOutput, list[dict[str, float]]]:
     """Trains `policies` in place. Checkpoints lie in `directory`.
 

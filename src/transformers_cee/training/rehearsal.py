@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -68,47 +69,50 @@ def first_batch(
                 )
 
 
-def rehearse_evaluation(trainer: Any, phases: Sequence[ModelPhase]) -> None:
-    """Evaluates some rows of each evaluation set as phases will, or else as the model is; all rows, once, where a
-    metric cannot do with few, or is not among theirs.
+def rehearse_evaluation(run: Any, phases: Sequence[ModelPhase], wanted: str | None) -> None:
+    """Evaluates some rows of each evaluation set as phases will; all rows, once, where a metric cannot do with few, or
+    is not among theirs.
+
+    Args:
+        run ([`ConsistentEETrainer`]): the trainer of all phases.
+        phases (sequence of `ModelPhase`): how they judge.
+        wanted (`str`, *optional*): the metric that each of them goes by.
 
     Raises:
         TypeError: `compute_metrics` gives something else than numbers by name.
-        ValueError: `metric_for_best_model` is not among the metrics of a phase.
+        ValueError: the metric is not among those of a phase.
     """
-    wanted = trainer.args.metric_for_best_model
-    judged: list[ModelPhase | None] = [*phases] or [None]
     of_all_rows: dict[str, dict[str, float]] = {}
-    for phase in judged:
-        metrics = _evaluate_sets(trainer, phase, of_all_rows)
-        if phase is None or wanted is None or phase.trainable == "internal_exits" or _others_add_metrics(trainer):
+    for phase in phases:
+        metrics = _evaluate_sets(run, phase, of_all_rows)
+        if wanted is None or phase.trainable == "internal_exits" or _others_add_metrics(run):
             continue
         name = f"eval_{wanted.removeprefix('eval_')}"
-        if name not in metrics and name not in (metrics := _evaluate_sets(trainer, phase, of_all_rows, whole=True)):
+        if name not in metrics and name not in (metrics := _evaluate_sets(run, phase, of_all_rows, whole=True)):
             found = sorted(name.removeprefix("eval_") for name in metrics)
             raise ValueError(
                 f"`metric_for_best_model`={wanted!r} is none of the metrics: accepted are {', '.join(found)}."
             )
 
 
-def _others_add_metrics(trainer: Any) -> bool:
+def _others_add_metrics(run: Any) -> bool:
     """May a subclass or a callback put metrics of its own beside those of an evaluation?"""
-    asked = [type(trainer).evaluate, *(type(one).on_evaluate for one in trainer.callback_handler.callbacks)]
+    asked = [type(run).evaluate, *(type(one).on_evaluate for one in run.callback_handler.callbacks)]
     return not all(one.__module__.split(".")[0] in ("transformers", "transformers_cee") for one in asked)
 
 
 def _evaluate_sets(
-    trainer: Any, phase: ModelPhase | None, of_all_rows: dict[str, dict[str, float]], whole: bool = False
+    run: Any, phase: ModelPhase, of_all_rows: dict[str, dict[str, float]], whole: bool = False
 ) -> dict[str, float]:
     """Metrics of some rows of all evaluation sets, and those `of_all_rows`, which are taken once for all phases."""
     metrics: dict[str, float] = {}
-    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    sets = run.eval_dataset if isinstance(run.eval_dataset, dict) else {"": run.eval_dataset}
     for name, rows in sets.items():
         prefix = f"eval_{name}" if name else "eval"
-        few = _some_rows(rows, trainer.args.eval_batch_size * trainer.args.world_size)
-        found, does = _evaluate(trainer, phase, few, prefix, forgives=True)
+        few = _some_rows(rows, run.args.eval_batch_size * run.args.world_size)
+        found, does = _evaluate(run, phase, few, prefix, forgives=True)
         if (whole or not does) and prefix not in of_all_rows:
-            of_all_rows[prefix], _ = _evaluate(trainer, phase, rows, prefix)
+            of_all_rows[prefix], _ = _evaluate(run, phase, rows, prefix)
         metrics |= of_all_rows.get(prefix, {}) | found
         if f"{prefix}_exit_loss" in metrics:
             metrics["eval_exit_loss"] = metrics[f"{prefix}_exit_loss"]
@@ -116,11 +120,11 @@ def _evaluate_sets(
 
 
 def _evaluate(
-    trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str, forgives: bool = False
+    run: Any, phase: ModelPhase, rows: Any, prefix: str, forgives: bool = False
 ) -> tuple[dict[str, float], bool]:
     """Metrics of some rows, and whether these did. With `forgives` they may not do: `compute_metrics` may fail, as on
     rows of one class only."""
-    compute, failed = trainer.compute_metrics, []
+    compute, failed = run.compute_metrics, []
 
     def watched(prediction: Any) -> Any:
         try:
@@ -132,19 +136,12 @@ def _evaluate(
             return {}
         return _check_metrics(result)
 
-    trainer.compute_metrics = None if compute is None else watched
-    try:
-        metrics = _loop(trainer, phase, rows, prefix)
-    finally:
-        trainer.compute_metrics = compute
-    return metrics, not failed
-
-
-def _loop(trainer: Any, phase: ModelPhase | None, rows: Any, prefix: str) -> dict[str, float]:
-    with trainer._finite_labels(), _aside(trainer), trainer._evaluating_as(phase), evaluating(trainer.model):
+    with _aside(run), evaluating(run.model):
+        trainer = run.make_phase_trainer(phase, copy.copy(run.args), compute_metrics=compute and watched)
+        trainer.is_in_train = True
         # The loader of tests is never kept for later evaluations.
         loader = trainer.get_test_dataloader(rows)
-        return trainer.evaluation_loop(loader, "Rehearsal", metric_key_prefix=prefix).metrics
+        return trainer.evaluation_loop(loader, "Rehearsal", metric_key_prefix=prefix).metrics, not failed
 
 
 def _check_metrics(result: Any) -> dict[str, Any]:

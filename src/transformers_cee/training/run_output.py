@@ -5,9 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.trainer_utils import TrainOutput
+
+
+class StepResult(NamedTuple):
+    """What a step of a run gives back.
+
+    Args:
+        output (`TrainOutput` or `Tensor`): of hardness, the memorized layers.
+        log_history (`list[dict]`): what it logged, in order.
+    """
+
+    output: Any
+    log_history: list[dict[str, Any]]
 
 
 class RunOutput(TrainOutput):
@@ -45,4 +57,4 @@ def _is_policy(step: str) -> bool:
     return step.split("-")[-1] == "policy"
 
 
-__all__ = ["RunOutput"]
+__all__ = ["RunOutput", "StepResult"]

@@ -63,8 +63,7 @@ class StoredExitsTrainer(EarlyExitTrainer):
             dataset = self._remove_unused_columns(dataset, description=description)
         else:
             collator = self._get_collator_with_removed_columns(collator, description=description)
-        # Labels of a decoder say which tokens there are.
-        needs_labels = needs_labels or self._per_token
+        needs_labels = needs_labels or self.items.needs_labels
         if not needs_labels:
             collator = without_labels(collator)
         return collect_exits(
@@ -86,7 +85,7 @@ class StoredExitsTrainer(EarlyExitTrainer):
 
     def _store(self, name: str, dataset: Any, mark: str, needs_labels: bool = True) -> ExitStore:
         stored = self._stores[name][0] if name in self._stores else ""
-        if stored != mark and not needs_labels and not self._per_token:
+        if stored != mark and not needs_labels and not self.items.needs_labels:
             mark = f"{mark} without labels"
         if stored != mark:
             self._stores.pop(name, None)

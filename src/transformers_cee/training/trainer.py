@@ -1,48 +1,40 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""`ConsistentEETrainer`: the phases of ConsistentEE on top of 🤗 Trainer."""
+"""`ConsistentEETrainer`: the phases of ConsistentEE, each a 🤗 Trainer of its own."""
+
+from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
 from transformers_cee.exits.policy import ExitPolicies, make_policies
-from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.checkpoints import needs_of
-from transformers_cee.training.checks import check_phases
-from transformers_cee.training.hardness import fingerprint, memorized_layers, read_hardness, write_hardness
-from transformers_cee.training.model_step import (
-    ModelPhase,
-    consistent_phase,
-    first_exit,
-    heads_phase,
-    operating_point,
-    token_share,
-    with_gradient,
-)
-from transformers_cee.training.parameters import (
-    active_module,
-    freeze_for_model_step,
-    keeping_requires_grad,
-    split_exit_groups,
-)
+from transformers_cee.training.checks import check_hooks, check_phases
+from transformers_cee.training.hardness import fingerprint
+from transformers_cee.training.model_phase import ModelPhaseTrainer, phase_arguments
+from transformers_cee.training.model_step import ModelPhase, consistent_phase, heads_phase
+from transformers_cee.training.parameters import keeping_requires_grad
 from transformers_cee.training.phases import HARDNESS, PhaseLog
-from transformers_cee.training.policy_phase import StoredRewards, at_rate, run_policy_phase, stored_metrics
 from transformers_cee.training.rehearsal import subset
-from transformers_cee.training.run_output import RunOutput
+from transformers_cee.training.run_output import RunOutput, StepResult
 from transformers_cee.training.stored_exits import StoredExitsTrainer
+from transformers_cee.training.stored_phases import hardness_step, policy_step
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
 
 
 logger = logging.get_logger(__name__)
+
+# From the folder of its checkpoints, and one of these to go on from, to what a step gives back.
+Step = Callable[[str, str | bool | None], StepResult]
+# What people and backends ask a Trainer for after its training.
+HANDED_BACK = ("model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "state", "control")
 
 
 class ConsistentEETrainer(StoredExitsTrainer):
@@ -73,6 +65,10 @@ class ConsistentEETrainer(StoredExitsTrainer):
     """
 
     args: ConsistentEETrainingArguments
+    # Trains the model in the phases that do; a subclass names its own.
+    phase_trainer: type[ModelPhaseTrainer] = ModelPhaseTrainer
+    # That of the phase that runs.
+    _running: ModelPhaseTrainer | None = None
 
     def __init__(
         self,
@@ -80,8 +76,17 @@ class ConsistentEETrainer(StoredExitsTrainer):
         args: ConsistentEETrainingArguments | None = None,
         **kwargs: Any,
     ) -> None:
+        check_hooks(type(self), type(self).phase_trainer)
         super().__init__(model=model, args=args, **kwargs)
-        self._phase: ModelPhase | None = None
+
+    @property
+    def state(self) -> TrainerState:
+        """State of the phase that trains the model now, or else of the last one that did."""
+        return self._state if self._running is None else self._running.state
+
+    @state.setter
+    def state(self, state: TrainerState) -> None:
+        self._state = state
 
     # The run
 
@@ -134,7 +139,9 @@ class ConsistentEETrainer(StoredExitsTrainer):
         log = PhaseLog.of(self.args.output_dir, resume_from_checkpoint, self.args.should_save)
         if self.resumes(resume_from_checkpoint):
             log.resume(self._step_names)
-            log.load(self.accelerator.unwrap_model(self.model), self._load_from_checkpoint)
+            # Adapters that are loaded may come unfrozen.
+            with keeping_requires_grad(self.model):
+                log.load(self.accelerator.unwrap_model(self.model), self._load_from_checkpoint)
         else:
             if resume_from_checkpoint:
                 logger.warning(f"`resume_from_checkpoint`: {log.directory} holds nothing to resume; starting anew.")
@@ -146,13 +153,10 @@ class ConsistentEETrainer(StoredExitsTrainer):
             if step not in log.finished:
                 # Each step draws its own random numbers, so that a resumed run draws the same.
                 set_seed(self.args.seed + number)
-                before, logged = self.state, len(self.state.log_history)
-                results[step] = run(log.folder(step), log.checkpoint(step, needs_of(self)))
-                # A step of the model starts a state of its own.
-                logged = logged if self.state is before else 0
-                added = self.state.log_history[logged:]
-                history += [{**entry, "phase": step} for entry in added]
-                self._keep(log, step, results[step], added)
+                result = run(log.folder(step), log.checkpoint(step, needs_of(self)))
+                results[step] = result.output
+                history += [{**entry, "phase": step} for entry in result.log_history]
+                self._keep(log, step, result)
         self._renew_budgets()
         self.state.log_history = history
         if self.args.push_to_hub:
@@ -188,7 +192,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
         first, checkpoint = log.stage(names, resume_from_checkpoint, needs_of(self))
         for name in names[first:]:
             result = steps[name](log.folder(name), checkpoint if name == names[first] else None)
-        return result
+        return result.output
 
     def compute_hardness(self) -> Tensor:
         """Phase `hardness`: memorized layer (rows,) of every training row, in evaluation mode; of a decoder (tokens,),
@@ -198,37 +202,14 @@ class ConsistentEETrainer(StoredExitsTrainer):
         and computed again when any of them has changed.
         """
         self.check_phases(["hardness"])
-        return self._hardness()
-
-    def _hardness(self, mark: str | None = None) -> Tensor:
-        """`compute_hardness` of the training rows, whose fingerprint may be known."""
-        mark = fingerprint(self._exit_model, self.train_dataset) if mark is None else mark
-        about = {
-            "fingerprint": mark,
-            "tolerance": str(self.args.hardness_tolerance),
-            # Weights do not tell where exits are: those of a shared head are the same anywhere.
-            "layers": str(self._exit_model.layer_numbers),
-        }
-        if self.args.policy_max_tokens is not None:
-            about["tokens"] = f"{self.args.policy_max_tokens} of {self.args.policy_holdout}, seed {self._data_seed}"
-        stored = self._stores.get("train")
-        kept = read_hardness(self.args.output_dir, about)
-        # The collator, which the mark does not know of, may count other tokens now.
-        if kept is not None and (stored is None or stored[0] != mark or len(stored[1]) == len(kept)):
-            return kept
-        store = self._store("train", self.train_dataset, mark)
-        layers = memorized_layers(store.correct, store.layers)
-        if self.args.should_save:
-            write_hardness(self.args.output_dir, layers, about)
-        self.log({"memorized_layer": float(layers[store.may_exit].float().mean())})
-        return layers
+        return hardness_step(self).output
 
     def train_policy(self, resume_from_checkpoint: bool | str | None = None) -> Any:
         """Phase `policy`: the policies alone learn on stored exit states; backbone and heads stay as they are."""
         self.check_phases(["policy"])
-        result = self._policy(self._folder("policy"), resume_from_checkpoint)
+        result = policy_step(self, self._folder("policy"), resume_from_checkpoint)
         self._renew_budgets()
-        return result
+        return result.output
 
     def train_policies_at(self, alphas: Sequence[float]) -> dict[float, ExitPolicies]:
         """New policies for each reward weight α, on the stored states of the model as it is; its own stay as they are.
@@ -256,7 +237,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
         for alpha in alphas:
             set_seed(self.args.seed)
             policies = make_policies(config, self._exit_model.layer_numbers).to(own)
-            self._policy(self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha, mark)
+            policy_step(self, self._folder(f"policy-alpha-{alpha:g}"), None, policies, alpha, mark)
             family[alpha] = policies.eval()
         return family
 
@@ -264,26 +245,21 @@ class ConsistentEETrainer(StoredExitsTrainer):
         """Phase `consistent`: rounds of a model step (loss at the exits that the policies take) and a policy step."""
         start = time.time()
         self.check_phases(["consistent"])
-        results = {step: run(self._folder(step), None) for step, run in self._rounds().items()}
+        results = {step: run(self._folder(step), None).output for step, run in self._rounds().items()}
         self._renew_budgets()
         return RunOutput.of(results, time.time() - start)
 
-    def _steps(self) -> dict[str, Callable[[str, str | None], Any]]:
+    def _steps(self) -> dict[str, Step]:
         """All steps of the run by name, in order."""
-        steps: dict[str, Callable[[str, str | None], Any]] = {}
-        for phase in self.args.phases:
-            if phase == "consistent":
-                steps |= self._rounds()
-            elif phase == "heads":
-                steps |= self._heads_steps()
-            else:
-                steps[phase] = {
-                    "hardness": lambda folder, checkpoint: self._hardness(),
-                    "policy": self._policy,
-                }[phase]
-        return steps
+        steps: dict[str, dict[str, Step]] = {
+            "heads": self._heads_steps(),
+            "hardness": {HARDNESS: lambda folder, checkpoint: hardness_step(self)},
+            "policy": {"policy": partial(policy_step, self)},
+            "consistent": self._rounds(),
+        }
+        return {name: step for phase in self.args.phases for name, step in steps[phase].items()}
 
-    def _heads_steps(self) -> dict[str, Callable[[str, str | None], Any]]:
+    def _heads_steps(self) -> dict[str, Step]:
         return {stage: partial(self._heads, stage) for stage in self.args.make_heads_objective().stages}
 
     @property
@@ -291,11 +267,11 @@ class ConsistentEETrainer(StoredExitsTrainer):
         """Steps of all phases, those of a run before this one included."""
         return (*self._heads_steps(), HARDNESS, "policy", *self._rounds())
 
-    def _rounds(self) -> dict[str, Callable[[str, str | None], Any]]:
-        steps: dict[str, Callable[[str, str | None], Any]] = {}
+    def _rounds(self) -> dict[str, Step]:
+        steps: dict[str, Step] = {}
         for number in range(1, self.args.consistent_num_rounds + 1):
             steps[f"consistent-{number}-model"] = self._consistent_model
-            steps[f"consistent-{number}-policy"] = self._policy
+            steps[f"consistent-{number}-policy"] = partial(policy_step, self)
         return steps
 
     # Phases
@@ -318,24 +294,12 @@ class ConsistentEETrainer(StoredExitsTrainer):
         return [*found, self._consistent_phase()] if "consistent" in phases else found
 
     def _heads_phase(self, stage: str) -> ModelPhase:
-        return heads_phase(self.args, self._exit_model, lambda: self.state, stage, self.own_loss)
+        return heads_phase(self.args, self._exit_model, stage, self.own_loss)
 
     def _consistent_phase(self) -> ModelPhase:
         return consistent_phase(self.args, self._exit_model, self._problem_type, self.own_loss)
 
-    @contextmanager
-    def _evaluating_as(self, phase: ModelPhase | None) -> Iterator[None]:
-        """`evaluate()` does what it does inside of a phase."""
-        kept = (self._phase, self._in_phase, self._exit_arguments, self._exit_loss)
-        if phase is not None:
-            self._phase, self._in_phase = phase, True
-            self._exit_arguments, self._exit_loss = phase.evaluation, phase.exit_loss
-        try:
-            yield
-        finally:
-            self._phase, self._in_phase, self._exit_arguments, self._exit_loss = kept
-
-    def _heads(self, stage: str, folder: str, checkpoint: str | None) -> Any:
+    def _heads(self, stage: str, folder: str, checkpoint: str | bool | None) -> StepResult:
         epochs = self.args.heads_num_train_epochs
         return self._train_model(
             self._heads_phase(stage),
@@ -345,7 +309,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
             self.args.num_train_epochs if epochs is None else epochs,
         )
 
-    def _consistent_model(self, folder: str, checkpoint: str | None) -> Any:
+    def _consistent_model(self, folder: str, checkpoint: str | bool | None) -> StepResult:
         rate = self.args.consistent_learning_rate
         return self._train_model(
             self._consistent_phase(),
@@ -356,131 +320,43 @@ class ConsistentEETrainer(StoredExitsTrainer):
         )
 
     def _train_model(
-        self, phase: ModelPhase, folder: str, checkpoint: str | None, learning_rate: float, epochs: float
-    ) -> Any:
-        """Trainer's own loop with the phase's loss, on the rows of the heads, where only what the phase trains is not
-        frozen."""
-        own = copy.copy(self.args)
-        own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
-        own.push_to_hub = False
-        if phase.trainable == "internal_exits" and own.metric_for_best_model is not None:
-            # Nothing else that an evaluation reports can change.
-            own.metric_for_best_model, own.greater_is_better = "exit_loss", False
-        kept = (self.args, self.train_dataset, self.model_init, self.optimizer_cls_and_kwargs)
-        with keeping_requires_grad(self.model), self._evaluating_as(phase), self._finite_labels():
-            freeze_for_model_step(self.model, phase.trainable, phase.trains_policies)
-            # A wrapper that an earlier phase left would wait for the gradients of that phase.
-            self.model_wrapped = self.model
-            if self.accelerator.num_processes > 1:
-                # An evaluation before any training marks the model as prepared: gradients would not be averaged.
-                vars(self.model).pop("_is_accelerate_prepared", None)
-            self.args = own
-            self.train_dataset = subset(self.train_dataset, self._split()[0].tolist())
-            # The model of this phase is the one that earlier phases left.
-            self.optimizer = self.lr_scheduler = self.model_init = None
-            self.optimizer_cls_and_kwargs = at_rate(self.optimizer_cls_and_kwargs, learning_rate)
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "early_stopping_patience_counter"):
-                    callback.early_stopping_patience_counter = 0
-            try:
-                return super().train(resume_from_checkpoint=checkpoint)
-            finally:
-                self.args, self.train_dataset, self.model_init, self.optimizer_cls_and_kwargs = kept
+        self, phase: ModelPhase, folder: str, checkpoint: str | bool | None, learning_rate: float, epochs: float
+    ) -> StepResult:
+        """Trains the model as a phase asks, on the rows of the heads."""
+        args = phase_arguments(self.args, phase, folder, learning_rate, epochs)
+        trainer = self.make_phase_trainer(phase, args, subset(self.train_dataset, self._split()[0].tolist()))
+        self._running = trainer
+        try:
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            self._running = None
+            for name in HANDED_BACK:
+                setattr(self, name, getattr(trainer, name))
+        return StepResult(output, trainer.state.log_history)
 
-    def _policy(
+    def make_phase_trainer(
         self,
-        folder: str,
-        checkpoint: str | None,
-        policies: ExitPolicies | None = None,
-        alpha: float | None = None,
-        mark: str | None = None,
-    ) -> Any:
-        """Trains the model's policies, or others at a reward weight of their own; `mark` is the fingerprint of the
-        training rows, if it is known."""
-        model = self._exit_model
-        config = model.config
-        mark = fingerprint(model, self.train_dataset) if mark is None else mark
-        store = self._store("train", self.train_dataset, mark)
-        entries = store.deciding(self._split()[1])
-        used = active_module(model.exit_policies) if policies is None else policies
-        train = self._stored_rewards(store, self._hardness(mark), alpha, used.is_conditioned, entries)
-        evaluation = {}
-        if self.args.eval_strategy != "no":
-            for name, stored in self._evaluation_stores().items():
-                memorized = memorized_layers(stored.correct, stored.layers)
-                entries = stored.deciding()
-                evaluation[name] = self._stored_rewards(stored, memorized, alpha, used.is_conditioned, entries)
-        criterion, threshold = operating_point(model)
-        output, history = run_policy_phase(
-            used,
-            self.args,
-            folder,
-            train,
-            evaluation,
-            exit_threshold=threshold if criterion == "policy" else 0.5,
-            first_exit=first_exit(config),
-            metrics=stored_metrics(self.compute_metrics, self.preprocess_logits_for_metrics),
-            callbacks=self.callback_handler.callbacks,
-            processing_class=self.processing_class,
-            optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs,
-            resume_from_checkpoint=checkpoint,
-        )
-        self.state.log_history += history
-        return output
+        phase: ModelPhase,
+        args: ConsistentEETrainingArguments,
+        train_dataset: Any = None,
+        compute_metrics: Callable | None = None,
+    ) -> ModelPhaseTrainer:
+        """The trainer of a phase that trains the model, an instance of `phase_trainer`; arguments as there."""
+        return self.phase_trainer(self, phase, args, train_dataset, compute_metrics)
 
-    def _stored_rewards(
-        self, store: ExitStore, memorized: Tensor, alpha: float | None, is_conditioned: bool, entries: Tensor
-    ) -> StoredRewards:
-        return StoredRewards.of(
-            store,
-            memorized,
-            self._exit_model.config,
-            reward=self.args.reward,
-            loss=self.args.reward_loss,
-            alpha=alpha,
-            is_conditioned=is_conditioned,
-            entries=entries,
-        )
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        # A phase evaluates as it goes, and so do callbacks that hold this trainer.
+        judge = super().evaluate if self._running is None else self._running.measure
+        return judge(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _folder(self, step: str) -> str:
         return PhaseLog.of(self.args.output_dir, None).folder(step)
 
-    def _keep(self, log: PhaseLog, step: str, result: Any, history: list[dict[str, Any]]) -> None:
+    def _keep(self, log: PhaseLog, step: str, result: StepResult) -> None:
         """Saves the model as the step left it, so that a resumed run starts from there."""
         if step != HARDNESS:
             self.save_model(log.weights_folder(step), _internal_call=True)
         self.accelerator.wait_for_everyone()
-        log.finish(step, result, history)
-
-    # Hooks of Trainer
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """The phase's loss. Of a decoder, the micro-batch's share in the mean over all counted tokens of the step, as
-        Trainer counts them (`num_items_in_batch`)."""
-        if self._phase is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, outputs = self._phase.loss(model, inputs)
-        items = kwargs.get("num_items_in_batch")
-        if self._per_token and items is not None:
-            # Gradients are averaged over processes.
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = token_share(loss, inputs["labels"], items, processes)
-        loss = with_gradient(loss, model)
-        return (loss, outputs) if return_outputs else loss
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Adapters that are loaded may come unfrozen.
-        with keeping_requires_grad(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with keeping_requires_grad(self.model):
-            super()._load_best_model()
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.exit_learning_rate is not None and len(optimizer.param_groups) < 4:
-            split_exit_groups(optimizer, self.model, self.args.exit_learning_rate)
-        return optimizer
+        log.finish(step, result.output, result.log_history)
