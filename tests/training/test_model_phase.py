@@ -1,0 +1,161 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What the trainer of a run and those of its phases share, and what a phase leaves to the run."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import collate, task, tiny_llama, tiny_model, tiny_text_trainer, tiny_trainer, training_arguments
+from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from transformers_cee import ConsistentEETrainer
+from transformers_cee.training.items import ITEMS, items_of
+from transformers_cee.training.model_phase import ModelPhaseTrainer
+
+
+class Holds(TrainerCallback):
+    """A callback that holds the trainer it was given to, as people write them."""
+
+    def __init__(self) -> None:
+        self.trainer: ConsistentEETrainer | None = None
+        self.steps: list[tuple[int, int]] = []
+        self.metrics: dict[str, dict] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append((self.trainer.state.global_step, state.global_step))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        phase = os.path.basename(args.output_dir)
+        if not phase.endswith("policy"):
+            self.metrics[phase] = self.trainer.evaluate(metric_key_prefix="seen")
+
+
+class TestRunAndPhase:
+    def make(self, folder, **fields):
+        holds = Holds()
+        holds.trainer = tiny_trainer(
+            folder, rows=16, eval_exit_thresholds=[0.3], trainer={"callbacks": [holds]}, **fields
+        )
+        return holds.trainer, holds
+
+    def test_state_is_that_of_the_phase(self, tmp_path):
+        trainer, holds = self.make(tmp_path, phases=["heads"], num_train_epochs=2)
+        before = trainer.state
+        trainer.train()
+        assert holds.steps == [(number, number) for number in range(1, 5)]
+        assert trainer.state is not before and trainer.state.global_step == 4
+
+    def test_state_after_a_stop(self, tmp_path):
+        trainer, holds = self.make(tmp_path, phases=["heads"])
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                raise KeyboardInterrupt
+
+        trainer.add_callback(Stop())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert trainer.state.global_step == 1
+        trainer.remove_callback(Stop)
+        holds.steps.clear()
+        trainer.train_heads()
+        assert trainer.state.global_step == 2 and holds.steps == [(1, 1), (2, 2)]
+
+    def test_callbacks_evaluate_as_the_phase_does(self, tmp_path):
+        """At full depth in `heads`, where the policies leave in `consistent`; without operating points."""
+        trainer, holds = self.make(tmp_path)
+        trainer.train()
+        assert holds.metrics["heads"]["seen_depth"] == 4.0 > holds.metrics["consistent-1-model"]["seen_depth"]
+        assert all("seen_exit_loss" in metrics for metrics in holds.metrics.values())
+        assert trainer.operating_points == {}
+        assert "seen_exit_loss" not in trainer.evaluate(metric_key_prefix="seen"), "the phases are over"
+        assert [point.to_dict()["exit_threshold"] for point in trainer.operating_points["seen"]] == [0.5, 0.3]
+
+    def test_random_numbers_go_on(self, tmp_path):
+        """Making the trainer of a phase draws none, and seeds none."""
+        trainer, _ = self.make(tmp_path)
+        phase = trainer._heads_phase("heads")
+        for seed in (3, 4):
+            torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+            expected = (float(torch.rand(1)), random.random(), float(np.random.rand()))
+            torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+            trainer.make_phase_trainer(phase, training_arguments(tmp_path))
+            assert (float(torch.rand(1)), random.random(), float(np.random.rand())) == expected
+
+    def test_checkpoints_on_demand_are_those_of_the_phase(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("signal.signal", lambda *_: None)
+        trainer = tiny_trainer(tmp_path, rows=16, phases=["heads"], enable_jit_checkpoint=True)
+        (jit,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, JITCheckpointCallback)]
+        jit.jit_manager.is_checkpoint_requested = True
+        trainer.train()
+        (found,) = (tmp_path / "phases" / "heads").glob("checkpoint-*")
+        assert (found / "trainer_state.json").is_file()
+        assert sum(isinstance(one, JITCheckpointCallback) for one in trainer.callback_handler.callbacks) == 1
+
+
+class TestHooks:
+    """What people override in a subclass of Trainer."""
+
+    def test_of_the_run_alone(self, tmp_path):
+        class Own(ConsistentEETrainer):
+            def create_optimizer(self, *args, **kwargs):
+                return super().create_optimizer(*args, **kwargs)
+
+        with pytest.raises(ValueError, match=r"`Own.create_optimizer` would not be asked .* `phase_trainer` of `Own`"):
+            Own(tiny_model(), training_arguments(tmp_path))
+
+    def test_of_the_phases(self, tmp_path):
+        asked = []
+
+        class Phase(ModelPhaseTrainer):
+            def compute_loss(self, *args, **kwargs):
+                asked.append(os.path.basename(self.args.output_dir))
+                return super().compute_loss(*args, **kwargs)
+
+        class Own(ConsistentEETrainer):
+            phase_trainer = Phase
+
+        data = {"train_dataset": task(8, seed=1), "data_collator": collate}
+        Own(tiny_model(num_hidden_layers=4), training_arguments(tmp_path), **data).train()
+        assert asked == ["heads", "consistent-1-model"]
+
+
+class TestItems:
+    def test_one_for_each_kind(self, tmp_path):
+        assert items_of(tiny_model()) is ITEMS["row"] and items_of(tiny_llama()) is ITEMS["token"]
+        encoder, decoder = tiny_trainer(tmp_path), tiny_text_trainer(tmp_path)
+        assert (encoder.items.task, decoder.items.task) == ("text-classification", "text-generation")
+        assert not encoder.model_accepts_loss_kwargs and decoder.model_accepts_loss_kwargs
+
+    def test_what_an_evaluation_found_comes_with_it(self, tmp_path):
+        """Rows at the exits asked for, counted tokens that may leave; the trainer itself keeps none of it."""
+        encoder = tiny_trainer(tmp_path)
+        loader = encoder.get_eval_dataloader()
+        before = set(vars(encoder))
+        first = encoder.run_exits(loader, "first", exit_arguments={"exit_threshold": 0.0})
+        last = encoder.run_exits(loader, "last", exit_arguments={"exit_threshold": 1.0})
+        assert first.items.exit_layers.tolist() == [1] * 24 and last.items.exit_layers.tolist() == [4] * 24
+        every = encoder.run_exits(loader, "all", exit_arguments={"output_all_exits": True})
+        assert every.items.losses.shape == (24, 4) and every.predictions.shape == (24, 3)
+        assert {one for one in vars(encoder) if one not in before} <= {"model_preparation_time"}
+
+        decoder = tiny_text_trainer(tmp_path, tiny_llama(exit_threshold=0.5))
+        loader = decoder.get_eval_dataloader()
+        full = decoder.run_exits(loader, "full", exit_arguments={"exit_threshold": 1.0})
+        text = full.items.known_text
+        assert len(text.labels) == sum(label != -100 for row in decoder.eval_dataset["labels"] for label in row[1:])
+        assert len(full.items.exit_layers) == int(text.may_exit.sum()) < len(text.labels)
+        assert "eval_agreement" not in full.metrics
+        same = decoder.run_exits(loader, "again", exit_arguments={"exit_threshold": 1.0}, full_depth=text)
+        assert same.metrics["eval_agreement"] == 1.0
+
+    def test_an_evaluation_without_rows(self, tmp_path):
+        trainer = tiny_trainer(tmp_path)
+        output = trainer.run_exits(trainer.get_eval_dataloader(trainer.eval_dataset.select([])), "none")
+        assert output.items is None and output.num_samples == 0
