@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_model, with_adapters
 
+from transformers_cee.training.items import items_of
 from transformers_cee.training.parameters import (
     active_module,
     bare_model,
@@ -118,6 +119,7 @@ def test_nothing_left():
 @pytest.mark.parametrize("make", [lambda: tiny_model(num_hidden_layers=4), tiny_llama])
 def test_groups(make):
     model = make()
+    new = items_of(model).new_modules(model)
     optimizer = torch.optim.SGD(
         [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
@@ -125,7 +127,7 @@ def test_groups(make):
         ],
         lr=0.1,
     )
-    split_exit_groups(optimizer, model, 0.5)
+    split_exit_groups(optimizer, model, 0.5, new)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = set()
     for group in optimizer.param_groups:

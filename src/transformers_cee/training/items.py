@@ -77,6 +77,10 @@ class Rows:
         unknown = config.problem_type is None and config.num_labels > 1
         return resolve_problem_type(config.problem_type, config.num_labels, labels() if unknown else None)
 
+    def new_modules(self, model: Any) -> tuple[str, ...]:
+        """Names of the modules that start from scratch for the model's task, beside those of its exits."""
+        return model.task_modules
+
     # Losses of the phases
 
     def token_loss(self, args: Any) -> Any:
@@ -185,6 +189,10 @@ class Tokens(Rows):
     def problem_type(self, config: Any, labels: Callable[[], Any]) -> str:
         # The next token is one class of the vocabulary.
         return "single_label_classification"
+
+    def new_modules(self, model: Any) -> tuple[str, ...]:
+        # The head comes with the language model.
+        return ()
 
     def token_loss(self, args: Any) -> Any:
         return args.make_token_loss()

@@ -21,9 +21,9 @@ def fit_exit_heads(
     """Sets every internal exit head so that its states, mapped linearly, come closest to the last exit's states.
 
     With normed states X (tokens, hidden) of an exit and Y of the last one, W = (XᵀX + λI)⁻¹ Xᵀ(Y − X), and the head
-    gives `lm_head((I + Wᵀ) x)`; adapters of low rank take the best W of their rank (reduced-rank regression, Izenman
-    1975). The map is that of a tuned lens (Belrose et al. 2023), solved instead of trained: one pass over some text,
-    no labels, and no step size.
+    gives what the model's own head gives for `(I + Wᵀ) x`; adapters of low rank take the best W of their rank
+    (reduced-rank regression, Izenman 1975). The map is that of a tuned lens (Belrose et al. 2023), solved instead of
+    trained: one pass over some text, no labels, and no step size.
 
     Args:
         model: an early-exit language model with heads of its own (`exit_head` of its config); the heads are set, all
@@ -103,7 +103,7 @@ class _Moments:
             _set_rows(head.up.weight.T, directions.T)
             change = change @ directions @ directions.T
         else:
-            weight = model.lm_head.weight.double().cpu() @ (identity + change).T
+            weight = model.get_output_embeddings().weight.double().cpu() @ (identity + change).T
             head.weight.copy_(weight.to(head.weight))
             if head.bias is not None:
                 head.bias.zero_()

@@ -120,7 +120,8 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.exit_learning_rate is not None and len(optimizer.param_groups) < 4:
-            split_exit_groups(optimizer, self.model, self.args.exit_learning_rate)
+            new = self.items.new_modules(self._exit_model)
+            split_exit_groups(optimizer, self.model, self.args.exit_learning_rate, new)
         return optimizer
 
     def evaluate(

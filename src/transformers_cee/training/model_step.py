@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from transformers_cee.exits import configuration
 from transformers_cee.exits.criteria import Thresholds
 from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
@@ -107,7 +106,7 @@ def _heads_step(
     """What the objective looks at."""
     step = HeadsStep(
         outputs.all_exit_losses,
-        first_exit=first_exit(exit_model.config),
+        first_exit=exit_model.first_exit(),
         number=state.global_step,
         progress=state.global_step / max(1, state.max_steps),
         epoch=state.epoch or 0.0,
@@ -175,13 +174,8 @@ def log_distribution(exit_model: Any, outputs: Any, problem_type: str) -> Tensor
 
 def _log_distribution(exit_model: Any, exit_logits: Tensor, outputs: Any) -> Tensor:
     """Log of the exit distribution (rows or tokens, exits) where some exits are closed and some tokens must stay."""
-    distribution = exit_log_distribution(closed_before(exit_logits, first_exit(exit_model.config)))
+    distribution = exit_log_distribution(closed_before(exit_logits, exit_model.first_exit()))
     return items_of(exit_model).decided(distribution, outputs)
-
-
-def first_exit(config: Any) -> int:
-    """Exit (0-based) before which nothing leaves, by `min_exit_layer` of the config."""
-    return configuration.first_exit(config.exit_layer_numbers, config.min_exit_layer)
 
 
 def with_gradient(loss: Tensor, model: nn.Module) -> Tensor:

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The model underneath adapters, which of its parameters a phase trains, and how fast."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,8 +14,6 @@ POLICIES = "exit_policies"
 ESTIMATORS = "exit_estimators"
 # Modules that exist for the exits' sake only.
 EXIT_MODULES = ("exit_heads", "exit_norms", POLICIES)
-# Those, and what an encoder's task starts from scratch.
-NEW_MODULES = ("exit_heads", "exit_norms", "pooler", "classifier")
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -80,9 +78,17 @@ def freeze_for_model_step(model: nn.Module, trainable: str, policies: bool = Fal
     raise ValueError("`model` has no parameter to train beside the policies: all are frozen (`requires_grad`).")
 
 
-def split_exit_groups(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
-    """Moves what belongs to the exits and not to the layers into parameter groups with their own learning rate."""
-    own = {id(parameter) for name, parameter in model.named_parameters() if any(part in name for part in NEW_MODULES)}
+def split_exit_groups(
+    optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, new_modules: Sequence[str] = ()
+) -> None:
+    """Moves exit heads, exit norms and what else starts from scratch into parameter groups with their own learning
+    rate.
+
+    Args:
+        new_modules (sequence of `str`): names of modules of the model that start from scratch for its task.
+    """
+    parts = [f".{module}." for module in ("exit_heads", "exit_norms", *new_modules)]
+    own = {id(weight) for name, weight in model.named_parameters() if any(part in f".{name}" for part in parts)}
     for group in list(optimizer.param_groups):
         mine = [parameter for parameter in group["params"] if id(parameter) in own]
         if mine:

@@ -120,7 +120,7 @@ class StoredExitsTrainer(EarlyExitTrainer):
                 "`eval_dataset`=None must be a data set, or several by name: budgets are means over rows."
             )
         model = self._exit_model
-        first_layer = getattr(model.config, "min_exit_layer", None)
+        first_layer = model.layer_numbers[model.first_exit()]
         policies = active_module(model.exit_policies)
         stores = list(self._evaluation_stores(needs_labels=False).values())
         model.config.exit_budgets = fit_exit_budgets(policies, stores, min_exit_layer=first_layer)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.hardness import fingerprint, memorized_layers, read_hardness, write_hardness
-from transformers_cee.training.model_step import first_exit, operating_point
+from transformers_cee.training.model_step import operating_point
 from transformers_cee.training.parameters import active_module
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase, stored_metrics
 from transformers_cee.training.run_output import StepResult
@@ -96,7 +96,7 @@ def policy_step(
         train,
         evaluation,
         exit_threshold=threshold if criterion == "policy" else 0.5,
-        first_exit=first_exit(model.config),
+        first_exit=model.first_exit(),
         metrics=stored_metrics(run.compute_metrics, run.preprocess_logits_for_metrics),
         callbacks=run.callback_handler.callbacks,
         processing_class=run.processing_class,
