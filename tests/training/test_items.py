@@ -71,4 +71,4 @@ def test_sampled_steps_are_one_pass():
     batch = {"input_ids": torch.tensor([[1, 2], [3, 4]])}
     assert ROWS.sampled_step(Model(), batch, 2) is None and not seen
     TOKENS.sampled_step(Model(), batch, 2)
-    assert seen[0]["input_ids"].tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]] and seen[0]["sample_exits"] is True
+    assert seen[0]["input_ids"].tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]] and seen[0]["exit_training"].sample_exits
