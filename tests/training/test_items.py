@@ -6,7 +6,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_llama, tiny_llama_config, tiny_model, tiny_text_trainer, tiny_trainer
+from tiny import (
+    tiny_config,
+    tiny_llama,
+    tiny_llama_config,
+    tiny_model,
+    tiny_text_trainer,
+    tiny_trainer,
+    training_arguments,
+)
 from torch import nn
 
 from transformers_cee.training.items import ITEMS, items_of
@@ -61,7 +69,7 @@ def test_problem_type_asks_for_labels_only_where_it_must():
     )
 
 
-def test_sampled_steps_are_one_pass():
+def test_sampled_steps_are_one_pass(tmp_path):
     seen = []
 
     class Model(nn.Module):
@@ -69,6 +77,8 @@ def test_sampled_steps_are_one_pass():
             seen.append(inputs)
 
     batch = {"input_ids": torch.tensor([[1, 2], [3, 4]])}
-    assert ROWS.sampled_step(Model(), batch, 2) is None and not seen
-    TOKENS.sampled_step(Model(), batch, 2)
+    args = training_arguments(tmp_path, consistent_samples=2, consistent_copy_states=False)
+    assert ROWS.sampled_step(Model(), batch, args) is None and not seen
+    TOKENS.sampled_step(Model(), batch, args)
     assert seen[0]["input_ids"].tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]] and seen[0]["exit_training"].sample_exits
+    assert not seen[0]["exit_training"].copy_states
