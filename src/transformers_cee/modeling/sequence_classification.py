@@ -4,38 +4,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import can_return_tuple
 
-from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.arguments import check_arguments
-from transformers_cee.exits.criteria import check_thresholds
-from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
-from transformers_cee.exits.heads import ExitHeads, ExitNorms, first_token, mean_token
-from transformers_cee.exits.losses import (
-    check_labels,
-    check_labels_of_rows,
-    check_training_without_labels,
-    exit_losses,
-    layer_weighted,
-    resolve_problem_type,
-    say_what_labels_train,
-)
+from transformers_cee.exits.heads import first_token, mean_token
 from transformers_cee.exits.outputs import ExitClassifierOutput
-from transformers_cee.exits.policy import all_features
-from transformers_cee.exits.recording import Place, restore_attentions, restore_states
 from transformers_cee.exits.row_batch import RowBatch
-from transformers_cee.exits.runner import ExitRun, Layer, run_all_exits, run_exits
-from transformers_cee.exits.support import check_rows_can_leave
+from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.training_options import ExitTraining
-from transformers_cee.modeling.base import EarlyExitModel, check_inputs
+from transformers_cee.modeling.base import check_inputs
+from transformers_cee.modeling.classification import Asked, EarlyExitClassifier
 
 
-class EarlyExitSequenceClassifier(EarlyExitModel):
+class EarlyExitSequenceClassifier(EarlyExitClassifier):
     """Sequence classification and regression in which every input leaves at its own layer (ConsistentEE, Zeng et al.,
     AAAI 2024).
 
@@ -49,34 +35,7 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
     - `pool` and `classify`: the stock head in two parts, up to its last linear layer and from there.
     """
 
-    item = "row"
-    # Losses are divided by `num_items_in_batch`, which Trainer then gives instead of dividing by accumulation steps.
-    accepts_loss_kwargs = True
-    # How deep a batch goes depends on its data.
-    _can_compile_fullgraph: ClassVar[bool] = False
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-
-    def add_heads(self, config: Any) -> None:
-        self.exit_norms = ExitNorms(config.exit_norm, self.layer_numbers, config.hidden_size, self.norm_eps)
-        self.exit_heads = ExitHeads(
-            self.layer_numbers[:-1], config.hidden_size, config.num_labels, self.head_dropout(config)
-        )
-
     # What a family may say otherwise
-
-    @staticmethod
-    def head_dropout(config: Any) -> float:
-        """Share of a state that heads drop in training."""
-        given: float | None = getattr(config, "classifier_dropout", None)
-        return config.hidden_dropout_prob if given is None else given
-
-    @property
-    def norm_eps(self) -> float:
-        """Of the exits' norms."""
-        return self.config.layer_norm_eps
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -124,10 +83,6 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
         """Exit state (rows, hidden) of pooled hidden states (rows, hidden): the stock head up to its last layer."""
         return state
 
-    def classify(self, state: Tensor) -> Tensor:
-        """Logits (rows, labels) of the last exit from its state (rows, hidden): the last layer of the stock head."""
-        raise NotImplementedError
-
     def walked(self, walk: Any, layers: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """As in the stock model, the last hidden states are those that are pooled."""
         found = super().walked(walk, layers, arguments)
@@ -145,10 +100,6 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
         else:
             pooled = self.pool(self.finished(first_token(hidden_states, padding_mask)))
         return self.exit_norms(pooled, index)
-
-    def logits(self, state: Tensor, index: int) -> Tensor:
-        """Logits (rows, labels) of exit `index` from its state (rows, hidden)."""
-        return self.classify(state) if index == self.last_exit else self.exit_heads(state, index)
 
     @can_return_tuple
     def forward(
@@ -202,106 +153,17 @@ class EarlyExitSequenceClassifier(EarlyExitModel):
                 fit, labels that Trainer took out, or a threshold that is out of range or of the wrong length. No
                 layer has run by then.
         """
-        problem_type = resolve_problem_type(self.config.problem_type, self.num_labels, labels)
         check_arguments(EarlyExitSequenceClassifier.forward, self.config, kwargs)
         shape = check_inputs(input_ids, inputs_embeds)
         if attention_mask is not None:
             attention_mask = _checked_mask(attention_mask, shape)
-        check_labels_of_rows(kwargs)
-        # In training mode nothing leaves unless it is asked to: the config says how the model is used.
-        asked = any(one is not None for one in (exit_threshold, exit_criterion, exit_budget))
-        all_exits = output_all_exits or (self.training and not asked)
-        output_all_exits = output_all_exits or (all_exits and labels is None)
-        if self.training and not asked and labels is None:
-            check_training_without_labels(num_items_in_batch)
-        elif self.training and not output_all_exits and not asked:
-            say_what_labels_train(self.config.exit_criterion)
-        if labels is not None:
-            check_labels(labels, shape[0], self.num_labels, problem_type)
-            # As the stock model does: what logits mean is saved with it, for whoever has no labels.
-            self.config.problem_type = problem_type
-        decision = resolve_decision(self.config, exit_threshold, exit_criterion, exit_budget)
-        first_exit, options = self.first_exit(min_exit_layer), exit_training or ExitTraining()
-        if all_exits:
-            # A criterion that has yet to be fitted, on all exits, is no reason to refuse them.
-            check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
-            check_adapters(self, self.layers, rows_leave=False)
-        else:
-            walk = self._leaving(decision, problem_type, input_ids, attention_mask, first_exit)
-        batch = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        layers = [self.bind(index, layer, kwargs) for index, layer in enumerate(self.layers)]
-        if all_exits:
-            found = self.walked(
-                lambda layers: run_all_exits(batch, layers, self, options.gradient_equilibrium), layers, kwargs
-            )
-        else:
-            found = walk(batch, layers, kwargs)
-        run: ExitRun = found["run"]
-        losses = None
-        if all_exits and labels is not None:
-            losses = exit_losses(run.all_logits, labels, problem_type)
-        output = ExitClassifierOutput(
-            loss=self._loss(run, losses, labels, problem_type, num_items_in_batch),
-            logits=run.logits,
-            exit_layers=run.exit_layers,
-            exit_probabilities=run.scores,
-            hidden_states=found.get("hidden_states"),
-            attentions=found.get("attentions"),
+        asked = Asked(
+            shape[0], labels, exit_threshold, exit_criterion, exit_budget, min_exit_layer, output_all_exits,
+            exit_training, num_items_in_batch, input_ids, attention_mask,
+        )  # fmt: skip
+        return self.classified(
+            asked, lambda: self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), kwargs
         )
-        if output_all_exits:
-            output.all_exit_logits, output.all_exit_states = run.all_logits, run.all_states
-            output.all_exit_losses = losses
-            if options.output_policies:
-                output.all_policy_logits = self._policy_logits(run, problem_type)
-        return output
-
-    # Parts
-
-    def _leaving(
-        self,
-        decision: ExitDecision,
-        problem_type: str,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        first_exit: int,
-    ) -> Any:
-        """The walk in which rows leave, as a function of the batch, its layers and what the caller hands on; all that
-        could stop it has been checked."""
-        criterion = model_criterion(self, decision, problem_type, input_ids, attention_mask, first_exit)
-        if not criterion.is_off:
-            check_rows_can_leave(self.config, self.layers)
-        check_adapters(self, self.layers, rows_leave=not criterion.is_off)
-        places: list[Place] = []
-
-        def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
-            found = self.walked(
-                lambda layers: run_exits(batch, layers, self, criterion, first_exit, places=places), layers, arguments
-            )
-            for name, restore in (("hidden_states", restore_states), ("attentions", restore_attentions)):
-                if name in found:
-                    found[name] = restore(found[name], places, self.config.num_hidden_layers)
-            return found
-
-        return walk
-
-    def _policy_logits(self, run: ExitRun, problem_type: str) -> Tensor:
-        features = None
-        if self.exit_policies.needs_logits:
-            assert run.all_logits is not None
-            features = all_features(run.all_logits.detach(), problem_type)
-        return self.exit_policies(run.all_states, features)
-
-    def _loss(
-        self, run: ExitRun, losses: Tensor | None, labels: Tensor | None, problem_type: str, items: Tensor | int | None
-    ) -> Tensor | None:
-        if labels is None:
-            return None
-        if not self.training or losses is None:
-            losses = exit_losses(run.logits, labels, problem_type).unsqueeze(1)
-        if items is None:
-            return layer_weighted(losses)
-        # A row of many labels counts as many items.
-        return layer_weighted(losses.sum(0, keepdim=True)) * (labels.numel() // len(losses)) / items
 
 
 def _checked_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
