@@ -234,8 +234,13 @@ class TestAgainstOthers:
         before = generate(model)
         model.save_pretrained(tmp_path)
         loaded = tiny_llama()
-        loaded.load_adapter(str(tmp_path))
-        same(generate(loaded), before)
+        try:
+            loaded.load_adapter(str(tmp_path))
+        except ValueError as error:
+            # Older releases pass over what an adapter saves in full, which is refused.
+            assert "does not load" in str(error) and Version(version("transformers")) < Version("5.24")
+        else:
+            same(generate(loaded), before)
 
     @pytest.mark.filterwarnings("ignore:Position ids are not supported")
     def test_prompts_that_are_learnt(self):

@@ -36,7 +36,7 @@ def in_two(folder: Path) -> dict:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return torch.load(folder / "result.pt", weights_only=True)
