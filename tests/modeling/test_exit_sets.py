@@ -113,6 +113,30 @@ def test_dtype_and_training_mode_follow(kind, folders):
     same(alone(kind, folders[0]).to(torch.bfloat16), model)
 
 
+def test_more_tokens(kind, folders):
+    """Sets that were not active when the embeddings were resized are resized when they are."""
+    model, size = both(kind, folders), SIZES["vocab_size"]
+    model.resize_token_embeddings(size + 3, mean_resizing=False)
+    more = torch.full((2, 7), size + 1)
+    for name, folder in (("default", folders[0]), ("fast", folders[1])):
+        model.set_exits(name)
+        expected = alone(kind, folder)
+        expected.resize_token_embeddings(size + 3, mean_resizing=False)
+        for key, value in expected.state_dict().items():
+            own = model.state_dict()[key]
+            assert own.shape == value.shape, key
+            new = value.shape[:1] == (size + 3,)
+            assert torch.equal(own[:size] if new else own, value[:size] if new else value), key
+        assert torch.isfinite(model(more, exit_threshold=0.5).logits).all()
+    model.resize_token_embeddings(size)
+    for name, folder in (("default", folders[0]), ("fast", folders[1])):
+        model.set_exits(name)
+        same(alone(kind, folder), model)
+    model.resize_token_embeddings(size + 3)
+    with pytest.raises(ValueError, match=r"`vocab_size`=63.*with 60"):
+        model.load_exits(folders[0], name="again")
+
+
 def test_copies_have_their_own(kind, folders):
     model = both(kind, folders)
     other = copy.deepcopy(model)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_cee.exits.estimators import resize_estimators
 from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_folder import (
     EXITS,
@@ -172,7 +173,7 @@ class ExitSetsMixin:
             raise ValueError(f"`name`={name!r} is no set of exits; accepted are {some(self.exits_names)}.")
         sets = _sets(self)
         if name != sets.active:
-            _check_can_switch(self, sets.sets[name].config)
+            _check_can_switch(self)
             _keep_active(self)
             _activate(self, name)
 
@@ -218,7 +219,7 @@ def load_exits(base: Any, folder: str | os.PathLike[str], name: str = DEFAULT, *
 
 
 def _add_set(model: Any, source: Any, name: str, kwargs: dict[str, Any]) -> None:
-    _check_can_switch(model, model.config)
+    _check_can_switch(model)
     sets = _sets(model)
     folder, found = _read(type(model), source, kwargs)
     heads = [one for one in model.task_modules if not one.startswith(model.base_model_prefix + ".")]
@@ -297,7 +298,7 @@ def _fill(module: nn.Module, own: str, folder: ExitsFolder) -> None:
             value.copy_(folder.tensors[f"{own}.{name}"])
 
 
-def _check_can_switch(model: Any, config: Any) -> None:
+def _check_can_switch(model: Any) -> None:
     """Raises `ValueError` where the modules of a model cannot be put in and taken out."""
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(
@@ -305,11 +306,6 @@ def _check_can_switch(model: Any, config: Any) -> None:
             "not be: load it with `from_pretrained(folder, device_map=...)`."
         )
     check_no_adapters(model)
-    if getattr(config, "vocab_size", None) != getattr(model.config, "vocab_size", None):
-        raise ValueError(
-            f"The set of exits is for {config.vocab_size} tokens, but the embeddings were resized to "
-            f"{model.config.vocab_size} while another one was active."
-        )
 
 
 def _keep_active(model: Any) -> None:
@@ -332,7 +328,19 @@ def _activate(model: Any, name: str) -> None:
     for task in set(model.task_modules) - chosen.task_modules:
         put_at(model, task, None)
     take_fields(model, chosen.config, chosen.generation)
+    if getattr(chosen.config, "vocab_size", None) != getattr(model.config, "vocab_size", None):
+        _fit_vocabulary(model)
     sets.active, sets.brought = name, {task for task in model.task_modules if task in chosen.modules}
+
+
+def _fit_vocabulary(model: Any) -> None:
+    """Does for a set what resizing of the embeddings did for the one that was active then."""
+    # Heads of an encoder tell labels apart.
+    heads = model.exit_heads.heads if hasattr(model.config, "exit_head") else []
+    for index, head in enumerate(heads):
+        if isinstance(head, nn.Linear):
+            heads[index] = model._get_resized_lm_head(head, model.config.vocab_size)
+    resize_estimators(model)
 
 
 def _sets(model: Any) -> ExitSets:
