@@ -141,6 +141,11 @@ class TestTheSameAgain:
         assert torch.equal(
             again.exit_policies.networks[0][0].weight.bfloat16(), model.exit_policies.networks[0][0].weight
         )
+        other = stock(kind)
+        with torch.no_grad():
+            next(other.base_model.parameters())[0, 0] += 0.1
+        with pytest.raises(ValueError, match="fingerprints differ"):
+            load_exits(other, tmp_path / "exits")
         with pytest.raises(ValueError, match=r"trained in bfloat16.*with that `dtype`"):
             AUTO[kind].from_pretrained(tmp_path / "exits", dtype=torch.float16)
 
