@@ -137,11 +137,21 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
         super()._init_weights(module)  # type: ignore[misc]
         init_estimator(module)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`, tables of tokens included."""
-        embeddings: nn.Module = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-        resize_estimators(self)  # type: ignore[arg-type]
+    def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, what the exits have of the vocabulary included."""
+        embeddings: nn.Module = super().resize_token_embeddings(  # type: ignore[misc]
+            *args, mean_resizing=mean_resizing, **kwargs
+        )
+        self.resize_exits(mean_resizing)
         return embeddings
+
+    def resize_exits(self, mean_resizing: bool = True) -> None:
+        """Makes what the exits have of the vocabulary fit its size.
+
+        Args:
+            mean_resizing (`bool`, *optional*, defaults to `True`): as in `resize_token_embeddings`.
+        """
+        resize_estimators(self)  # type: ignore[arg-type]
 
 
 @capture_outputs

@@ -90,19 +90,22 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
     def get_decoder(self) -> nn.Module:
         return self.model
 
-    def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As `PreTrainedModel.resize_token_embeddings`, heads of the internal exits and tables of tokens included.
 
         Raises:
             ValueError: heads of the internal exits that give logits and are no linear layers.
         """
         self.exit_heads.check_resizes()
-        embeddings = super().resize_token_embeddings(*args, mean_resizing=mean_resizing, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def resize_exits(self, mean_resizing: bool = True) -> None:
+        self.exit_heads.check_resizes()
+        super().resize_exits(mean_resizing)
         for index, head in enumerate(self.exit_heads.heads):
             if isinstance(head, nn.Linear):
                 size = self.config.vocab_size
                 self.exit_heads.heads[index] = self._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
-        return embeddings
 
     # What a family may say otherwise
 

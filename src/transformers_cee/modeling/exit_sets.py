@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformers_cee.exits.estimators import resize_estimators
 from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_folder import (
     EXITS,
@@ -175,7 +174,12 @@ class ExitSetsMixin:
         if name != sets.active:
             _check_can_switch(self)
             _keep_active(self)
-            _activate(self, name)
+            before = sets.active
+            try:
+                _activate(self, name)
+            except Exception:
+                _activate(self, before)
+                raise
 
 
 def load_exits(base: Any, folder: str | os.PathLike[str], name: str = DEFAULT, **kwargs: Any) -> Any:
@@ -260,6 +264,9 @@ def _around(model_class: Any, stock: Any, source: Any, kwargs: dict[str, Any]) -
     for one in (*(name for name, _ in model.named_children() if name.startswith(EXITS)), *folder.task_modules):
         _fill(module_at(model, one).to_empty(device=stock.device).train(stock.training), one, folder)
     model.tie_weights()
+    left = [one for one, value in saved_tensors(model).items() if value.is_meta]
+    if left:
+        raise ValueError(f"{base} has no place for {some(left)} of a {model_class.__name__}: load it by its name.")
     take_fields(model, config, folder.generation)
     _sets(model).brought = set(folder.task_modules)
     return model
@@ -287,12 +294,17 @@ def _checked(
             f"{base} lacks {some(lacking)} and {len(lacking) - 1} more weights that the exits of {folder.source} take "
             "from their base. Load the base with its head, or with these exits first, by `load_exits(base, folder)`."
         )
+    unsaved = {name for name, _ in blank.named_buffers() if name.startswith(EXITS)} - folder.tensors.keys()
+    if unsaved:
+        raise ValueError(
+            f"The exits of {folder.source} have buffers that are not saved, among them {some(unsaved)}: load them with "
+            "their base, by `from_pretrained`."
+        )
     check_base_weights(folder, {name: tensors[name] for name in wanted}, base, model)
     return blank
 
 
 def _fill(module: nn.Module, own: str, folder: ExitsFolder) -> None:
-    # All that exits have is saved: there are no buffers that are not.
     with torch.no_grad():
         for name, value in module.state_dict(keep_vars=True).items():
             value.copy_(folder.tensors[f"{own}.{name}"])
@@ -329,18 +341,9 @@ def _activate(model: Any, name: str) -> None:
         put_at(model, task, None)
     take_fields(model, chosen.config, chosen.generation)
     if getattr(chosen.config, "vocab_size", None) != getattr(model.config, "vocab_size", None):
-        _fit_vocabulary(model)
+        # As it was done for the set that was active then.
+        model.resize_exits()
     sets.active, sets.brought = name, {task for task in model.task_modules if task in chosen.modules}
-
-
-def _fit_vocabulary(model: Any) -> None:
-    """Does for a set what resizing of the embeddings did for the one that was active then."""
-    # Heads of an encoder tell labels apart.
-    heads = model.exit_heads.heads if hasattr(model.config, "exit_head") else []
-    for index, head in enumerate(heads):
-        if isinstance(head, nn.Linear):
-            heads[index] = model._get_resized_lm_head(head, model.config.vocab_size)
-    resize_estimators(model)
 
 
 def _sets(model: Any) -> ExitSets:
