@@ -297,8 +297,8 @@ def _checked(
     unsaved = {name for name, _ in blank.named_buffers() if name.startswith(EXITS)} - folder.tensors.keys()
     if unsaved:
         raise ValueError(
-            f"The exits of {folder.source} have buffers that are not saved, among them {some(unsaved)}: load them with "
-            "their base, by `from_pretrained`."
+            f"The exits of {folder.source} have buffers that are not saved, among them {some(unsaved)}: load them "
+            "with their base, by `from_pretrained`."
         )
     check_base_weights(folder, {name: tensors[name] for name in wanted}, base, model)
     return blank
