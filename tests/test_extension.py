@@ -420,7 +420,7 @@ class TestExitHead:
         assert torch.equal(found, wanted) and len(own.exit_heads.heads) == 3
 
     def test_costs(self):
-        own, norm, deep = (exit_costs(tiny_llama(exit_head=kind).config, 5) for kind in ("bent", "norm", "deep"))
+        own, norm, deep = (exit_costs(tiny_llama(exit_head=kind), 5) for kind in ("bent", "norm", "deep"))
         assert own[0] - norm[0] == pytest.approx(2 * 32 * 32)
         assert deep[0] - norm[0] == pytest.approx(2 * (32 * 5 + 5 * 60) - 2 * 32 * 60)
 

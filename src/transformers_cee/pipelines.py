@@ -111,7 +111,7 @@ class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline
                 f"`model` is a {type(model).__name__}, which has no exits; an early-exit model such as "
                 "`BertForConsistentEE` is needed."
             )
-        if getattr(model, "exits_per_token", False):
+        if getattr(model, "item", None) == "token":
             raise ValueError(
                 f"`model` is a {type(model).__name__}, which generates text; use the task 'text-generation', "
                 "which takes `exit_threshold` as well."

@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The formulas against torch's own counter of what a forced exit really executes."""
+"""Costs of exits against torch's own counter of what a forced exit really executes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import pad, random_rows, tiny_llama, tiny_llama_config, tiny_model
+from tiny import pad, random_rows, tiny_llama, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_cee import BertCeeConfig
+from transformers_cee import BertCeeConfig, BertForConsistentEE
 from transformers_cee.evaluation import costs as module
 from transformers_cee.evaluation.costs import exit_costs, measured_exit_costs
 from transformers_cee.generation.cache import EarlyExitCache
@@ -58,7 +58,7 @@ def executed(model, inputs: dict, criterion: str) -> list[int]:
 def test_bert_flops_are_those_that_torch_counts(fields, criterion):
     model = tiny_model(attn_implementation="eager", **fields)
     inputs = {"input_ids": torch.arange(3, 3 + LENGTH).unsqueeze(0)}
-    assert exit_costs(model.config, LENGTH, criterion=criterion) == executed(model, inputs, criterion)
+    assert exit_costs(model, LENGTH, criterion=criterion) == executed(model, inputs, criterion)
 
 
 @pytest.mark.parametrize("kind", ["shared", "norm", "low_rank", "untied", "layernorm_linear"])
@@ -77,11 +77,11 @@ def test_llama_flops_are_those_that_torch_counts(kind, skipped_kv, criterion):
     with FlopCounterMode(display=False) as rotary:
         model.model.rotary_emb(torch.zeros(1, 1, 32), position_ids=torch.tensor([[LENGTH - 1]]))
     counted = [flops - rotary.get_total_flops() for flops in executed(model, inputs, criterion)]
-    assert exit_costs(model.config, LENGTH, criterion=criterion) == counted
+    assert exit_costs(model, LENGTH, criterion=criterion) == counted
 
 
 def test_exits_before_the_first_open_one_are_not_asked():
-    every, later = tiny_llama_config(), tiny_llama_config(min_exit_layer=3)
+    every, later = tiny_llama(), tiny_llama(min_exit_layer=3)
     policy = 2 * 32 * 32 + 2 * 32
     assert exit_costs(every, 5)[3] - exit_costs(later, 5)[3] == 2 * policy
     head = 2 * 32 * 60
@@ -92,11 +92,13 @@ def test_exits_before_the_first_open_one_are_not_asked():
 
 
 def test_layers():
-    assert exit_costs(BertCeeConfig(exit_layers=3), 128, unit="layers") == [3.0, 6.0, 9.0, 12.0]
+    assert exit_costs(tiny_model(exit_layers=2), 128, unit="layers") == [2.0, 4.0, 6.0]
 
 
 def test_bert_base_by_hand():
-    found = exit_costs(BertCeeConfig(num_labels=2), 128)
+    with torch.device("meta"):
+        model = BertForConsistentEE(BertCeeConfig(num_labels=2))
+    found = exit_costs(model, 128)
     layer = 2 * 128 * (4 * 768 * 768 + 2 * 768 * 3072) + 4 * 128 * 128 * 768
     assert found[0] == layer + 2 * 768 * 768 + 2 * 768 * 32 + 2 * 32 + 2 * 768 * 2
     # BERT-base at 128 tokens is known as 22.4 GFLOPs.
@@ -137,10 +139,9 @@ def test_measured_costs_ask_the_policies_on_the_way():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: exit_costs(SimpleNamespace(model_type="t5"), 8), "'t5'.*'bert_cee', 'llama_cee'"),
-        (lambda: exit_costs(BertCeeConfig(), 0), "`sequence_length`=0"),
-        (lambda: exit_costs(BertCeeConfig(), 8, unit="joules"), "`unit`='joules'.*'layers', 'flops'"),
-        (lambda: exit_costs(BertCeeConfig(), 8, criterion="luck"), "`criterion`='luck'.*policy"),
+        (lambda: exit_costs(tiny_model(), 0), "`sequence_length`=0"),
+        (lambda: exit_costs(tiny_model(), 8, unit="joules"), "`unit`='joules'.*'layers', 'flops'"),
+        (lambda: exit_costs(tiny_model(), 8, criterion="luck"), "`criterion`='luck'.*policy"),
         (lambda: measured_exit_costs(tiny_model(), []), r"`batches` \(0\)"),
         (lambda: measured_exit_costs(tiny_model(), [{}], repeats=0), r"`repeats` \(0\)"),
     ],

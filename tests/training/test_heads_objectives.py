@@ -351,7 +351,7 @@ class TestGradientEquilibrium:
         """The same outputs bit for bit, the same gradients of heads, others below."""
         batch = collate(list(task(6, seed=1)))
         model = make()
-        if model.exits_per_token:
+        if model.item == "token":
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         gradients, outputs = [], []
         for balanced in (False, True):

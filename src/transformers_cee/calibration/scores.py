@@ -140,7 +140,7 @@ def score_store(
     if model is not None:
         store.check_model(model)
         policies, settings = model.exit_policies, settings or criterion_settings(model)
-        min_exit_layer = min_exit_layer or getattr(model.config, "min_exit_layer", None)
+        min_exit_layer = min_exit_layer or model.config.min_exit_layer
     if isinstance(risk, str) and risk not in RISKS:
         raise ValueError(f"`risk`={risk!r} is unknown; accepted are {', '.join(RISKS)}, losses, or a function.")
     deciding = store.deciding()

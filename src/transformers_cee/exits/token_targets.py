@@ -85,6 +85,11 @@ def token_targets(
     return None if labels is None or shift_labels is None else TokenTargets(labels, shift_labels)
 
 
+def count_tokens(labels: Tensor) -> Tensor:
+    """Counted tokens (rows,) of labels (rows, time): positions whose next label is not −100."""
+    return (labels[:, 1:] != IGNORED).sum(1)
+
+
 def _whole(name: str, labels: Tensor, shape: tuple[int, ...], ignore_index: int) -> Tensor:
     if tuple(labels.shape) != shape:
         raise ValueError(f"`{name}` of shape {tuple(labels.shape)} must be (batch, time) = {shape}.")

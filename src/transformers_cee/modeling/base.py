@@ -14,12 +14,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.configuration import check_min_exit_layer, first_exit
+from transformers_cee.exits.entries import ExitEntries
 from transformers_cee.exits.estimators import init_estimator, make_estimators, resize_estimators
 from transformers_cee.exits.losses import OwnLoss
 from transformers_cee.exits.policy import make_policies
 from transformers_cee.exits.recording import recorded, wants_states
 from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.support import check_rows_can_leave
+from transformers_cee.modeling.flops import ItemFlops
 from transformers_cee.modeling.loading import EarlyExitLoadingMixin, check_config_class
 
 
@@ -48,6 +50,8 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
 
     config: Any
     training: bool
+    device: torch.device
+    dtype: torch.dtype
     stock_class: ClassVar[type[PreTrainedModel]]
     # What leaves, is counted and is learnt: a "row" of the batch, or a "token" of it.
     item: ClassVar[str]
@@ -86,10 +90,35 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
 
     # Exits
 
-    @property
-    def exits_per_token(self) -> bool:
-        """Does every token leave on its own?"""
-        return self.item == "token"
+    # What leaves
+
+    def count_items(self, labels: Tensor) -> Tensor:
+        """How many items (rows,) of each row of a batch count, from its labels."""
+        raise NotImplementedError
+
+    def entries(self, output: Any, labels: Tensor | None, problem_type: str) -> ExitEntries:
+        """States and results of a batch's items at all exits, in the batch's order.
+
+        Args:
+            output (`ModelOutput`): of `forward` with `output_all_exits=True`.
+            labels (`Tensor`, *optional*): the batch's labels, if they are known.
+            problem_type (`str`): what logits and labels mean.
+        """
+        raise NotImplementedError
+
+    def step_inputs(self, batch: dict[str, Tensor]) -> Callable[[], dict[str, Any]]:
+        """What `forward` takes to decide once for each row of a batch where it leaves, anew at every call: one pass
+        may be timed again and again.
+
+        Args:
+            batch (`dict`): the model's inputs without labels.
+        """
+        raise NotImplementedError
+
+    def item_flops(self, length: int) -> ItemFlops:
+        """FLOPs of one inference, part by part: of a row of `length` tokens, or of a new token that attends to
+        `length` keys, itself included."""
+        raise NotImplementedError
 
     @property
     def last_exit(self) -> int:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,20 +20,23 @@ from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
 from transformers_cee.exits.configuration import check_skipped_kv
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
+from transformers_cee.exits.entries import ExitEntries, token_entries
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import check_training_without_labels, say_what_labels_train
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.row_batch import Rotary, RowBatch
 from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.support import check_no_graph
-from transformers_cee.exits.token_targets import token_targets
+from transformers_cee.exits.token_targets import count_tokens, token_targets
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, complete_waiting
 from transformers_cee.generation.masks import causal_masks, layer_types_of
 from transformers_cee.generation.mixin import EarlyExitGenerationMixin
+from transformers_cee.generation.steps import decode_step
 from transformers_cee.modeling.base import check_inputs
 from transformers_cee.modeling.decoder_runs import DecoderRuns, TextInputs, check_known_text, positions_of
+from transformers_cee.modeling.flops import ItemFlops, counted_flops, layer_flops, policy_flops
 from transformers_cee.modeling.gguf import GGUFLoadingMixin
 
 
@@ -172,6 +177,29 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
     @property
     def as_decoder(self) -> Decoder:
         return Decoder(self.config, self.layers, self.layer_types, self.model.rotary_emb, self.project_skipped)
+
+    # What leaves
+
+    def count_items(self, labels: Tensor) -> Tensor:
+        return count_tokens(labels)
+
+    def entries(self, output: ExitCausalLMOutput, labels: Tensor | None, problem_type: str) -> ExitEntries:
+        return token_entries(output)
+
+    def step_inputs(self, batch: dict[str, Tensor]) -> Callable[[], dict[str, Any]]:
+        return decode_step(self, batch)
+
+    def item_flops(self, length: int) -> ItemFlops:
+        config, exits = self.config, range(len(self.layer_numbers))
+        state = torch.zeros(1, 1, config.hidden_size, device=self.device, dtype=self.dtype)
+        copies = config.skipped_kv == "copy"
+        return ItemFlops(
+            [layer_flops(layer, config, 1, length) for layer in self.layers],
+            [counted_flops(partial(self.keys_and_values, layer, state)) if copies else 0 for layer in self.layers],
+            [counted_flops(partial(self.exit_state, state, index)) for index in exits],
+            [counted_flops(partial(self.exit_logits, state, index)) for index in exits],
+            policy_flops(self.exit_policies, state[0]),
+        )
 
     @takes_cache
     @can_return_tuple

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
+from transformers_cee.exits.entries import ExitEntries, row_entries
 from transformers_cee.exits.heads import ExitHeads, ExitNorms
 from transformers_cee.exits.losses import (
     check_labels,
@@ -113,6 +115,17 @@ class EarlyExitClassifier(EarlyExitModel):
     def logits(self, state: Tensor, index: int) -> Tensor:
         """Logits (rows, labels) of exit `index` from its state (rows, hidden)."""
         return self.classify(state) if index == self.last_exit else self.exit_heads(state, index)
+
+    # What leaves
+
+    def count_items(self, labels: Tensor) -> Tensor:
+        return torch.ones(len(labels), dtype=torch.long, device=labels.device)
+
+    def entries(self, output: ExitClassifierOutput, labels: Tensor | None, problem_type: str) -> ExitEntries:
+        return row_entries(output, labels, problem_type, self.exit_policies.needs_logits)
+
+    def step_inputs(self, batch: dict[str, Tensor]) -> Callable[[], dict[str, Any]]:
+        return lambda: batch
 
     # One call of the model
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.modeling.base import check_inputs
 from transformers_cee.modeling.classification import Asked, EarlyExitClassifier
+from transformers_cee.modeling.flops import ItemFlops, counted_flops, layer_flops, policy_flops
 
 
 class EarlyExitSequenceClassifier(EarlyExitClassifier):
@@ -100,6 +102,17 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         else:
             pooled = self.pool(self.finished(first_token(hidden_states, padding_mask)))
         return self.exit_norms(pooled, index)
+
+    def item_flops(self, length: int) -> ItemFlops:
+        config, exits = self.config, range(len(self.layer_numbers))
+        hidden = torch.zeros(1, 1, config.hidden_size, device=self.device, dtype=self.dtype)
+        return ItemFlops(
+            [layer_flops(layer, config, length, length) for layer in self.layers],
+            [0] * len(self.layers),
+            [counted_flops(partial(self.state, hidden, None, index)) for index in exits],
+            [counted_flops(partial(self.logits, hidden[0], index)) for index in exits],
+            policy_flops(self.exit_policies, hidden[0]),
+        )
 
     @can_return_tuple
     def forward(

@@ -12,16 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from transformers_cee.exits.entries import ExitEntries
 from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.losses import resolve_problem_type
-from transformers_cee.exits.policy import all_features
 from transformers_cee.stores.mapped import mapped_array
 from transformers_cee.stores.store import ExitStore
-
-
-def count_labels(labels: Tensor) -> Tensor:
-    """Counted tokens (rows,) of labels (rows, time): positions whose next label is not −100."""
-    return (labels[:, 1:] != -100).sum(1)
 
 
 def length_sorted_batches(dataset: Any, batch_size: int, rows: Sequence[int] | None = None) -> list[list[int]]:
@@ -133,7 +128,7 @@ def _entries_per_row(
     disable_tqdm: bool,
 ) -> Tensor:
     """How many entries of each row (rows,) the store keeps: its first ones, all but in the last row that is drawn."""
-    if not model.exits_per_token:
+    if model.item == "row":
         return torch.ones(len(dataset), dtype=torch.long)
     order = torch.arange(len(dataset))
     if max_tokens is not None:
@@ -141,7 +136,7 @@ def _entries_per_row(
         order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
     kept = torch.zeros(len(dataset), dtype=torch.long)
     for some in tqdm(order.split(batch_size), desc="Tokens to predict", disable=disable_tqdm):
-        kept[some] = count_labels(_collate(dataset, some.tolist(), data_collator)["labels"]).cpu()
+        kept[some] = model.count_items(_collate(dataset, some.tolist(), data_collator)["labels"]).cpu()
         if max_tokens is not None and int(kept.sum()) >= max_tokens:
             before = kept[order].cumsum(0) - kept[order]
             kept[order] = (max_tokens - before).clamp_min(0).minimum(kept[order])
@@ -176,64 +171,39 @@ def _outputs(
     for start in range(0, len(batches), accelerator.num_processes):
         mine = start + accelerator.process_index
         rows = batches[min(mine, len(batches) - 1)]
-        batch = _collate(dataset, rows, data_collator, needs_labels or model.exits_per_token)
+        batch = _collate(dataset, rows, data_collator, needs_labels)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with torch.no_grad(), accelerator.autocast():
             output = model(**batch, output_all_exits=True)
-        labels = batch.get("labels", output.exit_layers.new_full((len(rows),), torch.nan, dtype=torch.float))
-        row, column = _places(model, output, labels)
-        row_numbers = torch.tensor(rows, device=row.device)[row]
-        number = starts.to(row.device)[row_numbers] + column
-        wanted = (column < kept.to(row.device)[row_numbers]) & (mine < len(batches))
-        parts = {"number": number, "rows": row_numbers, **_parts(model, output, labels, problem_type)}
+        parts = _parts(model.entries(output, batch.get("labels"), problem_type))
+        row, column = torch.tensor(rows, device=parts["rows"].device)[parts["rows"]], _places(parts["rows"])
+        parts |= {"rows": row, "number": starts.to(row.device)[row] + column}
+        wanted = (column < kept.to(row.device)[row]) & (mine < len(batches))
+        truth = [name for name, value in parts.items() if value.dtype == torch.bool]
         parts = {name: value[wanted].contiguous() for name, value in parts.items()}
         if accelerator.num_processes > 1:
+            # Truth values as numbers, since padding turns them into others.
+            parts |= {name: parts[name].to(torch.int8) for name in truth}
             parts = {name: accelerator.pad_across_processes(value, pad_index=-1) for name, value in parts.items()}
             parts = accelerator.gather(parts)
         real = parts["number"] >= 0
         parts = {name: value[real].cpu() for name, value in parts.items()}
-        if "may_exit" in parts:
-            parts["may_exit"] = parts["may_exit"].bool()
+        parts |= {name: parts[name].bool() for name in truth}
         yield parts.pop("number"), parts
 
 
-def _places(model: nn.Module, output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row of the batch and number within that row of each entry, both (entries,)."""
-    if not model.exits_per_token:
-        row = torch.arange(len(labels), device=labels.device)
-        return row, torch.zeros_like(row)
-    row = output.token_rows
-    counts = count_labels(labels)
+def _places(rows: Tensor) -> Tensor:
+    """Number of each entry within its row, from the rows (entries,) of entries that come row by row."""
+    counts = rows.bincount()
     first = counts.cumsum(0) - counts
-    return row, torch.arange(len(row), device=row.device) - first[row]
+    return torch.arange(len(rows), device=rows.device) - first[rows]
 
 
-def _parts(model: nn.Module, output: Any, labels: Tensor, problem_type: str) -> dict[str, Tensor]:
-    """Fields of the store for the entries of a batch."""
-    parts = {"states": output.all_exit_states.float()}
-    if model.exits_per_token:
-        parts["labels"] = output.token_labels
-        parts["token_losses"] = output.all_exit_losses.float()
-        parts["predictions"] = output.all_exit_predictions
-        # A number, since padding turns truth values into others.
-        parts["may_exit"] = output.may_exit.to(torch.int8)
-    else:
-        parts["labels"] = labels
-        parts["logits"] = output.all_exit_logits.float()
-    features = exit_features(model, output, problem_type)
-    if features is not None:
-        parts["features"] = features.float()
-    return parts
-
-
-def exit_features(model: nn.Module, output: Any, problem_type: str) -> Tensor | None:
-    """Confidence features (entries, exits − 1, 5) of an output with all exits; None when the policies look at states
-    only."""
-    if not model.exit_policies.needs_logits:
-        return None
-    if model.exits_per_token:
-        return output.all_exit_features
-    return all_features(output.all_exit_logits, problem_type)
+def _parts(entries: ExitEntries) -> dict[str, Tensor]:
+    """Fields of the store for the entries of a batch; what is computed in half precision is kept in float32."""
+    parts = {name: value for name, value in vars(entries).items() if value is not None}
+    single = ("states", "logits", "token_losses", "features")
+    return {name: value.float() if name in single else value for name, value in parts.items()}
 
 
 def _empty(entries: int, like: Tensor, path: str | None, memory_limit_mb: int) -> Tensor:

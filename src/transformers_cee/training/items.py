@@ -14,8 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from transformers_cee.exits.deciding import default_arguments
 from transformers_cee.exits.losses import resolve_problem_type
+from transformers_cee.exits.token_targets import count_tokens
 from transformers_cee.exits.training_options import ExitTraining
-from transformers_cee.stores.filling import count_labels
 from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 from transformers_cee.training.objectives import staying_where_forced
 from transformers_cee.training.token_evaluation import (
@@ -275,7 +275,7 @@ def token_share(loss: Tensor, labels: Tensor, items: Tensor | int, processes: in
         items (`Tensor` or `int`): counted tokens of the step, in all micro-batches and processes.
         processes (`int`): processes over which gradients will be averaged.
     """
-    tokens = count_labels(labels).sum()
+    tokens = count_tokens(labels).sum()
     share = loss * (tokens * processes / torch.as_tensor(items, device=loss.device).clamp_min(1))
     # The mean over no token is not a number.
     return torch.where(tokens > 0, share, torch.zeros_like(share))

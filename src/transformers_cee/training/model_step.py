@@ -15,7 +15,6 @@ from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.exits.training_options import ExitTraining
-from transformers_cee.stores.filling import exit_features
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
 from transformers_cee.training.items import items_of
 from transformers_cee.training.objectives import closed_before, consistent_expected, consistent_sampled
@@ -168,7 +167,7 @@ def log_distribution(exit_model: Any, outputs: Any, problem_type: str) -> Tensor
     policies = active_module(exit_model.exit_policies)
     with torch.autocast(outputs.all_exit_states.device.type, enabled=False):
         states = outputs.all_exit_states.to(next(policies.parameters()).dtype)
-        exit_logits = policies(states, exit_features(exit_model, outputs, problem_type))
+        exit_logits = policies(states, exit_model.entries(outputs, None, problem_type).features)
         return _log_distribution(exit_model, exit_logits, outputs)
 
 
