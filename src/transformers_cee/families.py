@@ -74,6 +74,7 @@ MODELS: dict[str, ModelEntry] = dict(
     (
         _encoder("bert", "Bert"),
         _decoder("llama", "Llama"),
+        _encoder("modernbert", "ModernBert", lora_targets=("Wqkv",)),
     )
 )
 

@@ -114,7 +114,7 @@ def pooled_walk(model_type: str, model: Any, stock: Any, row: dict[str, Tensor])
         with noted(stock) as behind:
             stock(**row)
     for layer in exit_layers(model.config)[:-1]:
-        walk.states.append(family.pooled(behind[layer]))
+        walk.states.append(family.pooled(stock, behind[layer]))
         head = f"exit_heads.heads.layer_{layer}"
         walk.logits.append(weight(model, f"{head}.weight") @ walk.states[-1] + weight(model, f"{head}.bias"))
     return walk

@@ -63,8 +63,8 @@ class Family:
         lora_targets: where PEFT has no default for the stock architecture.
         checkpoints: can layers be computed again for gradients, as in the stock model?
         layers: finds the layers in a model, where they are no single list of as many as the config counts.
-        pooled: state (hidden,) by hand of one row at a layer, under `POOLED`, from what stock layers give for it
-            (1, …).
+        pooled: state (hidden,) by hand of one row at a layer, under `POOLED`, from the stock model and what its layers
+            give for it (1, …).
     """
 
     fields: dict[str, Any]
@@ -73,14 +73,18 @@ class Family:
     lora_targets: tuple[str, ...] | None = None
     checkpoints: bool = True
     layers: Callable[[nn.Module], list[nn.Module]] | None = None
-    pooled: Callable[[Tensor], Tensor] = field(default=lambda hidden: hidden[0].mean(0))
+    pooled: Callable[[Any, Tensor], Tensor] = field(default=lambda stock, hidden: hidden[0].mean(0))
 
 
 def _blocks(made: nn.Module) -> list[nn.Module]:
     return [block for stage in made.base_model.encoder.stages for block in stage.layers]
 
 
-def _mean_of_pixels(hidden: Tensor) -> Tensor:
+def _mean_of_normed(stock: Any, hidden: Tensor) -> Tensor:
+    return stock.model.final_norm(hidden)[0].mean(0)
+
+
+def _mean_of_pixels(stock: Any, hidden: Tensor) -> Tensor:
     return hidden[0].mean((-2, -1))
 
 
@@ -98,7 +102,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert_cee": Family(
         {**ENCODER, "local_attention": 4, **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
          **dict.fromkeys(("eos_token_id", "sep_token_id"), 2)},
-        lora_targets=("Wqkv",),
+        lora_targets=("Wqkv",), pooled=_mean_of_normed,
     ),
     "llama_cee": Family({**DECODER, "attention_bias": True}),
     "mistral_cee": Family(SLIDING, window=WINDOW),
