@@ -97,6 +97,29 @@ class TestRunAndPhase:
         assert (found / "trainer_state.json").is_file()
         assert sum(isinstance(one, JITCheckpointCallback) for one in trainer.callback_handler.callbacks) == 1
 
+    def test_a_backend_may_wrap_the_model(self, tmp_path):
+        """Some leave a model with any arguments around it for the next phase; columns and labels are as before."""
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module = module
+
+            def __getattr__(self, name):
+                return super().__getattr__(name) if name in ("module",) else getattr(self.module, name)
+
+            def forward(self, *args, **kwargs):
+                return self.module(*args, **kwargs)
+
+        trainer = tiny_trainer(tmp_path, rows=8)
+        phase = trainer._heads_phase("heads")
+        first = trainer.make_phase_trainer(phase, training_arguments(tmp_path), trainer.train_dataset)
+        trainer.model = Wrapped(trainer.model)
+        second = trainer.make_phase_trainer(phase, training_arguments(tmp_path), trainer.train_dataset)
+        assert second.label_names == first.label_names == ["labels"]
+        for one in (first, second):
+            assert set(next(iter(one.get_train_dataloader()))) == {"input_ids", "attention_mask", "labels"}
+
 
 class TestHooks:
     """What people override in a subclass of Trainer."""

@@ -65,6 +65,8 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         args.report_to, args.enable_jit_checkpoint = [], False
         # A wrapper that an earlier phase left would wait for the gradients of that phase.
         run.model_wrapped = run.model
+        # Of the model itself: a backend may have put another one around it by the next phase.
+        run._set_signature_columns_if_needed()
         with _keeping_random_numbers():
             super().__init__(
                 model=run.model,
@@ -84,6 +86,8 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         # It knows what a backend has prepared for good.
         self.accelerator, self.gather_function = run.accelerator, run.gather_function
         self.deepspeed = run.deepspeed
+        self.label_names, self.can_return_loss = run.label_names, run.can_return_loss
+        self._signature_columns = run._signature_columns
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains what the phase trains; everything else is frozen until it ends.
