@@ -73,8 +73,13 @@ def _images(stock: str, prefix: str, **more: Any) -> tuple[str, ModelEntry]:
 MODELS: dict[str, ModelEntry] = dict(
     (
         _encoder("bert", "Bert"),
+        _encoder("distilbert", "DistilBert", lora_targets=("q_lin", "v_lin")),
+        _encoder("electra", "Electra"),
         _decoder("llama", "Llama"),
         _encoder("modernbert", "ModernBert", lora_targets=("Wqkv",)),
+        _encoder("mpnet", "MPNet", lora_targets=("q", "v")),
+        _encoder("roberta", "Roberta"),
+        _encoder("xlm-roberta", "XLMRoberta"),
     )
 )
 

@@ -32,7 +32,7 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
 
     A family of encoders gives, beside what every model with exits does, where it differs:
 
-    - `embed`: the embedded batch with its masks and positions.
+    - `embed`: the embedded batch with its masks and positions; or of its parts, `positions` and `embedded`.
     - `finished`: what is done to hidden states behind the last layer.
     - `pool` and `classify`: the stock head in two parts, up to its last linear layer and from there.
     """
@@ -56,18 +56,24 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         inputs_embeds: Tensor | None,
     ) -> RowBatch:
         """The embedded batch, its masks and positions."""
-        if position_ids is None and attention_mask is not None:
-            # A left-padded row counts its positions from its own first token; right-padded rows keep 0, 1, 2, ….
-            first = attention_mask.to(torch.int8).argmax(1, keepdim=True)
-            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            position_ids = (columns - first).clamp_min(0)
-        hidden_states = self.body.embeddings(
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask)
+        hidden_states = self.embedded(
             input_ids=input_ids,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
         )
         return self.masked(hidden_states, attention_mask)
+
+    def positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """Position ids (rows, time) that are not given; None where the stock model counts well itself."""
+        # A left-padded row counts from its own first token; right-padded rows keep 0, 1, 2, ….
+        return None if attention_mask is None else columns_from_first(attention_mask).clamp_min(0)
+
+    def embedded(self, **given: Tensor | None) -> Tensor:
+        """Embeddings (rows, time, hidden) of tokens, token types and positions."""
+        return self.body.embeddings(**given)
 
     def masked(self, hidden_states: Tensor, attention_mask: Tensor | None) -> RowBatch:
         """Embedded rows (rows, time, hidden) whose tokens see each other."""
@@ -179,6 +185,12 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         )
 
 
+def columns_from_first(attention_mask: Tensor) -> Tensor:
+    """Distance (rows, time) of each column from its row's first token, negative before it."""
+    first = attention_mask.to(torch.int8).argmax(1, keepdim=True)
+    return torch.arange(attention_mask.shape[1], device=attention_mask.device) - first
+
+
 def _checked_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Truth values (batch, time), true at tokens: what is not 0 is one, whatever its number.
 
@@ -190,4 +202,4 @@ def _checked_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return attention_mask != 0
 
 
-__all__ = ["EarlyExitSequenceClassifier"]
+__all__ = ["EarlyExitSequenceClassifier", "columns_from_first"]

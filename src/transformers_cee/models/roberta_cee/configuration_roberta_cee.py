@@ -1,0 +1,22 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Configuration of RoBERTa with exits."""
+
+from transformers import RobertaConfig
+
+from transformers_cee.exits.configuration import EncoderExitConfigMixin
+from transformers_cee.models.remote_code import RemoteCodeConfigMixin
+
+
+class RobertaCeeConfig(RemoteCodeConfigMixin, EncoderExitConfigMixin, RobertaConfig):
+    """Configuration of [`RobertaForConsistentEE`]: the fields of `RobertaConfig` and of `EncoderExitConfigMixin`.
+
+    Raises:
+        ValueError: a field of the exits is out of its range; the message names the field, the value and what is
+            accepted.
+    """
+
+    model_type = "roberta_cee"
+
+
+__all__ = ["RobertaCeeConfig"]
