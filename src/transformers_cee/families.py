@@ -76,9 +76,15 @@ MODELS: dict[str, ModelEntry] = dict(
         _encoder("distilbert", "DistilBert", lora_targets=("q_lin", "v_lin")),
         _encoder("electra", "Electra"),
         _decoder("llama", "Llama"),
+        _decoder("mistral", "Mistral"),
         _encoder("modernbert", "ModernBert", lora_targets=("Wqkv",)),
         _encoder("mpnet", "MPNet", lora_targets=("q", "v")),
+        _decoder("olmo2", "Olmo2", lora_targets=("q_proj", "v_proj")),
+        _decoder("phi3", "Phi3", lora_targets=("qkv_proj",)),
+        _decoder("qwen2", "Qwen2"),
+        _decoder("qwen3", "Qwen3"),
         _encoder("roberta", "Roberta"),
+        _decoder("smollm3", "SmolLM3", lora_targets=("q_proj", "v_proj")),
         _encoder("xlm-roberta", "XLMRoberta"),
     )
 )
