@@ -71,8 +71,7 @@ def spreading(all_scores: list[list[float]], share: float = 0.4) -> list[float]:
         if target < 1:
             thresholds.append(1.0)
             continue
-        # Not among the first few, which may be far from the rest.
-        cut = max(range(max(1, target // 2), min(target + 2, len(here))), key=lambda cut: here[cut - 1] - here[cut])
+        cut = max(range(1, min(target + 2, len(here))), key=lambda cut: here[cut - 1] - here[cut])
         thresholds.append((here[cut - 1] + here[cut]) / 2)
         remaining = [one for one in remaining if one[index] <= thresholds[-1]]
     return [*thresholds, 1.0]

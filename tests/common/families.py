@@ -112,7 +112,10 @@ FAMILIES: dict[str, Family] = {
         {**SLIDING, "use_sliding_window": True, "no_rope_layer_interval": 2, "attention_bias": True},
         window=WINDOW, lora_targets=("q_proj", "v_proj"),
     ),
-    "olmo2_cee": Family({**DECODER, "attention_bias": True}, lora_targets=("q_proj", "v_proj")),
+    # What layers add is normed: drawn as narrow as the others, embeddings would hardly tell tokens apart.
+    "olmo2_cee": Family(
+        {**DECODER, "attention_bias": True, "initializer_range": 0.6}, lora_targets=("q_proj", "v_proj")
+    ),
     "phi3_cee": Family(
         {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         window=WINDOW, lora_targets=("qkv_proj",),
