@@ -9,7 +9,8 @@ from transformers_cee.models.remote_code import RemoteCodeConfigMixin
 
 
 class MistralCeeConfig(RemoteCodeConfigMixin, DecoderExitConfigMixin, MistralConfig):
-    """Configuration of [`MistralForConsistentEECausalLM`]: the fields of `MistralConfig` and of `DecoderExitConfigMixin`.
+    """Configuration of [`MistralForConsistentEECausalLM`]: the fields of `MistralConfig` and of
+    `DecoderExitConfigMixin`.
 
     Raises:
         ValueError: a field of the exits is out of its range; the message names the field, the value and what is

@@ -9,7 +9,8 @@ from transformers_cee.models.remote_code import RemoteCodeConfigMixin
 
 
 class SmolLM3CeeConfig(RemoteCodeConfigMixin, DecoderExitConfigMixin, SmolLM3Config):
-    """Configuration of [`SmolLM3ForConsistentEECausalLM`]: the fields of `SmolLM3Config` and of `DecoderExitConfigMixin`.
+    """Configuration of [`SmolLM3ForConsistentEECausalLM`]: the fields of `SmolLM3Config` and of
+    `DecoderExitConfigMixin`.
 
     Raises:
         ValueError: a field of the exits is out of its range; the message names the field, the value and what is
