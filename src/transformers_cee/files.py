@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+# What a saved folder hands out the package's classes with, see `modeling.remote_code`.
+REMOTE_CODE_FILE = "modeling_cee.py"
+
+
 PART = ".part"
 
 

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from transformers_cee import ConsistentEETrainer, collect_exits, exit_lora_config
 from transformers_cee.families import MODELS
-from transformers_cee.models.remote_code import REMOTE_CODE_FILE
+from transformers_cee.files import REMOTE_CODE_FILE
 
 
 FAMILIES = list(MODELS)

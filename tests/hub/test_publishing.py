@@ -14,7 +14,8 @@ from fake_hub import FakeHub
 from huggingface_hub import get_session
 from tiny_models import run_python
 
-from transformers_cee.hub.publishing import published_files, stalls_end
+from transformers_cee.hub.publishing import published_files
+from transformers_cee.stalls import stalls_end
 
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -89,10 +90,11 @@ common.push(Path(folder), ConsistentEETrainingArguments(folder, hub_model_id=rep
 STALL = """
 import sys
 from pathlib import Path
-import huggingface_hub, transformers_cee.hub.publishing as publishing
+import huggingface_hub, transformers_cee.stalls as stalls
+from transformers_cee.hub import publishing
 
 kept = type(huggingface_hub.get_session().timeout)(3.0)
-publishing.STALL_SECONDS = 0.5
+stalls.STALL_SECONDS = 0.5
 if sys.argv[2] == "own":
     huggingface_hub.get_session().timeout = kept
 try:

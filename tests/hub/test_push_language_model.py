@@ -12,7 +12,8 @@ from tiny_models import run_python, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transformers_cee.auto import MODELS
-from transformers_cee.models.remote_code import REMOTE_CODE_FILE, remote_auto_map, write_remote_code
+from transformers_cee.files import REMOTE_CODE_FILE
+from transformers_cee.modeling.remote_code import remote_auto_map, write_remote_code
 
 
 REPO, ADAPTER = "org/llama-cee", "org/llama-cee-lora"

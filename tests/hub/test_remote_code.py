@@ -9,7 +9,8 @@ from tiny_models import run_python, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import get_imports
 
-from transformers_cee.models.remote_code import REMOTE_CODE_FILE, remote_auto_map, write_remote_code
+from transformers_cee.files import REMOTE_CODE_FILE
+from transformers_cee.modeling.remote_code import remote_auto_map, write_remote_code
 
 
 def test_file_is_short_and_hides_no_requirement(tmp_path):

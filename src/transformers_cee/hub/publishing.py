@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_session
+from huggingface_hub import HfApi
 
-from transformers_cee.models.remote_code import REMOTE_CODE_FILE
+from transformers_cee.files import REMOTE_CODE_FILE
+from transformers_cee.stalls import stalls_end
 
 
 # Optimizers, states of random numbers, `training_args.bin` with its token, stored exits of training rows and whatever
@@ -39,8 +37,6 @@ TOKENIZERS = (
 )
 TEMPLATES = "additional_chat_templates"
 CARD = "README.md"
-# A server that sends nothing for so long is taken for one that never will.
-STALL_SECONDS = 120.0
 
 
 def published_files(folder: str | os.PathLike[str], processing_class: Any = None) -> list[str]:
@@ -84,24 +80,3 @@ def upload(
         return HfApi(token=token).upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=files, ignore_patterns=[], **kwargs
         )
-
-
-@contextmanager
-def stalls_end() -> Iterator[None]:
-    """Within, a server that stalls is an error after `STALL_SECONDS`; the client of `huggingface_hub` would wait for
-    good. A time limit that the client has already (`huggingface_hub.set_client_factory`) stays.
-
-    Raises:
-        TimeoutError: the server has sent nothing for so long.
-    """
-    client = get_session()
-    limits = type(client.timeout)
-    # Of `httpx` or `httpx2`, by the release of the client: other packages have timeouts, too.
-    timeouts: type[Exception] = sys.modules[limits.__module__.partition(".")[0]].TimeoutException
-    if client.timeout == limits(None):
-        # Stays, for uploads that go on in the background.
-        client.timeout = limits(STALL_SECONDS)
-    try:
-        yield
-    except timeouts as error:
-        raise TimeoutError(f"{HfApi().endpoint} has not answered for {client.timeout.read} seconds.") from error

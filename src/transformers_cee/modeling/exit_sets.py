@@ -37,6 +37,7 @@ from transformers_cee.modeling.exits_loading import (
     put_at,
     take_fields,
 )
+from transformers_cee.modeling.exits_publishing import push_exits
 from transformers_cee.modeling.exits_saving import check_no_adapters, save_exits
 from transformers_cee.modeling.fingerprints import saved_tensors
 
@@ -136,9 +137,6 @@ class ExitSetsMixin:
         Raises:
             ValueError: as `save_exits`, and where the base is a folder of this machine.
         """
-        # Publishing stands above models.
-        from transformers_cee.hub.exits_folder import push_exits
-
         return push_exits(self, repo_id, base, revision, private, token, commit_message)
 
     def load_exits(self, folder: str | os.PathLike[str], name: str = DEFAULT, **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ logger = logging.get_logger(__name__)
 # Field of config.json that tells a folder with exits alone from a whole model.
 RECORD = "exits_of"
 WEIGHTS = "exits.safetensors"
+CARD = "README.md"
 EXITS = "exit_"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 _WHOLE = re.compile(r"(pytorch_|adapter_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json")
@@ -314,6 +315,7 @@ def _are_default(labels: list[str]) -> bool:
 
 
 __all__ = [
+    "CARD",
     "HUB_ARGUMENTS",
     "RECORD",
     "WEIGHTS",

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers_cee.files import write_text
 from transformers_cee.modeling.exits_card import exits_card
 from transformers_cee.modeling.exits_folder import (
+    CARD,
     EXITS,
     HUB_ARGUMENTS,
     RECORD,
@@ -64,7 +65,7 @@ def save_exits(
         "layers": list(model.layer_numbers),
     }
     write_exits(model, folder, record)
-    card = Path(folder) / "README.md"
+    card = Path(folder) / CARD
     if not card.exists():
         write_text(card, exits_card(model, record, card_name or os.fspath(folder)))
 

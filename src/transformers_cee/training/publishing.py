@@ -11,7 +11,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from transformers_cee.hub.publishing import stalls_end, upload
+from transformers_cee.hub.publishing import upload
+from transformers_cee.stalls import stalls_end
 
 
 class PublishingTrainer(Trainer):

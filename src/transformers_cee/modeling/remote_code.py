@@ -14,10 +14,8 @@ from typing import Any
 
 from transformers_cee.auto import register_family
 from transformers_cee.families import MODELS
-from transformers_cee.files import write_text
+from transformers_cee.files import REMOTE_CODE_FILE, write_text
 
-
-REMOTE_CODE_FILE = "modeling_cee.py"
 
 # transformers scans the imports of a remote file and reports what is missing in its own words; it leaves out what
 # stands in a `try`, so that this message is what a user sees.

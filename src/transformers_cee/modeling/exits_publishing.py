@@ -11,10 +11,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from transformers_cee.hub.publishing import CARD, stalls_end
-from transformers_cee.modeling.exits_folder import WEIGHTS
+from transformers_cee.files import REMOTE_CODE_FILE
+from transformers_cee.modeling.exits_folder import CARD, WEIGHTS
 from transformers_cee.modeling.exits_saving import save_exits
-from transformers_cee.models.remote_code import REMOTE_CODE_FILE
+from transformers_cee.stalls import stalls_end
 
 
 def push_exits(
