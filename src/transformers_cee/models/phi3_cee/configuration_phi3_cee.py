@@ -5,7 +5,7 @@
 from transformers import Phi3Config
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin
-from transformers_cee.models.remote_code import RemoteCodeConfigMixin
+from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
 
 
 class Phi3CeeConfig(RemoteCodeConfigMixin, DecoderExitConfigMixin, Phi3Config):

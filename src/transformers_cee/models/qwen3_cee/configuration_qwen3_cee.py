@@ -5,7 +5,7 @@
 from transformers import Qwen3Config
 
 from transformers_cee.exits.configuration import DecoderExitConfigMixin
-from transformers_cee.models.remote_code import RemoteCodeConfigMixin
+from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
 
 
 class Qwen3CeeConfig(RemoteCodeConfigMixin, DecoderExitConfigMixin, Qwen3Config):
