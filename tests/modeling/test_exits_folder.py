@@ -208,6 +208,18 @@ class TestTheTasksModules:
         assert torch.equal(again.classifier.weight, model.classifier.weight)
         assert torch.equal(loaded.classifier.weight, kept)
 
+    def test_a_head_of_the_same_labels(self, tmp_path):
+        """It learned, and stands beside that of the stock model, which stays as it is."""
+        stock("encoder").save_pretrained(tmp_path / "base")
+        model = trained("encoder", tmp_path / "base", **FIELDS["encoder"])
+        with torch.no_grad():
+            model.classifier.weight += 1
+        model.save_exits(tmp_path / "exits")
+        loaded = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        kept = loaded.classifier.weight.clone()
+        same(model, load_exits(loaded, tmp_path / "exits"))
+        assert torch.equal(loaded.classifier.weight, kept)
+
     def test_an_untied_lm_head_is_the_bases(self, tmp_path):
         stock("decoder").save_pretrained(tmp_path / "base")
         trained("decoder", tmp_path / "base", **FIELDS["decoder"]).save_exits(tmp_path / "exits")
@@ -290,6 +302,9 @@ class TestTheBaseIsNotTheOne:
         other = stock(kind, hidden_size=16)
         other.save_pretrained(base)
         with pytest.raises(ValueError, match="`hidden_size`=16"):
+            AUTO[kind].from_pretrained(folder)
+        stock(kind, intermediate_size=16).save_pretrained(base)
+        with pytest.raises(ValueError, match=r"has other sizes than .* in shape"):
             AUTO[kind].from_pretrained(folder)
         stock(kind, num_hidden_layers=3).save_pretrained(base)
         with pytest.raises(ValueError, match="`num_hidden_layers`=3"):
