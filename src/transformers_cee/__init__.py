@@ -6,6 +6,9 @@ Importing the package registers its configs with `AutoConfig` and its exits with
 models follow with the first config that is made.
 """
 
+from contextlib import suppress
+from importlib import import_module
+
 from transformers_cee import auto
 from transformers_cee.families import MODELS
 from transformers_cee.lazy import lazy_names
@@ -76,6 +79,11 @@ _PUBLIC = {
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
-auto.register()
+auto.register_configs()
+
+# An adapter may be loaded on a stock model, before there is a config of ours. A PEFT that does not fit the packages
+# beside it says so to whoever uses it.
+with suppress(ImportError):
+    import_module("transformers_cee.lora")
 
 __getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -12,24 +12,12 @@ twice, which changes nothing.
 from __future__ import annotations
 
 import importlib
-from contextlib import suppress
 from typing import Any
 
 from transformers_cee.families import MODELS, family_of
 
 
 EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
-
-
-def register() -> None:
-    """Registers what the import of this package registers.
-
-    Raises:
-        ValueError: another package has registered a class of its own under one of our model types.
-    """
-    register_configs()
-    # An adapter may be loaded on a stock model, before there is a config of ours.
-    register_adapters()
 
 
 def register_configs() -> None:
@@ -141,13 +129,6 @@ def register_pipelines() -> None:
         # Older releases hold the class, newer ones its name. Models without exits get the stock pipeline from ours.
         if task["impl"] in (own.stock, _full_name(own.stock)):
             task["impl"] = own
-
-
-def register_adapters() -> None:
-    """Makes PEFT give a model the exits that its adapter was trained with."""
-    # PEFT tells whoever uses it that it does not fit the packages beside it.
-    with suppress(ImportError):
-        importlib.import_module("transformers_cee.lora")
 
 
 def register_peft() -> None:
