@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +282,12 @@ def test_every_class_has_an_entry():
             module, _, name = full_name.rpartition(".")
             assert name in transformers_cee.__all__
             assert getattr(transformers_cee, name) is getattr(sys.modules[module], name)
+
+
+def test_the_readme_lists_every_family():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    for entry in auto.MODELS.values():
+        assert f"| `{entry.stock}` | `{entry.class_name}` |" in text
 
 
 def test_peft_knows_every_method_that_it_knows_for_the_stock_model(registered):

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from transformers_cee.families import MODELS, family_of
+from transformers_cee.exits.fields import shown
+from transformers_cee.families import MODELS, ModelEntry, family_of
 
 
 EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
@@ -26,24 +27,95 @@ def register_configs() -> None:
     Raises:
         ValueError: a model type is taken by a class that is not ours.
     """
+    for model_type, entry in MODELS.items():
+        _register_config(model_type, entry)
+
+
+def _register_config(model_type: str, entry: ModelEntry) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-    for model_type, entry in MODELS.items():
-        config_class = _load(entry.config)
-        taken_by = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else config_class
-        if taken_by is not config_class:
-            raise ValueError(
-                f"The model type {model_type!r} belongs to {entry.config}, but {_full_name(taken_by)} is registered "
-                "for it. Do not use the package of the latter together with transformers_cee."
-            )
-        AutoConfig.register(model_type, config_class)
+    config_class = _load(entry.config)
+    taken_by = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else config_class
+    if taken_by is not config_class:
+        raise ValueError(
+            f"The model type {model_type!r} belongs to {entry.config}, but {_full_name(taken_by)} is registered "
+            "for it. Do not use the package of the latter together with transformers_cee."
+        )
+    AutoConfig.register(model_type, config_class)
+
+
+def register_model(model_type: str, entry: ModelEntry) -> None:
+    """Adds a family of your own to the table, with all that a family of this package gets: its config is registered
+    with `AutoConfig` at once, its model with the first config that is made, and saved folders load with
+    `trust_remote_code=True` where the module of the classes can be imported.
+
+    Call it behind the definition of the classes, in their module: whoever imports these has registered them. The same
+    entry, given again, changes nothing.
+
+    Args:
+        model_type (`str`): that of the config class.
+        entry ([`ModelEntry`]): the classes by their full names.
+
+    Raises:
+        TypeError: no `ModelEntry`, or a config class without exits.
+        ValueError: a model type that is taken; an unknown Auto class; classes that no other module can import; a
+            config class of another model type.
+    """
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(entry, ModelEntry):
+        raise TypeError(f"`entry` must be a ModelEntry; got {shown(entry)}.")
+    if MODELS.get(model_type) == entry:
+        return
+    taken_by = MODELS[model_type].config if model_type in MODELS else None
+    if taken_by is None and model_type in CONFIG_MAPPING and _full_name(CONFIG_MAPPING[model_type]) != entry.config:
+        taken_by = _full_name(CONFIG_MAPPING[model_type])
+    if taken_by is not None:
+        raise ValueError(f"`model_type`={model_type!r} is taken by {taken_by}; give {entry.config} another one.")
+    unknown = [name for name in entry.auto_classes if not hasattr(modeling_auto, name)]
+    if unknown or not entry.auto_classes:
+        raise ValueError(
+            f"`auto_classes`={entry.auto_classes!r} must name Auto classes of transformers, such as "
+            "'AutoModelForSequenceClassification'."
+        )
+    if any(name.partition(".")[0] in ("", "__main__") or "." not in name for name in entry.classes):
+        raise ValueError(f"`entry` names {', '.join(entry.classes)}; accepted are full names in modules to import.")
+    _check_config(model_type, entry)
+    MODELS[model_type] = entry
+    _register_config(model_type, entry)
+
+
+def _check_config(model_type: str, entry: ModelEntry) -> None:
+    from transformers_cee.exits.configuration import ExitConfigMixin
+    from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
+
+    config_class = _load(entry.config)
+    lacking = [
+        kind.__name__ for kind in (RemoteCodeConfigMixin, ExitConfigMixin) if not issubclass(config_class, kind)
+    ]
+    if lacking:
+        raise TypeError(f"{entry.config} must derive from {' and '.join(lacking)}.")
+    if config_class.model_type != model_type:
+        raise ValueError(
+            f"`model_type`={model_type!r} is not that of {entry.config}, which is {config_class.model_type!r}."
+        )
 
 
 def register_family(model_type: str) -> None:
     """Registers what belongs to a family's model, once: the model with its Auto classes, the pipeline task, PEFT's
-    defaults. The first config of the family calls it."""
+    defaults. The first config of the family calls it.
+
+    Raises:
+        ValueError: a model type without a family.
+    """
     if model_type in _registered:
         return
+    if model_type not in MODELS:
+        raise ValueError(
+            f"`model_type`={model_type!r} is in no table of families; `register_model` adds one. There are "
+            f"{', '.join(map(repr, MODELS))}."
+        )
     register_models(model_type)
     register_pipelines()
     register_peft()

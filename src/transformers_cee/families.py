@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The table of model families: names only, nothing is imported for it."""
+"""The table of model families: names only, nothing is imported for it. `register_model` adds to it from outside."""
 
 from __future__ import annotations
 
@@ -106,11 +106,17 @@ def family_of(model_type: str | None, auto_class: str, source: Any = None) -> st
             return own
     accepted = {own: entry for own, entry in MODELS.items() if auto_class in entry.auto_classes}
     listed = ", ".join(f"{entry.stock!r} and {own!r} ({entry.class_name})" for own, entry in accepted.items())
-    hint = ""
-    for own, entry in MODELS.items():
-        if model_type in (own, entry.stock):
-            hint = f" For {model_type!r} there is {entry.class_name} ({', '.join(entry.auto_classes)})."
     found = "" if source is None else f" of {source}"
     raise ValueError(
-        f"`model_type`={model_type!r}{found} has no model with exits for `{auto_class}`; accepted are {listed}.{hint}"
+        f"`model_type`={model_type!r}{found} has no model with exits for `{auto_class}`; accepted are {listed}."
+        + class_hint(model_type)
     )
+
+
+def class_hint(model_type: Any) -> str:
+    """A sentence, with a blank in front, that names the class for checkpoints of a model type, stock or our own; empty
+    where there is none."""
+    for own, entry in MODELS.items():
+        if model_type in (own, entry.stock):
+            return f" For {model_type!r} there is {entry.class_name} ({', '.join(entry.auto_classes)})."
+    return ""

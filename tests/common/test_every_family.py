@@ -167,7 +167,8 @@ def test_checkpoints_of_other_architectures_are_refused(model_type, tmp_path):
     own = rf"accepted are '{model_type}', '{MODELS[model_type].stock}'"
     for folder, name in (("stock", MODELS[other].stock), ("ours", other)):
         for load in (model_class, config_class):
-            with pytest.raises(ValueError, match=rf"`model_type`='{name}'.*{own}"):
+            there = rf"\. For '{name}' there is {MODELS[other].class_name} \("
+            with pytest.raises(ValueError, match=rf"`model_type`='{name}'.*{own}{there}"):
                 load.from_pretrained(tmp_path / folder)
     with pytest.raises(TypeError, match=config_class.__name__):
         model_class(families.stock_config(model_type))

@@ -35,7 +35,13 @@ class ConfigLoadingMixin:
             raise ValueError(
                 f"`model_type`={model_type!r}{found} is not supported by {cls.__name__}, whose layers would compute "
                 f"something else with its weights; accepted are {', '.join(map(repr, dict.fromkeys(accepted)))}."
+                + cls.class_hint(model_type)
             )
+
+    @classmethod
+    def class_hint(cls, model_type: Any) -> str:
+        """A sentence, with a blank in front, that names the class for another model type's checkpoints, or nothing."""
+        return ""
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

@@ -210,8 +210,8 @@ class EncoderExitConfigMixin(ExitConfigMixin):
     Args:
         exit_pooling (`str`, *optional*, defaults to `"cls"`):
             How the hidden states (rows, time, hidden) of a layer become one exit state (rows, hidden): `"cls"` takes
-            the first token through one tanh pooler shared by all exits (ConsistentEE's choice), `"mean"` averages the
-            unmasked tokens.
+            the first token through what the stock head has before its last layer, shared by all exits (ConsistentEE's
+            choice; BERT's tanh pooler), `"mean"` averages the unmasked tokens.
         exit_norm (`str`, *optional*, defaults to `"none"`):
             `"layer_norm"` gives each exit a LayerNorm of its own behind the pooling.
         kwargs: fields of `ExitConfigMixin`.

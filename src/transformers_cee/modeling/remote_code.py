@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from transformers_cee.auto import register_family
-from transformers_cee.families import MODELS
+from transformers_cee.families import MODELS, class_hint
 from transformers_cee.files import REMOTE_CODE_FILE, write_text
 
 
 # transformers scans the imports of a remote file and reports what is missing in its own words; it leaves out what
 # stands in a `try`, so that this message is what a user sees.
-_REMOTE_CODE = '''"""Hands out the installed package transformers-cee; no model code lives here."""
+_REMOTE_CODE = '''"""Hands out the classes of {package}, which is installed; no model code lives here."""
 
 try:
     {imports}
 except ModuleNotFoundError as error:
-    if error.name != "transformers_cee":
+    if error.name != "{root}":
         raise
     raise ImportError(
-        "This checkpoint is an early-exit model of the package transformers-cee, which is not installed. "
-        "Run `pip install transformers-cee`."
+        "This checkpoint is an early-exit model of {package}, which is not installed.{way}"
     ) from error
 '''
 
@@ -49,8 +48,12 @@ def write_remote_code(save_directory: str | os.PathLike[str], model_type: str) -
     """
     entry = MODELS[model_type]
     imports = [f"from {cls.rpartition('.')[0]} import {_class_name(cls)}" for cls in (entry.config, entry.model)]
+    root = entry.model.partition(".")[0]
+    ours = root == __name__.partition(".")[0]
+    package = "the package transformers-cee" if ours else f"the module {root}"
+    way = " Run `pip install transformers-cee`." if ours else ""
     path = Path(save_directory) / REMOTE_CODE_FILE
-    write_text(path, _REMOTE_CODE.format(imports="\n    ".join(imports)))
+    write_text(path, _REMOTE_CODE.format(imports="\n    ".join(imports), root=root, package=package, way=way))
     return path
 
 
@@ -66,6 +69,11 @@ class RemoteCodeConfigMixin:
     """
 
     model_type: str
+
+    @classmethod
+    def class_hint(cls, model_type: Any) -> str:
+        """Names the class for checkpoints of another model type."""
+        return class_hint(model_type)
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
