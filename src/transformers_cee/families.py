@@ -73,6 +73,7 @@ def _images(stock: str, prefix: str, **more: Any) -> tuple[str, ModelEntry]:
 MODELS: dict[str, ModelEntry] = dict(
     (
         _encoder("bert", "Bert"),
+        _encoder("deberta-v2", "DebertaV2"),
         _encoder("distilbert", "DistilBert", lora_targets=("q_lin", "v_lin")),
         _encoder("electra", "Electra"),
         _decoder("llama", "Llama"),

@@ -1,0 +1,116 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""DeBERTa-v2 and DeBERTa-v3 with exits."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import (
+    ContextPooler,
+    DebertaV2ForSequenceClassification,
+    DebertaV2Model,
+    DebertaV2PreTrainedModel,
+)
+
+from transformers_cee.exits.recording import wants_states
+from transformers_cee.exits.row_batch import RowBatch
+from transformers_cee.modeling.body import BodyWithoutExits
+from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
+from transformers_cee.models.deberta_v2_cee.configuration_deberta_v2_cee import DebertaV2CeeConfig
+
+
+class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedModel):
+    """DeBERTa-v2 or v3 for sequence classification and regression in which every input leaves at its own layer
+    (ConsistentEE, Zeng et al., AAAI 2024).
+
+    Loads from its own checkpoints and from any DeBERTa-v2 or v3 checkpoint. A stock
+    `DebertaV2ForSequenceClassification` gives pooler and classifier to the last exit; exits share the pooler.
+
+    Args:
+        config ([`DebertaV2CeeConfig`]): sizes of DeBERTa and the fields of the exits.
+    """
+
+    config_class = DebertaV2CeeConfig
+    config: DebertaV2CeeConfig
+    stock_class = DebertaV2ForSequenceClassification
+    task_modules: ClassVar[tuple[str, ...]] = ("classifier", "pooler")
+
+    def add_stock(self, config: DebertaV2CeeConfig) -> None:
+        self.deberta = DebertaV2Model(config)
+        if config.exit_pooling == "cls":
+            self.pooler = ContextPooler(config)
+        self.dropout = nn.Dropout(self.head_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    @staticmethod
+    def head_dropout(config: DebertaV2CeeConfig) -> float:
+        given: float | None = getattr(config, "cls_dropout", None)
+        return config.hidden_dropout_prob if given is None else given
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> RowBatch:
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask)
+        hidden_states = self.deberta.embeddings(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+        )
+        # Layers make their mask of that of the padding.
+        distances = self.deberta.encoder.get_rel_pos(hidden_states)
+        return RowBatch(hidden_states, None, attention_mask, relative=distances)
+
+    def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Callable[[RowBatch], Any]:
+        encoder, attentions = self.deberta.encoder, bool(wants_states(self.config, arguments)["output_attentions"])
+
+        def run(batch: RowBatch) -> tuple[Tensor, Tensor | None]:
+            before, mask = batch.hidden_states, batch.padding_mask
+            if mask is None:
+                mask = before.new_ones(before.shape[:2], dtype=torch.bool)
+            after, weights = layer(
+                before,
+                encoder.get_attention_mask(mask),
+                relative_pos=batch.relative,
+                rel_embeddings=encoder.get_rel_embedding(),
+                output_attentions=attentions,
+            )
+            if index == 0 and encoder.conv is not None:
+                # It subtracts its mask, which truth values do not allow.
+                after = encoder.conv(before, after, mask.to(torch.int))
+            return after, weights
+
+        return run
+
+    def pool(self, state: Tensor) -> Tensor:
+        return self.pooler(state.unsqueeze(1))
+
+    def classify(self, state: Tensor) -> Tensor:
+        return self.classifier(self.dropout(state))
+
+
+class DebertaV2CeeModel(BodyWithoutExits, DebertaV2Model):
+    """The encoder of a [`DebertaV2ForConsistentEE`], without exits and heads.
+
+    Args:
+        config ([`DebertaV2CeeConfig`]): sizes of DeBERTa.
+    """
+
+    config_class = DebertaV2CeeConfig
+    config: DebertaV2CeeConfig
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        *BodyWithoutExits._keys_to_ignore_on_load_unexpected,
+        *DebertaV2Model._keys_to_ignore_on_load_unexpected,
+    ]
+
+
+__all__ = ["DebertaV2CeeModel", "DebertaV2ForConsistentEE"]
