@@ -30,6 +30,9 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
 
     Args:
         config ([`DebertaV2CeeConfig`]): sizes of DeBERTa and the fields of the exits.
+
+    Raises:
+        ValueError: a pooler whose states differ in size from those of the layers.
     """
 
     config_class = DebertaV2CeeConfig
@@ -40,6 +43,11 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
     def add_stock(self, config: DebertaV2CeeConfig) -> None:
         self.deberta = DebertaV2Model(config)
         if config.exit_pooling == "cls":
+            if config.pooler_hidden_size != config.hidden_size:
+                raise ValueError(
+                    f"`pooler_hidden_size`={config.pooler_hidden_size} gives states of another size than the layers; "
+                    f"accepted is `hidden_size`={config.hidden_size}, or `exit_pooling`='mean', which has no pooler."
+                )
             self.pooler = ContextPooler(config)
         self.dropout = nn.Dropout(self.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)

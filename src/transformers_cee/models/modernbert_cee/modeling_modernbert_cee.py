@@ -81,12 +81,17 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
 
     def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Layer:
         kind = self.config.layer_types[index]
-        return lambda batch: layer(
-            batch.hidden_states,
-            attention_mask=batch.mask_of(kind),
-            position_embeddings=batch.rotary[kind],
-            **arguments,
-        )
+
+        def run(batch: RowBatch) -> Tensor:
+            assert batch.rotary is not None
+            return layer(
+                batch.hidden_states,
+                attention_mask=batch.mask_of(kind),
+                position_embeddings=batch.rotary[kind],
+                **arguments,
+            )
+
+        return run
 
     def finished(self, hidden_states: Tensor) -> Tensor:
         return self.model.final_norm(hidden_states)
