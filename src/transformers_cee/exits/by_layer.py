@@ -19,6 +19,15 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer}"
 
 
+def each_size(size: int | Sequence[int], layers: Sequence[int]) -> list[int]:
+    """Size of the state of each exit: one number stands for all of them.
+
+    Args:
+        layers (sequence of `int`): layers (1-based) of the exits.
+    """
+    return [size] * len(layers) if isinstance(size, int) else list(size)
+
+
 def layers_named(names: Iterable[str]) -> list[int]:
     """Layers (1-based, ascending) whose exits names of a `state_dict` belong to."""
     return sorted({int(found[1]) for name in names if (found := _NAME.search(name))})
@@ -29,13 +38,16 @@ class LayerModules(nn.Module):
 
     Args:
         layers (sequence of `int`): layers (1-based) of the exits, ascending.
-        make (`Callable`): makes the module of one exit.
+        make (`Callable`): makes the module of one exit, from its size where there are `sizes`.
+        sizes (sequence of `int`, *optional*): of each exit's state.
     """
 
-    def __init__(self, layers: Sequence[int], make: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, layers: Sequence[int], make: Callable[..., nn.Module], sizes: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        for layer in layers:
-            self.add_module(layer_name(layer), make())
+        for number, layer in enumerate(layers):
+            self.add_module(layer_name(layer), make() if sizes is None else make(sizes[number]))
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -156,6 +156,10 @@ class ExitConfigMixin(ConfigLoadingMixin):
             return sorted(range(last, 0, -self.exit_layers))
         return sorted({*self.exit_layers, last})
 
+    def state_sizes(self, layers: Sequence[int]) -> list[int]:
+        """Size of the exit state behind each of some layers (1-based); `hidden_size` is the largest."""
+        return [self.hidden_size] * len(layers)  # type: ignore[attr-defined]
+
     def check_exit_layers(self) -> None:
         """Raises `ValueError` unless `exit_layers` says which layers end in exits."""
         self.exit_layers = without_point(self.exit_layers)
@@ -204,26 +208,75 @@ class ExitConfigMixin(ConfigLoadingMixin):
 
 
 @dataclass(kw_only=True)
-class EncoderExitConfigMixin(ExitConfigMixin):
-    """Exit fields of an encoder, whose exits look at one state per row.
+class ClassifierExitConfigMixin(ExitConfigMixin):
+    """Exit fields of a classifier, whose exits look at one state per row.
+
+    Args:
+        exit_norm (`str`, *optional*, defaults to `"none"`):
+            `"layer_norm"` gives each exit a LayerNorm of its own behind the pooling.
+        kwargs: fields of `ExitConfigMixin`.
+    """
+
+    exit_norm: str = "none"
+
+    def check_exits(self) -> None:
+        super().check_exits()
+        _check_choice("exit_norm", self.exit_norm, EXIT_NORMS)
+
+
+@dataclass(kw_only=True)
+class StagedExitConfigMixin(ClassifierExitConfigMixin):
+    """Exit fields of a convolutional network. Its layers are the residual blocks of all stages, counted through: exit
+    state of a block is the mean over its map, as wide as the block's stage has channels. Mix in before a config with
+    `depths` and `hidden_sizes`.
+
+    Args:
+        kwargs: fields of `ClassifierExitConfigMixin`.
+    """
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)  # type: ignore[attr-defined]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the widest stage: exit states of others are filled up with zeros."""
+        return max(self.hidden_sizes)  # type: ignore[attr-defined]
+
+    def state_sizes(self, layers: Sequence[int]) -> list[int]:
+        stages: Any = zip(self.hidden_sizes, self.depths, strict=True)  # type: ignore[attr-defined]
+        widths = [width for width, depth in stages for _ in range(depth)]
+        return [widths[layer - 1] for layer in layers]
+
+    def check_exit_layers(self) -> None:
+        depths, widths = self.depths, self.hidden_sizes  # type: ignore[attr-defined]
+        stages = getattr(self, "num_stages", len(depths))
+        if not len(depths) == len(widths) == stages:
+            raise ValueError(
+                f"`depths`={shown(depths)} and `hidden_sizes`={shown(widths)} must have one number for each of "
+                f"{stages} stages."
+            )
+        super().check_exit_layers()
+
+
+@dataclass(kw_only=True)
+class EncoderExitConfigMixin(ClassifierExitConfigMixin):
+    """Exit fields of an encoder, whose exits pool the states of its tokens.
 
     Args:
         exit_pooling (`str`, *optional*, defaults to `"cls"`):
             How the hidden states (rows, time, hidden) of a layer become one exit state (rows, hidden): `"cls"` takes
             the first token through what the stock head has before its last layer, shared by all exits (ConsistentEE's
             choice; BERT's tanh pooler), `"mean"` averages the unmasked tokens.
-        exit_norm (`str`, *optional*, defaults to `"none"`):
-            `"layer_norm"` gives each exit a LayerNorm of its own behind the pooling.
-        kwargs: fields of `ExitConfigMixin`.
+        kwargs: fields of `ClassifierExitConfigMixin`.
     """
 
     exit_pooling: str = "cls"
-    exit_norm: str = "none"
 
     def check_exits(self) -> None:
         super().check_exits()
         _check_choice("exit_pooling", self.exit_pooling, EXIT_POOLINGS)
-        _check_choice("exit_norm", self.exit_norm, EXIT_NORMS)
 
 
 @dataclass(kw_only=True)

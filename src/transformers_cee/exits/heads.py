@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.exits.by_layer import LayerModules
+from transformers_cee.exits.by_layer import LayerModules, each_size
 
 
 def first_token(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -33,14 +33,14 @@ class ExitNorms(nn.Module):
     Args:
         kind (`str`): `exit_norm` of the config.
         layers (sequence of `int`): layers (1-based) of all exits, the last one included.
-        hidden_size (`int`): size of an exit state.
+        hidden_size (`int` or sequence of `int`): size of an exit state, or of each exit's.
         eps (`float`): of the norms.
     """
 
-    def __init__(self, kind: str, layers: Sequence[int], hidden_size: int, eps: float) -> None:
+    def __init__(self, kind: str, layers: Sequence[int], hidden_size: int | Sequence[int], eps: float) -> None:
         super().__init__()
         own = layers if kind == "layer_norm" else ()
-        self.norms = LayerModules(own, lambda: nn.LayerNorm(hidden_size, eps=eps))
+        self.norms = LayerModules(own, lambda size: nn.LayerNorm(size, eps=eps), each_size(hidden_size, layers))
 
     def forward(self, state: Tensor, index: int) -> Tensor:
         if not len(self.norms):
@@ -53,14 +53,17 @@ class ExitHeads(nn.Module):
 
     Args:
         layers (sequence of `int`): layers (1-based) of the internal exits.
-        hidden_size, num_labels (`int`): sizes of states and of logits.
+        hidden_size (`int` or sequence of `int`): size of a state, or of each exit's.
+        num_labels (`int`): size of logits.
         dropout (`float`): share of a state that is dropped in training.
     """
 
-    def __init__(self, layers: Sequence[int], hidden_size: int, num_labels: int, dropout: float) -> None:
+    def __init__(
+        self, layers: Sequence[int], hidden_size: int | Sequence[int], num_labels: int, dropout: float
+    ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.heads = LayerModules(layers, lambda: nn.Linear(hidden_size, num_labels))
+        self.heads = LayerModules(layers, lambda size: nn.Linear(size, num_labels), each_size(hidden_size, layers))
 
     def forward(self, state: Tensor, index: int) -> Tensor:
         """Logits (rows, labels) of internal exit `index` (0-based) from its state (rows, hidden)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from transformers_cee.exits.by_layer import LayerModules
+from transformers_cee.exits.by_layer import LayerModules, each_size
 
 
 NUM_CONFIDENCE_FEATURES = 5
@@ -120,7 +120,9 @@ class ExitPolicies(nn.Module):
 
     Args:
         layers (sequence of `int`): layers (1-based) of the internal exits.
-        state_size, hidden_size (`int`): sizes of an exit state and of the hidden layer.
+        state_size (`int` or sequence of `int`): size of an exit state, or of each exit's; of wider states, as they are
+            where exits differ, a network sees as many numbers as its own exit has.
+        hidden_size (`int`): size of the hidden layer.
         activation (`str`): a name of `transformers.activations.ACT2FN`.
         inputs (`str`): `"state"`, `"confidence"` or `"both"`.
         condition (`str`): `"none"`, `"input"` (one more input) or `"film"` (scale and shift of the hidden units, Perez
@@ -132,7 +134,7 @@ class ExitPolicies(nn.Module):
     def __init__(
         self,
         layers: Sequence[int],
-        state_size: int,
+        state_size: int | Sequence[int],
         hidden_size: int,
         activation: str,
         inputs: str = "state",
@@ -144,13 +146,12 @@ class ExitPolicies(nn.Module):
         self.inputs, self.condition = inputs, condition
         self.alphas = (float(alphas[0]), float(alphas[1]))
         self.default_alpha = min(max(default_alpha, self.alphas[0]), self.alphas[1])
-        width = {"state": state_size, "confidence": NUM_CONFIDENCE_FEATURES}.get(
-            inputs, state_size + NUM_CONFIDENCE_FEATURES
-        )
-        if condition == "input":
-            width += 1
+        self.state_sizes = each_size(state_size, layers)
+        more = (inputs != "state") * NUM_CONFIDENCE_FEATURES + (condition == "input")
         self.networks = LayerModules(
-            layers, lambda: nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1))
+            layers,
+            lambda width: nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1)),
+            [(inputs != "confidence") * size + more for size in self.state_sizes],
         )
         self.films = LayerModules(layers if condition == "film" else (), lambda: nn.Linear(1, 2 * hidden_size))
 
@@ -201,7 +202,8 @@ class ExitPolicies(nn.Module):
         """
         parts = []
         if self.inputs != "confidence":
-            parts.append(state)
+            size = self.state_sizes[index]
+            parts.append(state if state.shape[-1] == size else state[..., :size])
         if features is not None:
             parts.append(features.to(state.dtype))
         if self.condition == "input":
@@ -243,7 +245,7 @@ def make_policies(config: Any, layers: Sequence[int]) -> ExitPolicies:
     """The policy networks that a config describes, for exits after `layers` (1-based), the last exit included."""
     return ExitPolicies(
         layers[:-1],
-        config.hidden_size,
+        config.state_sizes(layers[:-1]),
         config.policy_hidden_size,
         config.policy_activation,
         config.policy_inputs,

@@ -20,7 +20,8 @@ class RowBatch:
     """The rows still on their way, with everything that must follow them.
 
     Args:
-        hidden_states (`Tensor` of shape `(rows, time, hidden)`): input of the next layer.
+        hidden_states (`Tensor` of shape `(rows, time, hidden)`): input of the next layer; of images, maps (rows,
+            channels, height, width), which have no columns.
         attention_mask (`Tensor` or mapping of layer types, *optional*):
             What the layers take, of one type or each: `None`, (rows, 1, query, key) for sdpa and eager, or (rows, key)
             for flash attention. Types are named as in `config.layer_types` of transformers.
@@ -52,9 +53,9 @@ class RowBatch:
         masks = self.attention_mask
         return masks if masks is None or isinstance(masks, Tensor) else masks[layer_type]
 
-    def select(self, kept: Tensor, columns: slice, dense: bool) -> "RowBatch":
-        """Rows `kept` (remaining rows,) and token positions `columns`; without masks when no padding is left, but for
-        those that also hide what is far away."""
+    def select(self, kept: Tensor, columns: slice = slice(0, None), dense: bool = False) -> "RowBatch":
+        """Rows `kept` (remaining rows,) and token positions `columns`, by default all; without masks when no padding
+        is left, but for those that also hide what is far away."""
         padding_mask, masks, rotary = None, self.attention_mask, self.rotary
         if not dense and self.padding_mask is not None:
             padding_mask = self.padding_mask.index_select(0, kept)[:, columns]

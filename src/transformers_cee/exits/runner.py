@@ -208,7 +208,7 @@ def _compact(
         leaving_to(numbers, batch.hidden_states.index_select(0, leaving), number)
     criterion.select(kept)
     if batch.spans is None:
-        return batch.select(kept, slice(0, batch.hidden_states.shape[1]), dense=False)
+        return batch.select(kept)
     return batch.select(kept, *_trim(host[~leaves]))
 
 

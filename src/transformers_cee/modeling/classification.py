@@ -82,10 +82,9 @@ class EarlyExitClassifier(EarlyExitModel):
         self.num_labels = config.num_labels
 
     def add_heads(self, config: Any) -> None:
-        self.exit_norms = ExitNorms(config.exit_norm, self.layer_numbers, config.hidden_size, self.norm_eps)
-        self.exit_heads = ExitHeads(
-            self.layer_numbers[:-1], config.hidden_size, config.num_labels, self.head_dropout(config)
-        )
+        sizes = config.state_sizes(self.layer_numbers)
+        self.exit_norms = ExitNorms(config.exit_norm, self.layer_numbers, sizes, self.norm_eps)
+        self.exit_heads = ExitHeads(self.layer_numbers[:-1], sizes[:-1], config.num_labels, self.head_dropout(config))
 
     # What a family or a kind of input says
 
