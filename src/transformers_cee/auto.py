@@ -178,6 +178,7 @@ def register_pipelines() -> None:
     from transformers_cee.pipelines import (
         EarlyExitTextClassificationPipeline,
         ExitFeatureExtractionPipeline,
+        ExitImageClassificationPipeline,
         ExitTextClassificationPipeline,
         ExitZeroShotClassificationPipeline,
     )
@@ -194,6 +195,7 @@ def register_pipelines() -> None:
     )
     for name, own in (
         ("feature-extraction", ExitFeatureExtractionPipeline),
+        ("image-classification", ExitImageClassificationPipeline),
         ("text-classification", ExitTextClassificationPipeline),
         ("zero-shot-classification", ExitZeroShotClassificationPipeline),
     ):

@@ -73,6 +73,7 @@ def _images(stock: str, prefix: str, **more: Any) -> tuple[str, ModelEntry]:
 MODELS: dict[str, ModelEntry] = dict(
     (
         _encoder("bert", "Bert"),
+        _images("convnext", "ConvNext", lora_targets=("pwconv1", "pwconv2")),
         _encoder("deberta-v2", "DebertaV2"),
         _encoder("distilbert", "DistilBert", lora_targets=("q_lin", "v_lin")),
         _encoder("electra", "Electra"),
@@ -84,8 +85,11 @@ MODELS: dict[str, ModelEntry] = dict(
         _decoder("phi3", "Phi3", lora_targets=("qkv_proj",)),
         _decoder("qwen2", "Qwen2"),
         _decoder("qwen3", "Qwen3"),
+        _images("resnet", "ResNet", lora_targets=("convolution",)),
         _encoder("roberta", "Roberta"),
         _decoder("smollm3", "SmolLM3", lora_targets=("q_proj", "v_proj")),
+        # The latter two before transformers 5.24.
+        _images("vit", "ViT", lora_targets=("q_proj", "v_proj", "query", "value")),
         _encoder("xlm-roberta", "XLMRoberta"),
     )
 )

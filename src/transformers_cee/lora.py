@@ -44,10 +44,10 @@ _EXIT_FIELDS = {one.name for mixin in (EncoderExitConfigMixin, DecoderExitConfig
 
 
 def exit_lora_config(
-    task_type: str = "CAUSAL_LM", modules_to_save: Sequence[str] | None = None, **kwargs: Any
+    task_type: str | None = "CAUSAL_LM", modules_to_save: Sequence[str] | None = None, **kwargs: Any
 ) -> LoraConfig:
     """A [`~peft.LoraConfig`] whose adapter trains and saves norms, heads and policies of the exits in full, and with
-    `"SEQ_CLS"` the pooler that they share.
+    `"SEQ_CLS"` the pooler that they share, with None the classifier of images.
 
     A LoRA on `k_proj` or `v_proj` also changes the keys and values that a token's exit state leaves at the layers it
     skips: both come from the same modules. What an adapter folder does not hold are estimators: merge it first
@@ -58,7 +58,8 @@ def exit_lora_config(
     its exits and then `PeftModel.from_pretrained(model, folder)`.
 
     Args:
-        task_type (`str`, *optional*, defaults to `"CAUSAL_LM"`): `"SEQ_CLS"` for an encoder.
+        task_type (`str`, *optional*, defaults to `"CAUSAL_LM"`):
+            `"SEQ_CLS"` for an encoder, None for a model of images, which PEFT has no task for.
         modules_to_save (`list[str]`, *optional*): further modules to train and save in full.
         kwargs: arguments of `LoraConfig`; target modules default to PEFT's own for the stock architecture.
 
@@ -72,7 +73,9 @@ def exit_lora_config(
     >>> model = get_peft_model(model, exit_lora_config(r=16, target_modules=["q_proj", "k_proj", "v_proj"]))
     ```
     """
-    own = [*EXIT_MODULES, *(["pooler"] if task_type == "SEQ_CLS" else [])]
+    # PEFT saves heads of the tasks that it knows.
+    of_task = {"SEQ_CLS": ["pooler"], None: ["classifier"]}.get(task_type, [])
+    own = [*EXIT_MODULES, *of_task]
     more = [name for name in modules_to_save or () if name not in own]
     return LoraConfig(task_type=task_type, modules_to_save=[*own, *more], **kwargs)
 

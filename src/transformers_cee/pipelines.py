@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Pipelines for models with exits: text classification that takes the exit threshold, one that also tells where each
-text left, and features at full depth."""
+"""Pipelines for models with exits: classification of texts and images that takes the exit threshold, one that also
+tells where each text left, and features at full depth."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import (
     FeatureExtractionPipeline,
+    ImageClassificationPipeline,
     Pipeline,
     TextClassificationPipeline,
     ZeroShotClassificationPipeline,
@@ -129,6 +130,26 @@ class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline
         return self.model(**model_inputs, **exit_arguments)
 
 
+class ExitImageClassificationPipeline(_InPlaceOfStock, ImageClassificationPipeline):
+    """[`~transformers.ImageClassificationPipeline`] for models with exits: what `pipeline("image-classification")`
+    makes of them. Exit arguments go to the model, as those of [`ExitTextClassificationPipeline`].
+
+    Raises:
+        ValueError: the threshold, criterion or budget is not accepted by the model.
+        TypeError: an argument that the pipeline does not take.
+    """
+
+    stock = ImageClassificationPipeline
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:  # type: ignore[override]
+        given = self._take_exit_arguments(kwargs, _arguments(ImageClassificationPipeline._sanitize_parameters))
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return preprocess, {**forward, **given}, postprocess
+
+    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
+        return self.model(**model_inputs, **exit_arguments)
+
+
 class ExitZeroShotClassificationPipeline(_InPlaceOfStock, ZeroShotClassificationPipeline):
     """[`~transformers.ZeroShotClassificationPipeline`] for models with exits: what
     `pipeline("zero-shot-classification")` makes of them. Exit arguments go to the model, as those of
@@ -195,6 +216,7 @@ def _arguments(method: Callable) -> tuple[str, ...]:
 __all__ = [
     "EarlyExitTextClassificationPipeline",
     "ExitFeatureExtractionPipeline",
+    "ExitImageClassificationPipeline",
     "ExitTextClassificationPipeline",
     "ExitZeroShotClassificationPipeline",
 ]

@@ -123,7 +123,13 @@ def pooled_walk(model_type: str, model: Any, stock: Any, row: dict[str, Tensor])
 def walk_alone(model: Any, row: dict[str, Tensor]) -> Walk:
     """One row at every exit by our own model, alone: nothing is padded and nobody leaves."""
     output = model(**row, output_all_exits=True)
-    return Walk(list(output.all_exit_states[0]), list(output.all_exit_logits[0]))
+    states = list(output.all_exit_states[0])
+    for index, layer in enumerate(exit_layers(model.config)[:-1]):
+        # Where exits differ in width, narrow states are filled up.
+        width = weight(model, f"exit_heads.heads.layer_{layer}.weight").shape[1]
+        assert not states[index][width:].any()
+        states[index] = states[index][:width]
+    return Walk(states, list(output.all_exit_logits[0]))
 
 
 # Tokens.

@@ -84,6 +84,10 @@ def _mean_of_normed(stock: Any, hidden: Tensor) -> Tensor:
     return stock.model.final_norm(hidden)[0].mean(0)
 
 
+def _normed_first(stock: Any, hidden: Tensor) -> Tensor:
+    return stock.vit.layernorm(hidden)[0, 0]
+
+
 def _mean_of_pixels(stock: Any, hidden: Tensor) -> Tensor:
     return hidden[0].mean((-2, -1))
 
@@ -131,7 +135,7 @@ FAMILIES: dict[str, Family] = {
     "vit_cee": Family(
         {**SIZES, "intermediate_size": 48, "image_size": 32, "patch_size": 8, "num_labels": 3},
         # The latter before transformers 5.24.
-        lora_targets=("q_proj", "v_proj", "query", "value"),
+        lora_targets=("q_proj", "v_proj", "query", "value"), pooled=_normed_first,
     ),
 }  # fmt: skip
 

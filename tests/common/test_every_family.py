@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from PIL import Image
 from tiny import training_arguments
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, ViTImageProcessor, pipeline
 from transformers.models.auto import modeling_auto
 
 from transformers_cee import ConsistentEETrainer, collect_exits, exit_lora_config
@@ -381,3 +382,25 @@ def test_pipelines_of_generation(model_type):
         inputs = tokenizer(text, return_tensors="pt")
         tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         assert result[0]["generated_text"].split() == tokenizer.decode(tokens).split() != []
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("image"))
+@torch.no_grad()
+def test_pipelines_of_images(model_type, tmp_path):
+    model = families.model(model_type, id2label={0: "cat", 1: "dog", 2: "owl"})
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    drawn = torch.randint(0, 256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = [Image.fromarray(one.numpy()) for one in drawn]
+    options = {"exit_threshold": 0.5, "exit_criterion": "max_probability"}
+    for given in ({"model": str(tmp_path)}, {"model": model, "image_processor": processor}):
+        classify = pipeline("image-classification", device="cpu", **given)
+        for image, results in zip(images, classify(images, batch_size=3, **options), strict=True):
+            logits = model(**processor(image, return_tensors="pt"), **options).logits
+            assert results[0]["label"] == model.config.id2label[int(logits.argmax())]
+            assert abs(results[0]["score"] - float(logits.softmax(-1).max())) < 1e-4
+        deep = classify(images[0], exit_threshold=1.0)[0]["score"]
+        assert abs(deep - float(model(**processor(images[0], return_tensors="pt")).logits.softmax(-1).max())) < 1e-4
+    with pytest.raises(TypeError, match=r"`exit_treshold`=0\.5 is no argument"):
+        classify(images[0], exit_treshold=0.5)

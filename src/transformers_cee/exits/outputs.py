@@ -29,14 +29,15 @@ class ExitClassifierOutput(SequenceClassifierOutput):
         all_exit_logits (`torch.Tensor` of shape `(batch, exits, num_labels)`, *optional*):
             Logits of every exit head, with `output_all_exits=True`; no row leaves early then.
         all_exit_states (`torch.Tensor` of shape `(batch, exits, hidden)`, *optional*):
-            Pooled states of every exit, with `output_all_exits=True`.
+            Pooled states of every exit, with `output_all_exits=True`; narrower ones are filled up with zeros.
         all_exit_losses (`torch.Tensor` of shape `(batch, exits)`, *optional*):
             Loss of each row at every exit, with `output_all_exits=True` and labels.
         all_policy_logits (`torch.Tensor` of shape `(batch, exits − 1)`, *optional*):
             The policies' logits of leaving at the internal exits, with `output_policies=True`.
         hidden_states (`tuple` of `torch.Tensor` of shape `(batch, time, hidden)`, *optional*):
             With `output_hidden_states=True`, embeddings and the output of every layer: layers + 1 entries, rows in
-            their order. NaN where a row had left before the layer; 0 at padding that no remaining row needed.
+            their order. NaN where a row had left before the layer; 0 at padding that no remaining row needed. Of
+            convolutional networks maps (batch, channels, height, width); None for layers that no row reached.
         attentions (`tuple` of `torch.Tensor` of shape `(batch, heads, time, time)`, *optional*):
             With `output_attentions=True` and eager attention, one entry per layer, with NaN and 0 likewise.
     """

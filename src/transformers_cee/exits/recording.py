@@ -70,7 +70,8 @@ def recorded(
 
 
 def restore_states(states: Captured, places: Sequence[Place], num_layers: int) -> Captured:
-    """Hidden states (batch, time, hidden), of the embeddings and of every layer.
+    """Hidden states (batch, time, hidden), of the embeddings and of every layer; of images, maps (batch, channels,
+    height, width), and None for layers that no image reached: how large their maps are is known when they run.
 
     Args:
         states (tuple): the embeddings (batch, time, hidden) and what each layer that ran gave of its rows and columns.
@@ -79,6 +80,9 @@ def restore_states(states: Captured, places: Sequence[Place], num_layers: int) -
     """
     if not states:
         return states
+    if states[0] is not None and states[0].dim() == 4:
+        maps = [_of_rows(one, place, len(states[0])) for one, place in zip(states[1:], places, strict=True)]
+        return (states[0], *maps, *(None for _ in range(num_layers - len(maps))))
     return (states[0], *_restored(states[1:], places, num_layers, columns=1, like=states[0]))
 
 
@@ -99,7 +103,7 @@ def _restored(
     return (*found, *(rest for _ in range(num_layers - len(found))))
 
 
-def _placed(values: Tensor, place: Place, shape: tuple[int, ...], columns: int) -> Tensor:
+def _placed(values: Tensor, place: Place, shape: tuple[int, ...], columns: int) -> Tensor | None:
     if values.shape == shape and place.rows is None:
         return values
     if columns == 1:
@@ -108,9 +112,14 @@ def _placed(values: Tensor, place: Place, shape: tuple[int, ...], columns: int) 
     else:
         # (rows, heads, time, time)
         values = F.pad(values, (place.start, shape[-1] - place.start - values.shape[-1]) * 2)
-    if place.rows is None:
+    return _of_rows(values, place, shape[0])
+
+
+def _of_rows(values: Tensor | None, place: Place, rows: int) -> Tensor | None:
+    """Values (remaining rows, …) in the places of all rows."""
+    if values is None or place.rows is None:
         return values
-    return values.new_full(shape, _MISSING).index_copy(0, place.rows, values)
+    return values.new_full((rows, *values.shape[1:]), _MISSING).index_copy(0, place.rows, values)
 
 
 def restore_step(found: dict[str, Any], places: Sequence[Place], num_layers: int) -> dict[str, Captured]:

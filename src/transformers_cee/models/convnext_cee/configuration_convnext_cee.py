@@ -11,7 +11,7 @@ from transformers_cee.models.remote_code import RemoteCodeConfigMixin
 
 
 class ConvNextCeeConfig(RemoteCodeConfigMixin, StagedExitConfigMixin, ConvNextConfig):
-    """Configuration of [`ConvNextForConsistentEE`]: the fields of `ConvNextConfig` and those of `StagedExitConfigMixin`.
+    """Configuration of [`ConvNextForConsistentEE`]: fields of `ConvNextConfig` and of `StagedExitConfigMixin`.
 
     Layers are residual blocks, counted through all stages: an exit behind each stage is `exit_layers` of the sums of
     `depths`.

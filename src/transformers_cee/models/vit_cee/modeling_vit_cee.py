@@ -5,6 +5,10 @@
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel, ViTPreTrainedModel
 
 from transformers_cee.exits.heads import first_token, mean_token
@@ -71,6 +75,11 @@ class ViTCeeModel(BodyWithoutExits, ViTModel):
 
     def __init__(self, config: ViTCeeConfig, **kwargs: Any) -> None:
         super().__init__(config, **{"add_pooling_layer": False, **kwargs})
+
+
+# Since 5.24 weights have other names in a model than in its files, which transformers knows of its own classes.
+if _renamed := get_checkpoint_conversion_mapping("ViTModel"):
+    register_checkpoint_conversion_mapping("ViTCeeModel", _renamed, overwrite=True)
 
 
 __all__ = ["ViTCeeModel", "ViTForConsistentEE"]

@@ -1,0 +1,189 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What models of images have that texts have not: stages of other widths, maps, norms over batches, positions that are
+interpolated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import ViTForImageClassification, ViTModel
+
+from transformers_cee import (
+    ConvNextCeeConfig,
+    ConvNextForConsistentEE,
+    ResNetCeeConfig,
+    ResNetForConsistentEE,
+    ViTCeeConfig,
+    ViTCeeModel,
+    ViTForConsistentEE,
+)
+from transformers_cee.training.parameters import freeze_for_model_step
+
+
+WIDTHS, DEPTHS = [8, 24, 16], [1, 2, 1]
+# Width of each block.
+BLOCKS = [8, 24, 24, 16]
+RESNET = {"hidden_sizes": WIDTHS, "depths": DEPTHS, "embedding_size": 8, "layer_type": "basic", "num_labels": 3}
+CONVNEXT = {
+    "hidden_sizes": WIDTHS, "depths": DEPTHS, "num_stages": 3, "patch_size": 4, "layer_scale_init_value": 1.0,
+    "initializer_range": 0.15, "num_labels": 3,
+}  # fmt: skip
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32,
+    "patch_size": 8, "num_labels": 3, "initializer_range": 0.15,
+}  # fmt: skip
+CONFIGS = {ResNetForConsistentEE: (ResNetCeeConfig, RESNET), ConvNextForConsistentEE: (ConvNextCeeConfig, CONVNEXT)}
+STAGED = pytest.mark.parametrize("model_class", list(CONFIGS))
+
+
+def staged(model_class, **fields):
+    torch.manual_seed(0)
+    config_class, own = CONFIGS[model_class]
+    return model_class(config_class(**{**own, **fields})).eval()
+
+
+def pixels(count=6, side=32, seed=1):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@STAGED
+class TestStages:
+    def test_layers_are_blocks(self, model_class, tmp_path):
+        model = staged(model_class, exit_layers=[1, 3])
+        assert (model.config.num_hidden_layers, model.config.hidden_size) == (4, 24)
+        assert model.layer_numbers == [1, 3, 4] and len(model.layers) == 4
+        model.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert "num_hidden_layers" not in saved and "hidden_size" not in saved
+        again = type(model.config).from_pretrained(tmp_path)
+        assert again.exit_layer_numbers == [1, 3, 4] and again.depths == DEPTHS
+
+    def test_unequal_lists_are_refused(self, model_class):
+        config_class, own = CONFIGS[model_class]
+        with pytest.raises(ValueError, match=r"`depths`=\[1, 2\] and `hidden_sizes`=\[8, 24, 16\]"):
+            config_class(**{**own, "depths": [1, 2], "num_stages": 3, "out_features": None})
+
+    @torch.no_grad()
+    def test_everything_is_as_wide_as_its_stage(self, model_class):
+        model = staged(model_class, exit_norm="layer_norm", policy_inputs="both")
+        assert [head.in_features for head in model.exit_heads.heads] == BLOCKS[:-1]
+        assert [norm.normalized_shape[0] for norm in model.exit_norms.norms] == BLOCKS
+        assert [network[0].in_features for network in model.exit_policies.networks] == [9 + 4, 24 + 5, 24 + 5]
+        states = model(pixels(), output_all_exits=True).all_exit_states
+        assert states.shape == (6, 4, 24)
+        for index, width in enumerate(BLOCKS):
+            assert states[:, index, :width].ne(0).all() and not states[:, index, width:].any()
+            # Each norm is over the channels of its stage.
+            assert states[:, index, :width].mean(-1).abs().max() < 1e-5
+
+    @torch.no_grad()
+    def test_what_fills_states_up_is_not_looked_at(self, model_class):
+        model = staged(model_class)
+        states = model(pixels(), output_all_exits=True).all_exit_states
+        spoilt = states.clone()
+        for index, width in enumerate(BLOCKS):
+            spoilt[:, index, width:] = 7.0
+            assert torch.equal(model.logits(states[:, index], index), model.logits(spoilt[:, index], index))
+        assert torch.equal(model.exit_policies(states), model.exit_policies(spoilt))
+
+    @torch.no_grad()
+    def test_maps_are_recorded_in_the_places_of_their_images(self, model_class):
+        model, images, seen = staged(model_class), pixels(), []
+        for layer in model.layers:
+            layer.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+        full = model(images, output_hidden_states=True).hidden_states
+        assert [one.shape[1] for one in full] == [8, *BLOCKS]
+        for ours, theirs in zip(full[1:], seen, strict=True):
+            assert torch.equal(ours, theirs)
+        first = model(images, exit_criterion="max_probability", exit_threshold=0.0, output_hidden_states=True)
+        assert first.exit_layers.tolist() == [1] * 6
+        assert torch.equal(first.hidden_states[1], full[1]) and first.hidden_states[2:] == (None,) * 3
+        scores = model(images, exit_criterion="max_probability", exit_threshold=1.0, output_all_exits=True)
+        middle = scores.all_exit_logits[:, 0].softmax(-1).amax(-1).median()
+        some = model(images, exit_criterion="max_probability", exit_threshold=[float(middle), 1, 1, 1],
+                     output_hidden_states=True)  # fmt: skip
+        left = some.exit_layers == 1
+        assert 0 < int(left.sum()) < 6
+        for layer in (2, 3, 4):
+            assert some.hidden_states[layer][left].isnan().all()
+            torch.testing.assert_close(some.hidden_states[layer][~left], full[layer][~left], rtol=1e-4, atol=1e-5)
+
+    def test_images_of_another_shape_are_refused(self, model_class):
+        model = staged(model_class)
+        for wrong, shape in ((None, "None"), (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"), (pixels(0), r"\(0, ")):
+            with pytest.raises(ValueError, match=rf"`pixel_values` of shape {shape}"):
+                model(wrong)
+        with pytest.raises(TypeError, match=r"`exit_treshold`=0\.5 is no argument: did you mean `exit_threshold`"):
+            model(pixels(), exit_treshold=0.5)
+
+
+class TestNormsOverBatches:
+    def test_training_the_exits_alone_leaves_the_last_exit_as_it_was(self):
+        model = staged(ResNetForConsistentEE)
+        with torch.no_grad():
+            before = model(pixels()).logits
+        freeze_for_model_step(model, "internal_exits")
+        model.train()
+        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+        model(pixels(seed=2), labels=torch.arange(6) % 3).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            output = model.eval()(pixels(), output_all_exits=True)
+        assert torch.equal(output.logits, before)
+
+    def test_training_all_of_it_moves_their_statistics(self):
+        model = staged(ResNetForConsistentEE).train()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        before = [norm.running_mean.clone() for norm in norms]
+        model(pixels(), labels=torch.arange(6) % 3)
+        assert all(not torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+        assert not any(norm.training for norm in model.eval().modules())
+
+
+class TestViT:
+    @torch.no_grad()
+    def test_positions_are_interpolated_as_in_the_stock_model(self, tmp_path):
+        torch.manual_seed(0)
+        model = ViTForConsistentEE(ViTCeeConfig(**VIT)).eval()
+        model.save_pretrained(tmp_path)
+        stock = ViTForImageClassification.from_pretrained(
+            tmp_path, config=ViTForImageClassification.config_class(**VIT)
+        ).eval()
+        large = pixels(side=48)
+        ours = model(large, interpolate_pos_encoding=True, exit_threshold=1.0).logits
+        torch.testing.assert_close(ours, stock(large, interpolate_pos_encoding=True).logits, rtol=0, atol=1e-6)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("pooling", ["cls", "mean"])
+    def test_exits_share_the_final_norm(self, pooling):
+        torch.manual_seed(0)
+        model = ViTForConsistentEE(ViTCeeConfig(**VIT, exit_pooling=pooling)).eval()
+        model.vit.layernorm.weight.normal_()
+        output = model(pixels(), output_all_exits=True, output_hidden_states=True)
+        for index, hidden in enumerate(output.hidden_states[1:]):
+            normed = nn.functional.layer_norm(
+                hidden, (32,), model.vit.layernorm.weight, model.vit.layernorm.bias, model.config.layer_norm_eps
+            )
+            expected = normed[:, 0] if pooling == "cls" else normed.mean(1)
+            torch.testing.assert_close(output.all_exit_states[:, index], expected, rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    def test_the_body_alone_is_loaded_from_either_names(self, tmp_path):
+        """Names in files are not those of the model in every release."""
+        torch.manual_seed(0)
+        model = ViTForConsistentEE(ViTCeeConfig(**VIT)).eval()
+        model.save_pretrained(tmp_path / "whole")
+        body, info = ViTCeeModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+        assert not any(info.values())
+        expected = model.vit(pixels()).last_hidden_state
+        assert torch.equal(body.eval()(pixels()).last_hidden_state, expected)
+        body.save_pretrained(tmp_path / "body")
+        stock, info = ViTModel.from_pretrained(
+            tmp_path / "body", config=ViTModel.config_class(**VIT), add_pooling_layer=False, output_loading_info=True
+        )
+        assert not any(info.values())
+        assert torch.equal(stock.eval()(pixels()).last_hidden_state, expected)
