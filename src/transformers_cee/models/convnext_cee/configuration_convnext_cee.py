@@ -7,7 +7,7 @@ from typing import ClassVar
 from transformers import ConvNextConfig
 
 from transformers_cee.exits.configuration import StagedExitConfigMixin
-from transformers_cee.models.remote_code import RemoteCodeConfigMixin
+from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
 
 
 class ConvNextCeeConfig(RemoteCodeConfigMixin, StagedExitConfigMixin, ConvNextConfig):

@@ -5,7 +5,7 @@
 from transformers import ResNetConfig
 
 from transformers_cee.exits.configuration import StagedExitConfigMixin
-from transformers_cee.models.remote_code import RemoteCodeConfigMixin
+from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
 
 
 class ResNetCeeConfig(RemoteCodeConfigMixin, StagedExitConfigMixin, ResNetConfig):

@@ -5,7 +5,7 @@
 from transformers import ViTConfig
 
 from transformers_cee.exits.configuration import EncoderExitConfigMixin
-from transformers_cee.models.remote_code import RemoteCodeConfigMixin
+from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
 
 
 class ViTCeeConfig(RemoteCodeConfigMixin, EncoderExitConfigMixin, ViTConfig):
