@@ -196,11 +196,19 @@ class Text:
 
 @torch.no_grad()
 def generate(
-    model: Any, stock: Any, ids: Tensor, thresholds: list[float], skipped_kv: str, criterion: str, new_tokens: int
+    model: Any,
+    stock: Any,
+    ids: Tensor,
+    thresholds: list[float],
+    skipped_kv: str,
+    criterion: str,
+    new_tokens: int,
+    left: tuple[int, ...] = (),
 ) -> Text:
-    """Greedy search over one unpadded prompt (time,): every step runs the whole text from its first token."""
+    """Greedy search over one unpadded prompt (time,): every step runs the whole text from its first token. The first
+    tokens of the prompt have left behind the layers `left` when they were generated."""
     layers, text = exit_layers(model.config), Text(ids.tolist(), [], [], [])
-    exits = [layers[-1]] * len(ids)
+    exits = [*left, *[layers[-1]] * (len(ids) - len(left))]
     for step in range(new_tokens):
         earlier = exits[: len(text.tokens) - 1] if skipped_kv == "copy" else []
         position = len(text.tokens) - 1

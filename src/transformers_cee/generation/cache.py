@@ -38,8 +38,8 @@ class ExitCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
-        # First columns, which another cache had forgotten: zeros, outside of every later window.
-        self.forgotten = 0
+        # So many columns stay: some of them were taken over without what their window held before them.
+        self.least = 0
 
     # `keys` and `values` are what other code reads and sets; the buffers behind them are longer.
 
@@ -75,10 +75,11 @@ class ExitCacheLayer(CacheLayerMixin):
     def take(self, layer: DynamicLayer) -> None:
         """Takes over the content of another layer; where it holds a window alone, zeros stand before that."""
         keys, values = layer.keys, layer.values
-        self.forgotten = layer.get_seq_length() - keys.shape[-2]
-        if self.forgotten:
-            keys, values = (torch.cat((_room(one, self.forgotten), one), dim=-2) for one in (keys, values))
+        forgotten = layer.get_seq_length() - keys.shape[-2]
+        if forgotten:
+            keys, values = (torch.cat((_room(one, forgotten), one), dim=-2) for one in (keys, values))
         self.update(keys, values)
+        self.least = self.length if forgotten else 0
 
     def write(
         self, key_states: Tensor, value_states: Tensor, rows: Tensor | None = None, only: Tensor | None = None
@@ -137,23 +138,34 @@ class ExitCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.forgotten = 0
+        self.least = 0
         self.is_initialized = False
 
     def crop(self, amount: int) -> None:
         """Removes so many of the last columns, given as a negative number; before transformers 5.16, whose own caches
         do that too, a number from 0 on says how many columns stay."""
-        if self.forgotten and amount != 0:
-            raise ValueError(
-                f"A cache whose layers have forgotten their first {self.forgotten} tokens, which were outside of the "
-                "window, cannot be cropped. Run the prompt with an `EarlyExitCache` instead."
-            )
+        self.length = self.cropped(amount)
+
+    def cropped(self, amount: int) -> int:
+        """Columns that `crop` would leave.
+
+        Raises:
+            ValueError: a number that `crop` does not take, or windows would reach what another cache had forgotten.
+        """
+        length = self.length
         if amount < 0:
-            self.length = max(0, self.length + amount)
+            length = max(0, self.length + amount)
         elif _CROPS_TO_LENGTH:
-            self.length = min(self.length, amount)
+            length = min(self.length, amount)
         elif amount > 0:
             raise ValueError(f"`tokens_to_remove`={amount} must be negative: so many columns are removed.")
+        if length < self.least:
+            raise ValueError(
+                f"The cache cannot be cropped to {length} tokens: layers that look at a window were taken over from a "
+                f"cache of {self.least} tokens, which had forgotten what stood before its last window. Run the prompt "
+                "with an `EarlyExitCache` instead."
+            )
+        return length
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -292,6 +304,9 @@ class EarlyExitCache(DynamicCache):
     def crop(self, amount: int) -> None:
         """As `Cache.crop` of the installed release; see `ExitCacheLayer.crop`."""
         before = self.get_seq_length()
+        for layer in self.layers:
+            # Before any of them has lost something.
+            layer.cropped(amount)
         super().crop(amount)
         length = self.get_seq_length()
         if self.waiting is not None:

@@ -25,7 +25,7 @@ def decode_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], dict
         A function that gives what `forward` takes, with a cache of its own at every call: a step writes into it.
     """
     output = model(**batch, use_cache=True)
-    cache = EarlyExitCache.from_cache(output[CACHE_NAME], model.config.num_hidden_layers)
+    cache = EarlyExitCache.from_cache(output[CACHE_NAME], model.config.num_hidden_layers, model.layer_types)
     inputs = {"input_ids": output.logits[:, -1:].argmax(-1)}
     if "attention_mask" in batch:
         inputs["attention_mask"] = nn.functional.pad(batch["attention_mask"], (0, 1), value=1)

@@ -24,7 +24,7 @@ from transformers_cee.exits.entries import ExitEntries, token_entries
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import check_training_without_labels, say_what_labels_train
 from transformers_cee.exits.outputs import ExitCausalLMOutput
-from transformers_cee.exits.row_batch import Rotary, RowBatch
+from transformers_cee.exits.row_batch import SLIDING, Rotary, RowBatch
 from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.support import check_no_graph
 from transformers_cee.exits.token_targets import count_tokens, token_targets
@@ -194,7 +194,11 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         state = torch.zeros(1, 1, config.hidden_size, device=self.device, dtype=self.dtype)
         copies = config.skipped_kv == "copy"
         return ItemFlops(
-            [layer_flops(layer, config, 1, length) for layer in self.layers],
+            [
+                # Masks hide what is outside of the window.
+                layer_flops(layer, config, 1, min(length, config.sliding_window) if kind == SLIDING else length)
+                for layer, kind in zip(self.layers, self.layer_types, strict=True)
+            ],
             [counted_flops(partial(self.keys_and_values, layer, state)) if copies else 0 for layer in self.layers],
             [counted_flops(partial(self.exit_state, state, index)) for index in exits],
             [counted_flops(partial(self.exit_logits, state, index)) for index in exits],
