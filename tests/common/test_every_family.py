@@ -134,6 +134,19 @@ def test_the_saved_file_hands_out_the_classes(model_type, tmp_path):
         assert found[reference.rpartition(".")[2]] is (config_class if auto == "AutoConfig" else model_class)
 
 
+@pytest.mark.parametrize("model_type", families.of_kind("encoder", "decoder"))
+@torch.no_grad()
+def test_the_first_layers_of_a_checkpoint(model_type, tmp_path):
+    stock, row = families.stock_model(model_type), families.rows(model_type, 1, lengths=(9,))[0]
+    stock.save_pretrained(tmp_path / "deep")
+    load = families.classes(model_type)[1].from_pretrained
+    load(tmp_path / "deep", num_hidden_layers=2).save_pretrained(tmp_path / "two")
+    model = load(tmp_path / "two").eval()
+    assert model.layer_numbers == [1, 2] and len(families.layers(model)) == 2
+    states, expected = (one(**row, output_hidden_states=True).hidden_states for one in (model, stock))
+    torch.testing.assert_close(states[:2], expected[:2])
+
+
 REFUSED = {
     "exit_layers": (9, r"`exit_layers`=9 as a stride must lie in 1\.\.4"),
     "exit_threshold": (1.5, r"`exit_threshold`=1.5"),

@@ -60,6 +60,9 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
         check_config_class(config, type(self))
         # Fields may have been set on a config that was checked before.
         config.check_exits()
+        if "layer_types" in vars(config) and config.layer_types is not None:
+            # Of the first layers of a checkpoint: transformers saves no types of layers that there are not.
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
         super().__init__(config)  # type: ignore[call-arg]
         self.layer_numbers: list[int] = config.exit_layer_numbers
         self.add_stock(config)

@@ -65,11 +65,3 @@ def test_the_head_of_a_language_model_is_kept(tmp_path):
     assert not info["mismatched_keys"]
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier", "exit_heads", "exit_policies"}
     assert torch.equal(model.head.dense.weight, stock.head.dense.weight)
-
-
-def test_fewer_layers_than_the_checkpoint(tmp_path):
-    stock = families.stock_model(MODEL_TYPE)
-    stock.save_pretrained(tmp_path)
-    model = ModernBertForConsistentEE.from_pretrained(tmp_path, num_hidden_layers=2)
-    assert model.layer_numbers == [1, 2]
-    assert torch.equal(model.model.layers[1].attn.Wqkv.weight, stock.model.layers[1].attn.Wqkv.weight)
