@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier, columns_from_first
@@ -18,8 +16,12 @@ class DenseHeadClassifier(EarlyExitSequenceClassifier):
     `dense`; under mean pooling there is none."""
 
     task_modules: ClassVar[tuple[str, ...]] = ("classifier",)
-    activation: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(torch.tanh)
     classifier: Any
+
+    @staticmethod
+    def activation(state: Tensor) -> Tensor:
+        """Of the head, behind `dense`."""
+        return state.tanh()
 
     def add_heads(self, config: Any) -> None:
         super().add_heads(config)

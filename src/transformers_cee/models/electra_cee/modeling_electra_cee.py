@@ -30,7 +30,10 @@ class ElectraForConsistentEE(DenseHeadClassifier, ElectraPreTrainedModel):
     config_class = ElectraCeeConfig
     config: ElectraCeeConfig
     stock_class = ElectraForSequenceClassification
-    activation = staticmethod(gelu)
+
+    @staticmethod
+    def activation(state: Tensor) -> Tensor:
+        return gelu(state)
 
     def add_stock(self, config: ElectraCeeConfig) -> None:
         self.electra = ElectraModel(config)
