@@ -165,6 +165,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
         # `generate` takes `inputs_embeds` only where it finds it named here.
         rename_cache(kwargs)
         trace = _TRACE.get()
+        if trace is not None and trace.settings is not None and not trace.exit_layers:
+            self.check_length(input_ids.shape[1], trace.max_length)
         if trace is not None and trace.settings is not None and kwargs.get(CACHE_NAME) is not None:
             layers = self.config.num_hidden_layers
             trace.cache = EarlyExitCache.from_cache(kwargs[CACHE_NAME], layers, self.layer_types)

@@ -134,6 +134,10 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         """Does the layer have a rotary embedding?"""
         return True
 
+    def check_length(self, past: int, length: int) -> None:
+        """Raises `ValueError` where no token may leave while a text grows from `past` tokens, of which keys and values
+        are kept, to `length` tokens. Any may, by default."""
+
     # What the walks over layers ask
 
     @property
@@ -295,6 +299,8 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         first_exit = self.first_exit(min_exit_layer)
         criterion = model_criterion(self, decision, input_ids=input_ids, first_exit=first_exit)
         check_skipped_kv(self.config.skipped_kv if skipped_kv is None else skipped_kv)
+        if cache is not None and not criterion.is_off:
+            self.check_length(cache.get_seq_length(), cache.get_seq_length() + shape[1])
         if shape[1] == 1 and cache is not None and targets is None:
             return self.run_decode_step(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv)
         check_known_text(skipped_kv, cache)
