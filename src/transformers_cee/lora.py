@@ -17,7 +17,7 @@ from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType, mixed_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -84,6 +84,18 @@ class _Note(dict):
     """`auto_mapping` of an adapter in use; one that was read from a folder is a plain dict."""
 
 
+class NotingConfigMixin:
+    """Config of an adapter without a task: PEFT would save its own word for the class in the place of the note."""
+
+    auto_mapping: Any
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
+        if NOTE in (self.auto_mapping or {}):
+            kwargs.pop("auto_mapping_dict", None)
+        own.save_pretrained(*args, **kwargs)
+
+
 class ExitTunerMixin:
     """A tuner of PEFT that notes the exits of a model in the adapter's config, and gives a stock model the exits that
     an adapter was trained with. To other models it is the tuner that it is mixed into.
@@ -116,6 +128,8 @@ class ExitTunerMixin:
         if isinstance(model, EarlyExitLoadingMixin):
             # The caller's config may be used for other models.
             self.peft_config[adapter_name] = adapter = copy.deepcopy(adapter)
+            if adapter.task_type is None:
+                adapter.__class__ = _noting(type(adapter))
             if NOTE not in mapping:
                 mapping = _new_note(model)
             adapter.auto_mapping = _Note(mapping)
@@ -166,6 +180,9 @@ def register_lora() -> None:
         if issubclass(tuner, BaseTuner) and peft_type != PeftType.XLORA:
             PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = _knowing_exits(tuner)
     mixed_model.MixedModel = _knowing_exits(mixed_model.MixedModel)
+    for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values():
+        # Pickles name them.
+        _noting(kind)
 
 
 def _knowing_exits(tuner: type) -> type:
@@ -175,6 +192,15 @@ def _knowing_exits(tuner: type) -> type:
     # Pickles name it.
     globals()[tuner.__name__] = made
     return made
+
+
+def _noting(kind: Any) -> Any:
+    name = f"Noting{kind.__name__}"
+    if issubclass(kind, NotingConfigMixin):
+        return kind
+    if name not in globals():
+        globals()[name] = type(name, (NotingConfigMixin, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+    return globals()[name]
 
 
 def _mapping_of(adapter: PeftConfig) -> dict[str, Any]:

@@ -6,11 +6,19 @@ interpolated."""
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import ViTForImageClassification, ViTModel
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextForImageClassification,
+    ResNetForImageClassification,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from transformers_cee import (
     ConvNextCeeConfig,
@@ -20,6 +28,8 @@ from transformers_cee import (
     ViTCeeConfig,
     ViTCeeModel,
     ViTForConsistentEE,
+    exit_lora_config,
+    load_exits,
 )
 from transformers_cee.training.parameters import freeze_for_model_step
 
@@ -119,6 +129,68 @@ class TestStages:
                 model(wrong)
         with pytest.raises(TypeError, match=r"`exit_treshold`=0\.5 is no argument: did you mean `exit_threshold`"):
             model(pixels(), exit_treshold=0.5)
+
+
+STOCK = {
+    ResNetForConsistentEE: (ResNetForImageClassification, RESNET),
+    ConvNextForConsistentEE: (ConvNextForImageClassification, CONVNEXT),
+    ViTForConsistentEE: (ViTForImageClassification, VIT),
+}
+
+
+def saved_base(model_class, folder):
+    """A stock model, whose lists of sizes are tuples, as the defaults of transformers are."""
+    torch.manual_seed(0)
+    stock_class, fields = STOCK[model_class]
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    stock = stock_class(stock_class.config_class(**fields)).eval()
+    stock.save_pretrained(folder)
+    return stock
+
+
+@torch.no_grad()
+def every_exit(model):
+    return model.eval()(pixels(), output_all_exits=True).all_exit_logits
+
+
+@pytest.mark.parametrize("model_class", list(STOCK))
+class TestExitsWithoutTheirBase:
+    def test_exits_alone_come_back_on_their_base(self, model_class, tmp_path):
+        stock = saved_base(model_class, tmp_path / "base")
+        model = model_class.from_pretrained(tmp_path / "base", exit_layers=[1, 3])
+        model.save_exits(tmp_path / "exits")
+        expected = every_exit(model)
+        assert torch.equal(every_exit(AutoModelForImageClassification.from_pretrained(tmp_path / "exits")), expected)
+        assert torch.equal(every_exit(load_exits(stock, tmp_path / "exits")), expected)
+
+    def test_a_base_of_other_sizes_is_refused(self, model_class, tmp_path):
+        saved_base(model_class, tmp_path / "base")
+        model_class.from_pretrained(tmp_path / "base").save_exits(tmp_path / "exits")
+        stock_class, fields = STOCK[model_class]
+        name = "num_hidden_layers" if model_class is ViTForConsistentEE else "depths"
+        other = stock_class(stock_class.config_class(**{**fields, name: 5 if name != "depths" else [1, 3, 1]}))
+        with pytest.raises(ValueError, match=f"`{name}`="):
+            load_exits(other, tmp_path / "exits")
+
+    def test_adapters_bring_their_exits_to_a_stock_model(self, model_class, tmp_path):
+        """PEFT has no task for images, and writes another note of such adapters."""
+        saved_base(model_class, tmp_path / "base")
+        model = model_class.from_pretrained(tmp_path / "base", exit_layers=[1, 3], policy_hidden_size=5)
+        adapted = get_peft_model(model, exit_lora_config(None, r=2))
+        with torch.no_grad():
+            adapted.get_base_model().classifier.apply(
+                lambda module: module.weight.normal_() if isinstance(module, nn.Linear) else None
+            )
+        expected = every_exit(adapted)
+        adapted.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(
+            STOCK[model_class][0].from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )
+        assert type(again.get_base_model()) is model_class
+        assert again.get_base_model().config.policy_hidden_size == 5
+        torch.testing.assert_close(every_exit(again), expected, rtol=1e-5, atol=1e-5)
+        config = pickle.loads(pickle.dumps(adapted.peft_config["default"]))
+        assert config.auto_mapping == adapted.peft_config["default"].auto_mapping
 
 
 class TestNormsOverBatches:

@@ -49,7 +49,7 @@ _FIELDS = {
     "generation": mapping,
     "layers": listed(whole(1, MAX_LAYERS)),
 }
-_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
+_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "depths", "hidden_sizes")
 _SHOWN = 3
 
 
@@ -125,8 +125,14 @@ class ExitsFolder:
             base: what to call it.
         """
         for name in _SIZES:
-            wanted: Any = getattr(config, name, None)
-            found: Any = getattr(base_config, name, None)
+            if isinstance(getattr(type(config), name, None), property):
+                # Follows from others, and may mean something else in a stock config.
+                continue
+            # Saved lists may have been tuples.
+            wanted, found = (
+                list(value) if isinstance(value, tuple) else value
+                for value in (getattr(config, name, None), getattr(base_config, name, None))
+            )
             deeper = cut and name == "num_hidden_layers" and wanted < found
             if wanted != found and not deeper:
                 raise ValueError(
