@@ -28,8 +28,10 @@ from transformers_cee import (
     ViTCeeConfig,
     ViTCeeModel,
     ViTForConsistentEE,
+    exit_costs,
     exit_lora_config,
     load_exits,
+    measured_exit_costs,
 )
 from transformers_cee.training.parameters import freeze_for_model_step
 
@@ -191,6 +193,35 @@ class TestExitsWithoutTheirBase:
         torch.testing.assert_close(every_exit(again), expected, rtol=1e-5, atol=1e-5)
         config = pickle.loads(pickle.dumps(adapted.peft_config["default"]))
         assert config.auto_mapping == adapted.peft_config["default"].auto_mapping
+
+
+class TestCosts:
+    def test_blocks_are_counted_as_they_shrink_maps(self):
+        """32 pixels are 8 behind the stem, and 4 and 2 behind the next stages."""
+        model = staged(ResNetForConsistentEE)
+        convolutions = [
+            [(8, 8, 9, 64), (8, 8, 9, 64)],
+            [(8, 24, 9, 16), (24, 24, 9, 16), (8, 24, 1, 16)],
+            [(24, 24, 9, 16), (24, 24, 9, 16)],
+            [(24, 16, 9, 4), (16, 16, 9, 4), (24, 16, 1, 4)],
+        ]
+        found = model.train().item_flops(32)
+        assert found.layers == [sum(2 * a * b * c * d for a, b, c, d in block) for block in convolutions]
+        assert found.heads == [2 * 3 * width for width in BLOCKS] and model.training
+        costs = exit_costs(model, 32, criterion="max_probability")
+        heads = [sum(found.heads[: index + 1]) for index in range(4)]
+        assert costs == [sum(found.layers[: index + 1]) + heads[index] for index in range(4)]
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_attention_counts(self, attention):
+        model = ViTForConsistentEE(ViTCeeConfig(**VIT, attn_implementation=attention))
+        tokens, hidden, wide = 17, 32, 48
+        layer = 2 * tokens * (4 * hidden**2 + 2 * hidden * wide) + 4 * tokens**2 * hidden
+        assert model.item_flops(32).layers == [layer] * 4
+
+    def test_costs_are_measured(self):
+        times = measured_exit_costs(staged(ResNetForConsistentEE), [{"pixel_values": pixels(2)}], 1, disable_tqdm=True)
+        assert len(times) == 4 and min(times) > 0
 
 
 class TestNormsOverBatches:

@@ -41,7 +41,8 @@ def exit_costs(
 
     Args:
         model: an early-exit model; of an encoder it is the cost of one row, of a decoder that of one new token.
-        sequence_length: tokens of the row, or keys that the token attends to, itself included.
+        sequence_length: tokens of the row, or keys that the token attends to, itself included; of a model of images,
+            pixels a side.
         unit: `"layers"` or `"flops"`.
         criterion: exit criterion; that of the config by default. Fitted estimators are not counted.
 

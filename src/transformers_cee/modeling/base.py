@@ -120,7 +120,7 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
 
     def item_flops(self, length: int) -> ItemFlops:
         """FLOPs of one inference, part by part: of a row of `length` tokens, or of a new token that attends to
-        `length` keys, itself included."""
+        `length` keys, itself included; or of an image of `length` pixels a side."""
         raise NotImplementedError
 
     @property

@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import can_return_tuple
 
 from transformers_cee.exits.arguments import check_arguments
+from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.row_batch import RowBatch
-from transformers_cee.exits.runner import Layer
+from transformers_cee.exits.runner import Layer, collect_states
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.modeling.classification import Asked, EarlyExitClassifier
+from transformers_cee.modeling.flops import ItemFlops, counted_flops, policy_flops
 
 
 class EarlyExitImageClassifier(EarlyExitClassifier):
@@ -35,6 +39,19 @@ class EarlyExitImageClassifier(EarlyExitClassifier):
     def embed(self, pixel_values: Tensor, **given: Any) -> RowBatch:
         """The embedded batch."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def item_flops(self, length: int) -> ItemFlops:
+        """FLOPs of one image of `length` pixels a side, part by part; policies differ in width, and the first counts
+        for each."""
+        image = torch.zeros(1, self.config.num_channels, length, length, device=self.device, dtype=self.dtype)
+        flops: list[int] = []
+        with evaluating(self):
+            layers = [self.bind(index, layer, {}) for index, layer in enumerate(self.layers)]
+            states = collect_states(self.embed(image), [_counting(layer, flops) for layer in layers], self)
+            heads = [counted_flops(partial(self.logits, state, index)) for index, state in enumerate(states)]
+            policy = policy_flops(self.exit_policies, states[0])
+        return ItemFlops(flops, [0] * len(flops), [0] * len(states), heads, policy)
 
     @can_return_tuple
     def forward(
@@ -112,6 +129,17 @@ class StagedImageClassifier(EarlyExitImageClassifier):
 
     def logits(self, state: Tensor, index: int) -> Tensor:
         return super().logits(state[..., : self.state_sizes[index]], index)
+
+
+def _counting(layer: Layer, flops: list[int]) -> Layer:
+    """The layer, which notes its FLOPs when it runs."""
+
+    def run(batch: RowBatch) -> Tensor:
+        found: list[Tensor] = []
+        flops.append(counted_flops(lambda: found.append(layer(batch))))
+        return found[0]
+
+    return run
 
 
 __all__ = ["EarlyExitImageClassifier", "StagedImageClassifier"]

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """ViT with exits."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers_cee.exits.heads import first_token, mean_token
 from transformers_cee.exits.row_batch import RowBatch
 from transformers_cee.exits.runner import Layer
 from transformers_cee.modeling.body import BodyWithoutExits
+from transformers_cee.modeling.flops import ItemFlops, layer_flops
 from transformers_cee.modeling.image_classification import EarlyExitImageClassifier
 from transformers_cee.models.vit_cee.configuration_vit_cee import ViTCeeConfig
 
@@ -61,6 +63,13 @@ class ViTForConsistentEE(EarlyExitImageClassifier, ViTPreTrainedModel):
 
     def classify(self, state: Tensor) -> Tensor:
         return self.classifier(state)
+
+    def item_flops(self, length: int) -> ItemFlops:
+        height, width = self.vit.embeddings.patch_embeddings.patch_size
+        tokens = 1 + (length // height) * (length // width)
+        # torch does not count every kind of attention.
+        layers = [layer_flops(layer, self.config, tokens, tokens) for layer in self.layers]
+        return replace(super().item_flops(length), layers=layers)
 
 
 class ViTCeeModel(BodyWithoutExits, ViTModel):
