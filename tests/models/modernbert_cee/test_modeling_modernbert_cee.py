@@ -6,7 +6,8 @@ import by_hand
 import families
 import pytest
 import torch
-from transformers import ModernBertForMaskedLM
+from transformers import AttentionInterface, ModernBertForMaskedLM
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from transformers_cee import ModernBertForConsistentEE
 
@@ -37,6 +38,34 @@ def test_texts_longer_than_the_window(layer, attention, side):
     for row, number in enumerate(picked):
         expected = walks[number].logits[3 if row in stay else layer - 1]
         torch.testing.assert_close(output.logits[row], expected, **CLOSE)
+
+
+def attention_with_row_masks(module, query, key, value, attention_mask, sliding_window=None, scaling=1.0, **kwargs):
+    """Attention that takes masks as flash attention does, (rows, keys) or none, and a window that holds its ends."""
+    scores = (query @ key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        assert attention_mask.shape == (len(query), key.shape[2])
+        scores = scores.masked_fill(~attention_mask.bool()[:, None, None], -1e9)
+    if sliding_window is not None:
+        columns = torch.arange(key.shape[2])
+        scores = scores.masked_fill((columns[:, None] - columns).abs() > sliding_window - 1, -1e9)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_masks_of_flash_attention_follow_the_rows(side):
+    AttentionInterface.register("window_flash", attention_with_row_masks)
+    AttentionMaskInterface.register("window_flash", flash_attention_mask)
+    model = families.model(MODEL_TYPE)
+    rows = families.rows(MODEL_TYPE, 12, seed=6, lengths=(20, 9, 14) * 4)
+    walks = [by_hand.walk_alone(model, row) for row in rows]
+    thresholds = by_hand.spreading([by_hand.scores(model, walk, "policy") for walk in walks])
+    model.config._attn_implementation = "window_flash"
+    output = model(**families.batch(MODEL_TYPE, rows, side), exit_threshold=thresholds)
+    assert len(output.exit_layers.unique()) >= 3
+    for number, walk in enumerate(walks):
+        torch.testing.assert_close(output.logits[number], walk.logits[int(output.exit_layers[number]) - 1], **CLOSE)
 
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean"])
