@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from tiny import tiny_llama, tiny_llama_config, weights
 from torch import nn
 from transformers import (
@@ -194,41 +195,6 @@ class TestMoreTokens:
         assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
         model.resize_token_embeddings(50, mean_resizing=False)
         assert model.generate(IDS % 50, max_new_tokens=3, exit_threshold=0.5).max() < 50
-
-
-def write_gguf(model, path):
-    """The stock model as a GGUF file of 32-bit floats."""
-    gguf = pytest.importorskip("gguf")
-    config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(0)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    fixed = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
-    for name, value in model.state_dict().items():
-        value, parts = value.numpy(), name.split(".")
-        if name in fixed:
-            if not (name == "lm_head.weight" and config.tie_word_embeddings):
-                writer.add_tensor(f"{fixed[name]}.weight", value)
-            continue
-        if parts[-2] in heads:
-            # The file interleaves the halves that the rotary embedding turns.
-            value = value.reshape(heads[parts[-2]], 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(f"blk.{parts[2]}.{names[parts[-2]]}.weight", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

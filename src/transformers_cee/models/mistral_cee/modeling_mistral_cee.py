@@ -12,7 +12,7 @@ from transformers_cee.models.mistral_cee.configuration_mistral_cee import Mistra
 class MistralForConsistentEECausalLM(EarlyExitCausalLM, MistralPreTrainedModel):
     """Mistral for text generation in which every token leaves at its own layer (ConsistentEE, Zeng et al., AAAI 2024).
 
-    Loads from its own checkpoints and from any Mistral checkpoint, GGUF files included (`gguf_file=`).
+    Loads from its own checkpoints and from any Mistral checkpoint.
 
     Args:
         config ([`MistralCeeConfig`]): sizes of Mistral and the fields of the exits.
