@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 
+_TASKS = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+}
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """One architecture: its classes, and which Auto classes give its model.
@@ -34,6 +41,11 @@ class ModelEntry:
     def classes(self) -> tuple[str, str, str]:
         """Full names of the config, of the model and of the model without exits."""
         return self.config, self.model, self.base
+
+    @property
+    def task(self) -> str | None:
+        """The task as the Hub names it, where the first of the Auto classes tells."""
+        return _TASKS.get(self.auto_classes[0])
 
     @property
     def class_name(self) -> str:

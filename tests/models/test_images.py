@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import training_arguments
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from transformers_cee import (
+    ConsistentEETrainer,
     ConvNextCeeConfig,
     ConvNextForConsistentEE,
     ResNetCeeConfig,
@@ -290,3 +293,26 @@ class TestViT:
         )
         assert not any(info.values())
         assert torch.equal(stock.eval()(pixels()).last_hidden_state, expected)
+
+
+class TestTrainer:
+    def test_evaluated_and_published(self, tmp_path, capsys):
+        """The figures are those of a walk by hand, and the card's snippet runs as it stands."""
+        model, images, labels = staged(ResNetForConsistentEE), pixels(8), torch.arange(8) % 3
+        rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)]
+        args = training_arguments(tmp_path, eval_exit_thresholds=[0.5], policy_num_train_epochs=1)
+        trainer = ConsistentEETrainer(model, args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        metrics = trainer.evaluate()
+        with torch.no_grad():
+            output = model.eval()(images, exit_threshold=0.5)
+        points = trainer.operating_points["eval"]
+        assert any(point.depth == pytest.approx(float(output.exit_layers.float().mean())) for point in points)
+        assert metrics["eval_loss"] > 0
+        trainer.save_model()
+        trainer.create_model_card()
+        text = (tmp_path / "README.md").read_text()
+        assert "pipeline_tag: image-classification" in text and "A model of images with early exits." in text
+        snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL).group(1)
+        exec(compile(snippet, "card", "exec"), {})
+        assert "second image" in capsys.readouterr().out

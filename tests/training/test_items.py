@@ -26,7 +26,6 @@ ROWS, TOKENS = ITEMS["row"], ITEMS["token"]
 def test_one_for_each_kind(tmp_path):
     assert items_of(tiny_model()) is ROWS and items_of(tiny_llama()) is TOKENS
     encoder, decoder = tiny_trainer(tmp_path), tiny_text_trainer(tmp_path)
-    assert (encoder.items.task, decoder.items.task) == ("text-classification", "text-generation")
     assert not encoder.model_accepts_loss_kwargs and decoder.model_accepts_loss_kwargs
 
 

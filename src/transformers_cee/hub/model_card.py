@@ -31,6 +31,7 @@ PHASE_SENTENCES = {
     "layers run are lowest.",
     "consistent": "Then the model learned from the exits that the policy takes, which is how it is used.",
 }
+_KINDS = {"text-generation": "A transformer decoder", "image-classification": "A model of images"}
 GENERAL_LIMITS = (
     "Thresholds and speed-ups hold for inputs like those they were measured on; under other data the policy may leave "
     "too early or too late without any sign of it.",
@@ -69,6 +70,8 @@ class EarlyExitCard:
         limits (`list[str]`): limits of this model, before the general ones.
         library_versions (`dict[str, str]`, *optional*): defaults to what is installed.
         examples (`list[str]` or list of pairs of `str`): texts, or pairs of texts, of the usage snippet.
+        image_shape (sequence of `int`, *optional*):
+            Channels, height and width of an image; the usage snippet is then that of a model of images.
         problem_type (`str`, *optional*, defaults to `"single_label_classification"`): what logits mean, as a config
             names it.
         task (`str`, *optional*, defaults to `"text-classification"`): the task as the Hub names it.
@@ -105,6 +108,7 @@ class EarlyExitCard:
         "A film with a heart.",
         "Not a single joke lands, and the plot is worse.",
     )
+    image_shape: Sequence[int] | None = None
     problem_type: str = "single_label_classification"
     task: str = "text-classification"
     tags: Sequence[str] = ()
@@ -166,9 +170,7 @@ class EarlyExitCard:
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
             title=escape_markdown(self.model_name),
-            base_sentence=self._base_sentence(
-                f"A transformer {'decoder' if self.task == 'text-generation' else 'encoder'} with early exits."
-            ),
+            base_sentence=self._base_sentence(f"{_KINDS.get(self.task, 'A transformer encoder')} with early exits."),
             method=self._method(),
             num_layers=self.num_layers,
             exit_layers=_and(self.exit_layers or ()),
@@ -177,6 +179,7 @@ class EarlyExitCard:
             pairs=not isinstance(self.examples[0], str),
             exit_threshold=repr(self.exit_threshold),
             exit_budget=self.exit_budget,
+            image_shape=", ".join(map(str, self.image_shape or ())),
             problem_type=self.problem_type,
             data_sentence=self._data_sentence(),
             points_sentence=self._points_sentence(),

@@ -13,13 +13,6 @@ from transformers_cee.exits.config_loading import spoken_exits
 from transformers_cee.families import MODELS
 
 
-_TASKS = {
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForImageClassification": "image-classification",
-}
-
-
 def exits_card(model: Any, record: Mapping[str, Any], name: str) -> str:
     """A card in Markdown.
 
@@ -34,7 +27,7 @@ def exits_card(model: Any, record: Mapping[str, Any], name: str) -> str:
         base_model=base,
         base_model_relation="adapter",
         library_name="transformers",
-        pipeline_tag=_TASKS.get(auto_class),
+        pipeline_tag=MODELS[config.model_type].task,
         tags=["early-exit", "transformers-cee", "exits"],
     )
     at = f" at revision `{record['revision']}`" if record["revision"] else ""

@@ -128,11 +128,7 @@ class ExitsFolder:
             if isinstance(getattr(type(config), name, None), property):
                 # Follows from others, and may mean something else in a stock config.
                 continue
-            # Saved lists may have been tuples.
-            wanted, found = (
-                list(value) if isinstance(value, tuple) else value
-                for value in (getattr(config, name, None), getattr(base_config, name, None))
-            )
+            wanted, found = _size(config, name), _size(base_config, name)
             deeper = cut and name == "num_hidden_layers" and wanted < found
             if wanted != found and not deeper:
                 raise ValueError(
@@ -199,6 +195,12 @@ class ExitsFolder:
         with torch.no_grad():
             for name, value in self.tensors.items():
                 own[name].copy_(value)
+
+
+def _size(config: Any, name: str) -> Any:
+    """A size of a config; lists are tuples before they are saved."""
+    value = getattr(config, name, None)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_exits(source: Any, record: Any = None, **kwargs: Any) -> ExitsFolder:

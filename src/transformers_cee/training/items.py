@@ -52,7 +52,6 @@ class ItemsFound:
 class Rows:
     """One item is one row, with one label. [`Tokens`] says where that of a decoder is another matter."""
 
-    task = "text-classification"
     # Means over the rows of a micro-batch: Trainer divides them by the number of micro-batches.
     counts_items = False
     # Is depth measured by the clock, too, and are exits compared with a run without them?
@@ -170,7 +169,6 @@ class Rows:
 class Tokens(Rows):
     """One item is one counted token of a decoder's text: one whose next label is not −100."""
 
-    task = "text-generation"
     # Losses are divided by the counted tokens of all micro-batches and processes.
     counts_items = True
     is_timed, compares_with_full_depth = False, True

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from transformers_cee.evaluation.operating_points import OperatingPoint
+from transformers_cee.families import MODELS
 from transformers_cee.hub.model_card import EarlyExitCard
 
 
@@ -66,7 +67,8 @@ def trained_card(
         dataset_name=", ".join(_listed(dataset)) or where,
         dataset_id=next(iter(_listed(dataset_tags)), None),
         dataset_config=next(iter(_listed(dataset_args)), None),
-        task=next(iter(_listed(tasks)), trainer.items.task),
+        task=next(iter(_listed(tasks)), MODELS[config.model_type].task),
+        image_shape=_image_shape(config),
         tags=_listed(tags),
         metric_name=names[0] if names else "loss",
         curves={"policy": sorted(points, key=lambda point: point.depth)},
@@ -84,6 +86,15 @@ def trained_card(
         language=language,
         license=license,
     )
+
+
+def _image_shape(config: Any) -> list[int] | None:
+    """Channels, height and width of an image that a model takes; None for models of texts."""
+    if not hasattr(config, "num_channels"):
+        return None
+    # Convolutions take any size.
+    side = getattr(config, "image_size", 224)
+    return [config.num_channels, *(side if isinstance(side, list | tuple) else (side, side))]
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
