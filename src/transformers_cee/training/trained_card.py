@@ -67,7 +67,7 @@ def trained_card(
         dataset_name=", ".join(_listed(dataset)) or where,
         dataset_id=next(iter(_listed(dataset_tags)), None),
         dataset_config=next(iter(_listed(dataset_args)), None),
-        task=next(iter(_listed(tasks)), MODELS[config.model_type].task),
+        task=next(iter(_listed(tasks)), MODELS[config.model_type].task or "text-classification"),
         image_shape=_image_shape(config),
         tags=_listed(tags),
         metric_name=names[0] if names else "loss",
