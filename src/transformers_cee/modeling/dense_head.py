@@ -15,7 +15,7 @@ class DenseHeadClassifier(EarlyExitSequenceClassifier):
     """A classifier whose head is `classifier`: dropout, `dense`, an activation, dropout, `out_proj`. Exits share
     `dense`; under mean pooling there is none."""
 
-    task_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    task_modules: ClassVar[tuple[str, ...]] = ("classifier.dense", "classifier.out_proj")
     classifier: Any
 
     @staticmethod
