@@ -9,6 +9,8 @@ import families
 import pytest
 import torch
 
+from transformers_cee import load_exits
+
 
 FAMILIES = families.of_kind("encoder", "image")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -117,3 +119,29 @@ def test_full_depth_is_the_stock_model(model_type, tmp_path, record_property):
         recorded = model(**inputs[0], output_hidden_states=True).hidden_states
         for ours, theirs in zip(recorded, stock(**inputs[0], output_hidden_states=True).hidden_states, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+TEXTS = [(model_type, pooling) for model_type in families.of_kind("encoder") for pooling in ("cls", "mean")]
+
+
+@pytest.mark.parametrize(("model_type", "pooling"), TEXTS)
+@torch.no_grad()
+def test_exits_alone_come_back(model_type, pooling, tmp_path):
+    """By name and around a stock model, which goes on as it was; with other labels than the base has, too."""
+    model_class, stock = families.classes(model_type)[1], families.stock_model(model_type)
+    inputs = families.batch(model_type, families.rows(model_type, 6))
+    stock.save_pretrained(tmp_path / "base")
+    for labels in (3, 5):
+        folder = tmp_path / f"exits-{labels}"
+        model = model_class.from_pretrained(
+            tmp_path / "base", exit_pooling=pooling, num_labels=labels, ignore_mismatched_sizes=True
+        )
+        expected = model.eval()(**inputs, output_all_exits=True).all_exit_logits
+        model.save_exits(folder)
+        loaded = type(stock).from_pretrained(tmp_path / "base").eval()
+        for again in (model_class.from_pretrained(folder), load_exits(loaded, folder)):
+            found = again.eval()(**inputs, output_all_exits=True).all_exit_logits
+            assert found.shape[-1] == labels and torch.equal(found, expected)
+        if pooling == "cls":
+            # Otherwise a pooler that exits do not use has been taken away.
+            assert torch.equal(loaded(**inputs).logits, stock(**inputs).logits)

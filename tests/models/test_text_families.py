@@ -132,7 +132,7 @@ def test_checkpoints_of_a_language_model_have_a_new_head(model_type, tmp_path, c
     assert {name.split(".")[0] for name in info["missing_keys"]} >= {"classifier", "exit_heads"}
     assert all(name.startswith(("exit_", "classifier", "pre_classifier")) for name in info["missing_keys"])
     (said,) = [record.message for record in caplog.records if "untrained are" in record.message]
-    assert "heads and policies of exits after layers 1 to 3" in said and "`classifier`" in said
+    assert "heads and policies of exits after layers 1 to 3" in said and "`classifier" in said
     (row,) = families.rows(model_type, 1)
     ours, theirs = (one.base_model(**row).last_hidden_state for one in (model.eval(), pretrained))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

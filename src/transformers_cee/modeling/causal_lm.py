@@ -59,6 +59,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
 
     item = "token"
     task_modules: ClassVar[tuple[str, ...]] = ("lm_head",)
+    logits_module: ClassVar[str] = "lm_head"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

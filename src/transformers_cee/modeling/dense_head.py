@@ -16,6 +16,7 @@ class DenseHeadClassifier(EarlyExitSequenceClassifier):
     `dense`; under mean pooling there is none."""
 
     task_modules: ClassVar[tuple[str, ...]] = ("classifier.dense", "classifier.out_proj")
+    logits_module: ClassVar[str] = "classifier.out_proj"
     classifier: Any
 
     @staticmethod

@@ -224,10 +224,9 @@ def _add_set(model: Any, source: Any, name: str, kwargs: dict[str, Any]) -> None
     _check_can_switch(model)
     sets = _sets(model)
     folder, found = _read(type(model), source, kwargs)
-    heads = [one for one in model.task_modules if not one.startswith(model.base_model_prefix + ".")]
     base = model.name_or_path or "the model"
     folder.check_sizes(found, model.config, base)
-    if not sets.brought & set(heads):
+    if model.logits_module not in sets.brought:
         folder.check_labels(found, model.config, base, type(model))
     config = copy.deepcopy(model.config)
     for field_name in (*exit_fields(config), *TASK_FIELDS):

@@ -145,9 +145,7 @@ class ExitsFolder:
             base: what to call it.
             model_class (`type`): class of the model.
         """
-        prefix = model_class.base_model_prefix + "."
-        heads = {name for name in model_class.task_modules if not name.startswith(prefix)}
-        if not heads - set(self.task_modules):
+        if model_class.logits_module in self.task_modules:
             return
         own, theirs = list(config.id2label.values()), list(base_config.id2label.values())
         named = not any(_are_default(labels) for labels in (own, theirs))

@@ -52,6 +52,8 @@ class EarlyExitLoadingMixin(ExitSetsMixin):
 
     # Modules beside the exits that a checkpoint of another task may lack.
     task_modules: ClassVar[tuple[str, ...]] = ()
+    # That of them which gives logits: what there is one of for each label.
+    logits_module: ClassVar[str] = "classifier"
 
     @classmethod
     def from_pretrained(
