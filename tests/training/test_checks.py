@@ -75,11 +75,15 @@ def encoder(folder, **options):
 REFUSED = {
     "one exit": (
         lambda folder: encoder(folder, model=tiny_model(num_hidden_layers=4, exit_layers=[4])),
-        r"`exit_layers`=\[4\] leaves the last layer as the only exit",
+        r"`exit_layers`=\[4\] and `min_exit_layer`=None leave the last layer as the only exit",
     ),
     "one exit of a decoder": (
         lambda folder: text(folder, model=tiny_llama(exit_layers=[4])),
-        r"`exit_layers`=\[4\] leaves the last layer as the only exit",
+        r"`exit_layers`=\[4\] and `min_exit_layer`=None leave the last layer as the only exit",
+    ),
+    "one exit to leave at": (
+        lambda folder: encoder(folder, model=tiny_model(num_hidden_layers=4, min_exit_layer=4)),
+        r"`exit_layers`=None and `min_exit_layer`=4 leave the last layer as the only exit",
     ),
     "confidence in regression": (
         lambda folder: encoder(

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -76,6 +78,43 @@ class TestRunAndPhase:
         assert "seen_exit_loss" not in trainer.evaluate(metric_key_prefix="seen"), "the phases are over"
         assert [point.to_dict()["exit_threshold"] for point in trainer.operating_points["seen"]] == [0.5, 0.3]
 
+    def test_callbacks_predict_as_the_phase_does(self, tmp_path):
+        """In the precision that the model learns in, whatever later evaluations are made in."""
+
+        class Predicts(TrainerCallback):
+            def on_epoch_end(self, args, state, control, **kwargs):
+                if not args.output_dir.endswith("policy"):
+                    found.append(trainer.predict(task(4, seed=3)))
+                    precisions.append(next(trainer.model.parameters()).dtype)
+
+        found, precisions = [], []
+        trainer, holds = self.make(tmp_path, bf16_full_eval=True)
+        trainer.add_callback(Predicts())
+        holds.trainer = None
+        trainer.remove_callback(holds)
+        trainer.train()
+        assert precisions == [torch.float32] * 2
+        assert found[0].metrics["test_depth"] == 4.0 > found[1].metrics["test_depth"]
+        trainer.predict(task(4, seed=3))
+        assert next(trainer.model.parameters()).dtype == torch.bfloat16, "the phases are over"
+
+    def test_one_optimizer_at_a_time(self, tmp_path):
+        """What an optimizer remembers is larger than the model: that of an earlier phase is gone."""
+
+        class Counts(TrainerCallback):
+            def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+                gc.collect()
+                phase = os.path.basename(args.output_dir)
+                made.setdefault(phase, weakref.ref(optimizer.optimizer))
+                alive[phase] = sorted(name for name, one in made.items() if one() is not None)
+
+        made, alive = {}, {}
+        trainer = tiny_trainer(tmp_path, rows=8, trainer={"callbacks": [Counts()]}, consistent_num_rounds=2)
+        trainer.train()
+        for phase in ("heads", "consistent-1-model", "consistent-2-model"):
+            assert alive[phase] == [phase]
+        assert trainer.optimizer.optimizer is made["consistent-2-model"]()
+
     def test_random_numbers_go_on(self, tmp_path):
         """Making the trainer of a phase draws none, and seeds none."""
         trainer, _ = self.make(tmp_path)
@@ -131,6 +170,41 @@ class TestHooks:
 
         with pytest.raises(ValueError, match=r"`Own.create_optimizer` would not be asked .* `phase_trainer` of `Own`"):
             Own(tiny_model(), training_arguments(tmp_path))
+
+    @pytest.mark.parametrize("name", ["_get_train_sampler", "get_eval_dataloader", "_prepare_inputs", "log", "_save"])
+    def test_of_the_run_by_a_mixin(self, tmp_path, name):
+        mixin = type("Mixin", (), {name: lambda self, *args, **kwargs: None})
+        own = type("Own", (mixin, ConsistentEETrainer), {})
+        with pytest.raises(ValueError, match=rf"`Own.{name}` would not be asked"):
+            own(tiny_model(), training_arguments(tmp_path))
+
+    def test_what_only_the_run_is_asked_for(self, tmp_path):
+        """Nothing in the way of what phases never do, nor of methods that Trainer has not."""
+        asked = []
+
+        class Own(ConsistentEETrainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+
+            def evaluate(self, *args, **kwargs):
+                asked.append("evaluate")
+                return super().evaluate(*args, **kwargs)
+
+            def predict(self, *args, **kwargs):
+                asked.append("predict")
+                return super().predict(*args, **kwargs)
+
+            def create_model_card(self, *args, **kwargs):
+                asked.append("card")
+
+            def my_own(self):
+                asked.append("own")
+
+        data = {"train_dataset": task(8, seed=1), "eval_dataset": task(4, seed=2), "data_collator": collate}
+        trainer = Own(tiny_model(num_hidden_layers=4), training_arguments(tmp_path, phases=["heads"]), **data)
+        trainer.train()
+        trainer.evaluate(), trainer.predict(data["eval_dataset"]), trainer.create_model_card(), trainer.my_own()
+        assert asked == ["evaluate", "predict", "card", "own"]
 
     def test_of_the_phases(self, tmp_path):
         asked = []

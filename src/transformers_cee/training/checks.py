@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.utils import logging
 
 from transformers_cee.exits.policy import check_has_classes
@@ -29,31 +29,42 @@ MODEL_PHASES = {"heads", "consistent"}
 POLICY_PHASES = {"policy", "consistent"}
 # Rows whose labels are looked at together.
 ROWS = 64
-# What 🤗 Trainer asks itself while it trains, and people override.
-HOOKS = (
-    "compute_loss",
-    "create_optimizer",
-    "create_optimizer_and_scheduler",
-    "create_scheduler",
-    "evaluation_loop",
-    "get_batch_samples",
-    "get_eval_dataloader",
-    "get_train_dataloader",
-    "log",
-    "prediction_step",
-    "training_step",
-)
+# What people override of 🤗 Trainer and the trainer of a run is asked for itself; trainers of phases evaluate by it.
+OF_THE_RUN = {
+    "__init__",
+    "add_callback",
+    "call_model_init",
+    "create_model_card",
+    "evaluate",
+    "get_test_dataloader",
+    "hyperparameter_search",
+    "init_hf_repo",
+    "log_metrics",
+    "metrics_format",
+    "pop_callback",
+    "predict",
+    "push_to_hub",
+    "remove_callback",
+    "save_metrics",
+    "save_state",
+    "train",
+}
 
 
 def check_hooks(run: type, phase: type) -> None:
-    """Raises `ValueError` for a trainer of all phases that overrides a hook which its phases do not ask it for.
+    """Raises `ValueError` for a trainer of all phases that overrides a method of 🤗 Trainer which its phases do not ask
+    it for.
 
     Args:
         run (`type`): a [`ConsistentEETrainer`].
         phase (`type`): its `phase_trainer`; whoever has one of their own knows of this.
     """
     own = [
-        name for name in HOOKS if not getattr(run, name).__module__.startswith(("transformers.", "transformers_cee."))
+        name
+        for one in run.__mro__
+        if one.__module__.split(".")[0] not in ("transformers", "transformers_cee")
+        for name in vars(one)
+        if name not in OF_THE_RUN and callable(vars(Trainer).get(name))
     ]
     if own and phase.__module__.startswith("transformers_cee."):
         raise ValueError(
@@ -175,10 +186,10 @@ def _check_exits(trainer: Any, phases: set[str]) -> None:
     trainer.items.check_heads_objective(args.heads_objective, model.config)
     trained_beside = "heads" in phases and HEADS_OBJECTIVES[args.heads_objective].trains_policies
     if phases & POLICY_PHASES:
-        if len(model.layer_numbers) == 1:
+        if model.first_exit() == model.last_exit:
             raise ValueError(
-                f"`exit_layers`={model.config.exit_layers} leaves the last layer as the only exit: there is nothing "
-                "to decide."
+                f"`exit_layers`={model.config.exit_layers} and `min_exit_layer`={model.config.min_exit_layer} leave "
+                "the last layer as the only exit: there is nothing to decide."
             )
         check_policies_learn(policies)
         check_reward(args.reward, model.layer_numbers, model.config.num_hidden_layers, policies.is_conditioned)

@@ -325,6 +325,8 @@ class ConsistentEETrainer(StoredExitsTrainer):
         """Trains the model as a phase asks, on the rows of the heads."""
         args = phase_arguments(self.args, phase, folder, learning_rate, epochs)
         trainer = self.make_phase_trainer(phase, args, subset(self.train_dataset, self._split()[0].tolist()))
+        # The optimizer that an earlier phase left is as large as that of this one.
+        self.optimizer = self.lr_scheduler = None
         self._running = trainer
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -350,6 +352,10 @@ class ConsistentEETrainer(StoredExitsTrainer):
         # A phase evaluates as it goes, and so do callbacks that hold this trainer.
         judge = super().evaluate if self._running is None else self._running.measure
         return judge(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        # A model that trains is not cast to half precision, and a backend has prepared it for the phase.
+        return (super().predict if self._running is None else self._running.predict)(*args, **kwargs)
 
     def _folder(self, step: str) -> str:
         return PhaseLog.of(self.args.output_dir, None).folder(step)
