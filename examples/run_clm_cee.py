@@ -195,10 +195,9 @@ def pick_thresholds(
     """Per criterion, the threshold by wanted depth, from the exits of known dev text."""
     layers = dev.layers.tolist()
     deciding, wanted = dev.select(dev.deciding()), depths_of_deciding(dev, depths)
-    settings, first_layer = criterion_settings(model), model.config.min_exit_layer
-    found = {}
+    settings, found = criterion_settings(model), {}
     for criterion in criteria:
-        scores = score_exits(criterion, deciding, model.exit_policies, settings, first_layer, model.exit_logits)
+        scores = score_exits(criterion, deciding, model.exit_policies, settings, heads=model.exit_logits)
         thresholds = thresholds_for_depths(criterion, scores, layers, wanted)
         found[criterion] = dict(zip(depths, thresholds, strict=True))
     return found

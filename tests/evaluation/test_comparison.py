@@ -11,6 +11,7 @@ from transformers import EvalPrediction
 from transformers_cee import BertCeeConfig, BertForConsistentEE
 from transformers_cee.evaluation.comparison import DEPTH_TOLERANCE, compare_criteria, exit_points, time_points
 from transformers_cee.evaluation.operating_points import hindsight_point
+from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.stores.scoring import score_exits, thresholds_for_depths
 from transformers_cee.stores.store import ExitStore
 
@@ -88,6 +89,42 @@ def test_the_models_own_threshold_joins_its_curve_once(model):
     comparison = compare_criteria(*arguments, own=("policy", [0.0] * LAYERS))
     assert [0.0] * LAYERS in [point.exit_threshold for point in comparison.curves["policy"]]
     assert len(comparison.curves["entropy"]) == 1
+
+
+@pytest.mark.parametrize("condition", ["none", "film"])
+def test_exits_that_the_model_closes(model, condition):
+    """Points are those that a walk of the model can reach."""
+    config = copy.deepcopy(model.config)
+    config.policy_condition, config.policy_inputs = condition, "state"
+    torch.manual_seed(0)
+    closed = BertForConsistentEE(config).eval()
+    dev, test, criteria = make_store(300, 1), make_store(200, 2), ["policy", "entropy", "patience"]
+    family = {} if condition == "film" else {"family": {0.1: closed.exit_policies}}
+
+    def compare():
+        settings = criterion_settings(closed)
+        return compare_criteria(
+            criteria,
+            dev,
+            test,
+            closed.exit_policies,
+            accuracy,
+            "accuracy",
+            [1.0, 2.5, 3.5],
+            more_policies=family,
+            settings=(settings, settings),
+        )
+
+    curves = compare().curves
+    assert all(any(point.exit_histogram["2"] for point in curve) for curve in curves.values())
+    closed.config.min_exit_layer = 3
+    comparison = compare()
+    assert list(comparison.curves) == [*family, *criteria]
+    for name, curve in comparison.curves.items():
+        for point in curve:
+            assert point.exit_histogram["3"] + point.exit_histogram["4"] == 200
+        assert comparison.matched[name][1.0] is None
+        assert comparison.matched[name][3.5] is not None
 
 
 def test_exit_points():

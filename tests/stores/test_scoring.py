@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from fitted import MULTI, REGRESSION, SINGLE, fitted_model, journeys, labels_of
 from text_reference import text_tokens
-from tiny import collate_text, instructions, pad, random_rows, tiny_llama
+from tiny import collate_text, instructions, pad, random_rows, tiny_llama, tiny_model
 
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
@@ -202,6 +202,29 @@ def scores_of_tokens(model, tokens, criterion):
         )
         expected.append(slow.scores_of(criterion, row))
     return torch.tensor(expected, dtype=torch.float32)
+
+
+class TestFirstExit:
+    @pytest.mark.parametrize("criterion", ["policy", "exit_cdf", "entropy", "patience"])
+    def test_of_the_model(self, criterion):
+        """Stored scores leave where walks of the model do; who names a layer is asked for that."""
+        rows, model = random_rows(24, seed=2), tiny_model(num_hidden_layers=4, min_exit_layer=3).eval()
+        store = stored(model, rows, labels_of(24, SINGLE), SINGLE)
+        settings = settings_of(model, rows)
+        scores = score_exits(criterion, store, model.exit_policies, settings)
+        limit = 1.0 if criterion == "patience" else float(scores[:, 2].median())
+        with torch.no_grad():
+            walked = model(**pad(rows), exit_criterion=criterion, exit_threshold=limit).exit_layers
+            opened = model(**pad(rows), exit_criterion=criterion, exit_threshold=limit, min_exit_layer=2).exit_layers
+        assert torch.equal(store.layers[exits_taken(criterion, limit, scores)], walked) and 3 in walked
+        scores = score_exits(criterion, store, model.exit_policies, settings, min_exit_layer=2)
+        assert torch.equal(store.layers[exits_taken(criterion, limit, scores)], opened)
+
+    @pytest.mark.parametrize("layer", [0, 5, 1.5, "3"])
+    def test_no_layer(self, known, layer):
+        model, _, store = known
+        with pytest.raises(ValueError, match=r"`min_exit_layer`=.* must lie in 1..4"):
+            score_exits("policy", store, model.exit_policies, min_exit_layer=layer)
 
 
 class TestTokens:

@@ -92,29 +92,33 @@ def compare_criteria(
         more_policies:
             By name, families of policies for the same exits, each trained for another price of a layer. Their curve
             takes, at every depth, the policies and threshold that are best on dev.
-        settings: what some criteria need besides, for the rows of dev and of test.
+        settings:
+            What some criteria need besides, for the rows of dev and of test, as `criterion_settings` takes it from the
+            model: then nothing leaves before its `min_exit_layer`.
     """
     on_dev, on_test = settings or (None, None)
+    first = 0 if on_test is None else on_test.first_exit
+    layers = test.layers.tolist()
     points: dict[str, PointsAt] = {}
     own_point: OperatingPoint | None = None
     for name, family in (more_policies or {}).items():
-        points[name] = _Choices(list(family.values()), dev, test, metrics, metric)
+        points[name] = _Choices(list(family.values()), dev, test, metrics, metric, layers[first])
     for criterion in criteria:
         if criterion == "policy" and policies.is_conditioned:
-            points[criterion] = partial(budget_curve, policies, dev, test, metrics)
+            points[criterion] = partial(budget_curve, policies, dev, test, metrics, min_exit_layer=layers[first])
             continue
         dev_scores = score_exits(criterion, dev, policies, on_dev)
         test_scores = score_exits(criterion, test, policies, on_test)
         points[criterion] = partial(_threshold_curve, criterion, dev_scores, test_scores, test, metrics)
         if own is not None and own[0] == criterion:
             own_point = hindsight_point(*own, test_scores, test, metrics)
-    layers, exits = test.layers.tolist(), exit_points(test, metrics)
-    dense = torch.linspace(layers[0], layers[-1], DENSE_POINTS).tolist()
+    exits = exit_points(test, metrics)
+    dense = torch.linspace(layers[first], layers[-1], DENSE_POINTS).tolist()
     curves, matched = {}, {}
     for name, at in points.items():
         curves[name] = at(depths)
-        # Every criterion can send all rows to the first or to the last exit.
-        curve = [exits[0], *at(dense), exits[-1]]
+        # Every criterion can send all rows to the first exit that is open, or to the last one.
+        curve = [exits[first], *at(dense), exits[-1]]
         matched[name] = {depth: metric_at_depth(curve, metric, depth) for depth in depths}
     if own_point is not None:
         curves[own_point.criterion] = by_depth([*curves[own_point.criterion], own_point])
@@ -140,13 +144,24 @@ class _Choices:
     Args:
         family: policies for the same exits.
         dev, test, metrics, metric: as in `compare_criteria`.
+        min_exit_layer: first layer (1-based) to leave at.
     """
 
     def __init__(
-        self, family: Sequence[ExitPolicies], dev: ExitStore, test: ExitStore, metrics: Metrics, metric: str
+        self,
+        family: Sequence[ExitPolicies],
+        dev: ExitStore,
+        test: ExitStore,
+        metrics: Metrics,
+        metric: str,
+        min_exit_layer: int,
     ) -> None:
         self.dev, self.test, self.metrics, self.metric = dev, test, metrics, metric
-        self.scores = [(score_exits("policy", dev, one), score_exits("policy", test, one)) for one in family]
+
+        def score(store: ExitStore, policies: ExitPolicies) -> Tensor:
+            return score_exits("policy", store, policies, min_exit_layer=min_exit_layer)
+
+        self.scores = [(score(dev, one), score(test, one)) for one in family]
 
     def __call__(self, depths: Sequence[float]) -> list[OperatingPoint]:
         """One point on test per depth, by rising depth, each depth once."""
@@ -180,7 +195,12 @@ class _Candidate(NamedTuple):
 
 
 def budget_curve(
-    policies: ExitPolicies, dev: ExitStore, test: ExitStore, metrics: Metrics, depths: Sequence[float]
+    policies: ExitPolicies,
+    dev: ExitStore,
+    test: ExitStore,
+    metrics: Metrics,
+    depths: Sequence[float],
+    min_exit_layer: int | None = None,
 ) -> list[OperatingPoint]:
     """Points on test of policies conditioned on α, by rising depth: each wanted depth is asked for as a budget, whose
     price was fitted on dev.
@@ -188,12 +208,13 @@ def budget_curve(
     Args:
         policies: conditioned policies.
         dev, test, metrics, depths: as in `compare_criteria`.
+        min_exit_layer (*optional*): first layer (1-based) to leave at; all by default.
     """
-    prices = fit_exit_budgets(policies, dev)
+    prices = fit_exit_budgets(policies, dev, min_exit_layer=min_exit_layer)
     points = []
     for budget in budgets_for_depths(prices, depths, int(dev.layers[-1])):
         alpha, threshold = price_of_budget(prices, budget)
-        scores = score_exits("policy", test, policies, CriterionSettings(alpha=alpha))
+        scores = score_exits("policy", test, policies, CriterionSettings(alpha=alpha), min_exit_layer)
         point = hindsight_point("policy", threshold, scores, test, metrics)
         point.exit_budget = budget
         points.append(point)

@@ -149,8 +149,9 @@ def price_of_budget(points: Sequence[Sequence[float]], budget: float) -> tuple[f
 def criterion_settings(
     model: nn.Module, alpha: float | None = None, input_ids: Tensor | None = None, **more: Any
 ) -> CriterionSettings:
-    """What criteria need of a model besides thresholds and logits."""
+    """What criteria need of a model besides thresholds and logits; nothing leaves before its `min_exit_layer`."""
     config = model.config
+    more.setdefault("first_exit", model.first_exit())
     return CriterionSettings(
         estimators=model.exit_estimators,
         patience=config.exit_patience,

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from transformers_cee.exits.configuration import check_min_exit_layer, first_exit
 from transformers_cee.exits.criteria import (
     CRITERIA,
     CriterionSettings,
@@ -47,17 +48,18 @@ def score_exits(
         policies (`ExitPolicies`, *optional*): the model's policy networks; conditioned ones without an α in `settings`
             are asked for their default, in training mode, too.
         settings (`CriterionSettings`, *optional*):
-            As `criterion_settings` takes them from a model, whose patience and tolerance are those of its own walks;
-            by default a patience of 2 and the store's tolerance. What they hold of the input, such as `input_ids`,
+            As `criterion_settings` takes them from a model, whose patience, tolerance and first exit are those of its
+            own walks; by default a patience of 2, the store's tolerance and the first exit of all. What they hold of the input, such as `input_ids`,
             belongs to the store's entries in their order. Labels are the store's own by default.
-        min_exit_layer (`int`, *optional*): first layer (1-based) to leave at; scores before it pass no threshold.
+        min_exit_layer (`int`, *optional*):
+            First layer (1-based) to leave at, by default that of the settings; scores before it pass no threshold.
         heads (`Callable`, *optional*):
             The model's heads, where the store keeps no logits: states (entries, hidden), on the policies' device, and
             the exit (0-based) to logits. Without them tokens have the scores only that states, predictions and
             confidence features tell.
 
     Raises:
-        ValueError: what the criterion needs is missing; policies of other exits; or of a store of tokens, a criterion
+        ValueError: what the criterion needs is missing; policies of other exits; no layer; or of a store of tokens, a criterion
             that is not told without `heads`, or needs tokens or labels.
     """
     check_criterion(criterion)
@@ -71,8 +73,9 @@ def score_exits(
         settings = replace(settings, labels=store.labels)
     if settings.alpha is None and policies is not None and policies.is_conditioned:
         settings = replace(settings, alpha=policies.default_alpha)
-    first_exit = int((store.layers[:-1] < (min_exit_layer or 1)).sum())
-    settings = replace(settings, first_exit=first_exit)
+    if min_exit_layer is not None:
+        check_min_exit_layer(min_exit_layer, int(store.layers[-1]))
+        settings = replace(settings, first_exit=first_exit(store.layers.tolist(), min_exit_layer))
     if store.logits is None:
         _check_stored_tokens(criterion, store, policies, settings, heads)
     like = _like(policies, settings.estimators[criterion] if criterion in settings.estimators else None)
@@ -90,7 +93,7 @@ def score_exits(
         )
         scores = [walk.score(step) for step in _stored_steps(store, entries, like, heads)]
         parts.append(torch.stack(scores, dim=1).float().cpu() if scores else torch.empty(len(entries), 0))
-    return close_exits(criterion, torch.cat(parts), first_exit)
+    return close_exits(criterion, torch.cat(parts), settings.first_exit)
 
 
 def close_exits(criterion: str, scores: Tensor, first_exit: int) -> Tensor:
