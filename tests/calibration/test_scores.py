@@ -28,6 +28,8 @@ from transformers_cee.calibration.scores import (
     score_store,
 )
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.deciding import criterion_settings
+from transformers_cee.exits.estimators import ESTIMATORS
 from transformers_cee.stores.filling import collect_exits
 from transformers_cee.stores.scoring import exits_taken, score_exits
 from transformers_cee.stores.store import ExitStore
@@ -117,6 +119,23 @@ class TestStores:
             by_text.setdefault(int(scores.groups[place]), []).append(value)
         means = [sum(some) / len(some) for some in by_text.values()]
         assert scores.mean(values) == pytest.approx(sum(means) / len(means))
+
+    @pytest.mark.parametrize("name", sorted({*CRITERIA} - {"oracle", "token_hash"}))
+    def test_tokens_by_every_criterion(self, name):
+        """Also by those that look at logits, which a store of tokens has not: scores are those of walks."""
+        model = tiny_llama(exit_head="untied", exit_estimators=sorted({*ESTIMATORS} - {"token_hash"}))
+        generator = torch.Generator().manual_seed(0)
+        for weight in (*model.exit_heads.parameters(), *model.exit_estimators.parameters()):
+            weight.data = torch.randn(weight.shape, generator=generator)
+        store = store_of(model, instructions(6, seed=1), collate_text)
+        scores = score_store(store, name, model.train())
+        assert model.training, "left as it was"
+        kept = [index for index in range(len(store)) if store.may_exit[index]]
+        logits = torch.stack([model.exit_logits(store.states[:, index], index) for index in range(4)], dim=1)
+        rows = replace(store, logits=logits.detach(), token_losses=None, predictions=None, features=None)
+        expected = score_exits(name, rows, model.exit_policies, criterion_settings(model))[kept]
+        torch.testing.assert_close(scores.scores, expected, rtol=1e-4, atol=1e-5)
+        assert len(calibrate_agreement(scores, epsilon=0.5, method="running").thresholds) == 4
 
     def test_the_models_own_walk(self):
         """Patience and the first layer to leave at are the model's, so that the promise is that of its walks."""

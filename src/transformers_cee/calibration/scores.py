@@ -8,6 +8,7 @@ strictly above the threshold, whatever the criterion's own direction. This file 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
+from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.policy import confidence_scores
 from transformers_cee.stores.scoring import score_exits
 from transformers_cee.stores.store import ExitStore
@@ -118,8 +120,9 @@ def score_store(
         store (`ExitStore`): exits of held-out rows, see `collect_exits`.
         criterion (`str`): exit criterion.
         model (`nn.Module`, *optional*):
-            The early-exit model, whose policies, estimators, patience and `min_exit_layer` decide its walks. Criteria
-            that look at predictions alone, like `"margin"`, do without.
+            The early-exit model, whose policies, estimators, patience and `min_exit_layer` decide its walks, and whose
+            heads make the logits of tokens anew, which no store keeps. Criteria that look at predictions alone, like
+            `"margin"`, do without.
         settings (`CriterionSettings`, *optional*):
             Instead of the model's own, see `exits.deciding.criterion_settings`: `alpha` of conditioned policies, which
             is kept, or the `input_ids` that `"token_hash"` needs.
@@ -136,15 +139,18 @@ def score_store(
     Raises:
         ValueError: a model with other exits, an unknown risk, nothing that may leave, or as `score_exits`.
     """
-    policies = None
+    policies, heads = None, None
+    mode: AbstractContextManager = nullcontext()
     if model is not None:
         store.check_model(model)
         policies, settings = model.exit_policies, settings or criterion_settings(model)
-        min_exit_layer = min_exit_layer or model.config.min_exit_layer
+        heads, mode = model.exit_logits if store.logits is None else None, evaluating(model)
+        min_exit_layer = model.config.min_exit_layer if min_exit_layer is None else min_exit_layer
     if isinstance(risk, str) and risk not in RISKS:
         raise ValueError(f"`risk`={risk!r} is unknown; accepted are {', '.join(RISKS)}, losses, or a function.")
     deciding = store.deciding()
-    scores = score_exits(criterion, store, policies, settings, min_exit_layer)
+    with mode:
+        scores = score_exits(criterion, store, policies, settings, min_exit_layer, heads)
     losses = _store_losses(store, risk)
     if not isinstance(losses, Tensor) or losses.shape != store.disagrees.shape:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

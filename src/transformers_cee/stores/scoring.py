@@ -49,8 +49,9 @@ def score_exits(
             are asked for their default, in training mode, too.
         settings (`CriterionSettings`, *optional*):
             As `criterion_settings` takes them from a model, whose patience, tolerance and first exit are those of its
-            own walks; by default a patience of 2, the store's tolerance and the first exit of all. What they hold of the input, such as `input_ids`,
-            belongs to the store's entries in their order. Labels are the store's own by default.
+            own walks; by default a patience of 2, the store's tolerance and the first exit of all. What they hold of
+            the input, such as `input_ids`, belongs to the store's entries in their order. Labels are the store's own
+            by default.
         min_exit_layer (`int`, *optional*):
             First layer (1-based) to leave at, by default that of the settings; scores before it pass no threshold.
         heads (`Callable`, *optional*):
@@ -59,8 +60,8 @@ def score_exits(
             confidence features tell.
 
     Raises:
-        ValueError: what the criterion needs is missing; policies of other exits; no layer; or of a store of tokens, a criterion
-            that is not told without `heads`, or needs tokens or labels.
+        ValueError: what the criterion needs is missing; policies of other exits; a first layer that is none; or of a
+            store of tokens, a criterion that is not told without `heads`, or needs tokens or labels.
     """
     check_criterion(criterion)
     if policies is not None and len(policies.networks) != store.states.shape[1] - 1:

@@ -52,8 +52,8 @@ OF_THE_RUN = {
 
 
 def check_hooks(run: type, phase: type) -> None:
-    """Raises `ValueError` for a trainer of all phases that overrides a method of 🤗 Trainer which its phases do not ask
-    it for.
+    """Raises `ValueError` for a trainer of all phases that overrides a method of 🤗 Trainer which its phases would
+    not ask it for.
 
     Args:
         run (`type`): a [`ConsistentEETrainer`].
