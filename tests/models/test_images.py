@@ -82,6 +82,17 @@ class TestStages:
         with pytest.raises(ValueError, match=r"`depths`=\[1, 2\] and `hidden_sizes`=\[8, 24, 16\]"):
             config_class(**{**own, "depths": [1, 2], "num_stages": 3, "out_features": None})
 
+    def test_exits_stay_with_their_blocks(self, model_class, tmp_path):
+        """With fewer blocks in a stage, deeper ones would have other numbers."""
+        staged(model_class).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"`depths`=\[1, 1, 1\] has no place for .*stages\.1\.layers\.1"):
+            model_class.from_pretrained(tmp_path, depths=[1, 1, 1])
+        with pytest.raises(ValueError, match=r"lacks \d+ weights of the layers"):
+            model_class.from_pretrained(tmp_path, depths=[1, 3, 1])
+        fewer = model_class.from_pretrained(tmp_path, exit_layers=[2])
+        assert fewer.layer_numbers == [2, 4]
+        assert torch.equal(fewer.exit_heads.heads[0].weight, staged(model_class).exit_heads.heads[1].weight)
+
     @torch.no_grad()
     def test_everything_is_as_wide_as_its_stage(self, model_class):
         model = staged(model_class, exit_norm="layer_norm", policy_inputs="both")

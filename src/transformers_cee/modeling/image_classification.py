@@ -127,6 +127,19 @@ class StagedImageClassifier(EarlyExitImageClassifier):
         state = self.exit_norms(self.pool(hidden_states, index), index)
         return F.pad(state, (0, self.config.hidden_size - state.shape[-1]))
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        own = {name for name, _ in self.named_parameters()} - set(loading_info.missing_keys)  # type: ignore[attr-defined]
+        has_exits = any(name.startswith("exit_policies.") for name in own | set(loading_info.unexpected_keys))
+        blocks = sorted(name for name in loading_info.unexpected_keys if ".stages." in name)
+        if has_exits and blocks:
+            # Exits are named by their blocks, which would be others.
+            loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
+            raise ValueError(
+                f"`depths`={self.config.depths} has no place for {blocks[0]}, and the checkpoint's exits are trained "
+                "for its own blocks; accepted are its `depths`. Exits of a model are chosen by `exit_layers`."
+            )
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+
     def logits(self, state: Tensor, index: int) -> Tensor:
         return super().logits(state[..., : self.state_sizes[index]], index)
 
