@@ -103,6 +103,10 @@ def test_two_turns(made, skipped_kv):
         for mask, layers in zip(batch["attention_mask"], first.exit_layers, strict=True)
     ]
     check(model, second, by_hand_texts(made, turn, skipped_kv, left), turn["input_ids"].shape[1])
+    # All tokens but the last one have been run.
+    for number, (before, after) in enumerate(zip(left, second.exit_layers[:, 1:].tolist(), strict=True)):
+        kept = second[CACHE_NAME].exit_layers[number, turn["attention_mask"][number].argmax() :].tolist()
+        assert kept == [*before, *[depth] * 5, *after]
 
 
 @WAYS
@@ -172,6 +176,9 @@ def test_known_text_behind_a_cache(made):
             text, attention_mask=mask, position_ids=positions[:, 12:], exit_threshold=thresholds, **{CACHE_NAME: cache}
         )
         assert torch.equal(output.exit_layers, whole.exit_layers[:, 12:])
+        if isinstance(cache, EarlyExitCache):
+            assert torch.equal(cache.exit_layers[:, 12:], whole.exit_layers[:, 12:])
+            assert cache.exit_layers[:, :12].unique().tolist() == [4]
         torch.testing.assert_close(output.logits, whole.logits[:, 12:], **CLOSE)
 
 

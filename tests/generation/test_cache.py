@@ -307,3 +307,51 @@ def test_is_a_cache():
     cache = EarlyExitCache(3)
     assert isinstance(cache, Cache) and len(cache.layers) == 3
     assert not cache.is_compileable and cache.get_seq_length() == 0
+
+
+def test_exit_layers_follow_their_tokens():
+    """Against plain tensors, through whatever happens to a cache."""
+    cache, draw = EarlyExitCache(3), torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="is empty"):
+        _ = cache.exit_layers
+    expected = torch.empty(2, 0, dtype=torch.long)
+
+    def more(columns, early):
+        nonlocal expected
+        states = torch.zeros(len(expected), 1, columns, 4)
+        for index in range(3):
+            cache.update(states, states, index)
+        layers = torch.full((len(expected), columns), 3)
+        if early:
+            layers = torch.randint(1, 4, layers.shape, generator=draw)
+            cache.note_exits(layers)
+        expected = torch.cat((expected, layers), 1)
+
+    def check():
+        assert torch.equal(cache.exit_layers, expected)
+
+    more(4, early=False)
+    check()
+    for _ in range(3):
+        more(2, early=True)
+        more(70, early=False)
+        more(1, early=True)
+        check()
+    cache.crop(-72)
+    expected = expected[:, :-72]
+    more(3, early=False)
+    check()
+    cache.batch_repeat_interleave(2)
+    expected = expected.repeat_interleave(2, 0)
+    more(1, early=True)
+    check()
+    for rows in (torch.tensor([3, 3, 0, 1]), torch.tensor([1, 2])):
+        cache.reorder_cache(rows) if len(rows) == 4 else cache.batch_select_indices(rows)
+        expected = expected[rows]
+        more(1, early=True)
+        check()
+    assert len(expected.unique()) == 3
+    cache.reset()
+    expected = expected[:, :0]
+    more(2, early=False)
+    check()

@@ -35,17 +35,19 @@ class ExitDecision:
         alpha (`float`, *optional*): price of one layer that policies conditioned on it are asked for.
         is_asked (`bool`): did anybody give a threshold or a budget? If not, `threshold` is what switches the criterion
             off, and the walk goes to full depth whatever the criterion needs.
+        is_checked (`bool`): has the model been found fit to let rows leave? So the steps of a generation ask once.
     """
 
     criterion: str
     threshold: Thresholds
     alpha: float | None = None
     is_asked: bool = True
+    is_checked: bool = False
 
 
 def resolve_decision(
     config: Any,
-    exit_threshold: Thresholds | str | None = None,
+    exit_threshold: Thresholds | str | ExitDecision | None = None,
     exit_criterion: str | None = None,
     exit_budget: float | None = None,
 ) -> ExitDecision:
@@ -54,9 +56,9 @@ def resolve_decision(
 
     Args:
         config (`ExitConfigMixin`): fields of the exits.
-        exit_threshold (`float`, `list[float]` or `str`, *optional*):
+        exit_threshold (`float`, `list[float]`, `str` or `ExitDecision`, *optional*):
             Number(s), or the name of one of `config.exit_operating_points`; the config's, if the criterion is the
-            config's, too.
+            config's, too. What has been decided stays.
         exit_criterion (`str`, *optional*): name of an exit criterion; a named operating point brings its own.
         exit_budget (`float`, *optional*): wanted mean depth as a share of all layers, of policies conditioned on α.
 
@@ -64,6 +66,8 @@ def resolve_decision(
         ValueError: an unknown name, a criterion beside a name, a budget beside a threshold, or one that the model
             knows nothing of.
     """
+    if isinstance(exit_threshold, ExitDecision):
+        return exit_threshold
     if exit_criterion is not None:
         check_criterion(exit_criterion)
     if exit_threshold is None and exit_budget is None and exit_criterion in (None, "policy"):

@@ -240,7 +240,7 @@ class EarlyExitCache(DynamicCache):
 
     Tokens that wait for their deeper keys and values (`skipped_kv="deferred"`) are kept here with the mask that they
     were run with, so that reordering beams, cropping and selecting rows carry them along. `generate` completes them
-    before it returns the cache.
+    before it returns the cache. The layers behind which its tokens left are `exit_layers`.
 
     Args:
         num_layers (`int`): layers of the model.
@@ -252,6 +252,35 @@ class EarlyExitCache(DynamicCache):
         self.waiting: WaitingTokens | None = None
         # Of all columns (rows, columns), 1 at tokens and 0 at padding, as the last step had it; None without padding.
         self.attention_mask: Tensor | None = None
+        # Exit layers of columns up to the last token that left early, and some room; the rest went to the end.
+        self._left: Tensor | None = None
+
+    @property
+    def exit_layers(self) -> Tensor:
+        """Layer (1-based; rows, columns) behind which each token left, the last one where it went to the end.
+
+        Raises:
+            ValueError: the cache is empty.
+        """
+        keys = self.layers[0].keys
+        if keys is None:
+            raise ValueError(f"`{CACHE_NAME}` is empty.")
+        found = torch.full((len(keys), keys.shape[-2]), len(self.layers), device=keys.device)
+        if self._left is not None:
+            known = self._left[:, : found.shape[1]]
+            found[:, : known.shape[1]] = known
+        return found
+
+    def note_exits(self, exit_layers: Tensor) -> None:
+        """Keeps the layers (1-based; rows, columns) behind which the last tokens left."""
+        length = self.get_seq_length()
+        known = 0 if self._left is None else self._left.shape[1]
+        if known < length:
+            size = (len(exit_layers), length + max(_GROWTH, length // 2) - known)
+            room = exit_layers.new_full(size, len(self.layers))
+            self._left = room if self._left is None else torch.cat((self._left, room), dim=1)
+        assert self._left is not None
+        self._left[:, length - exit_layers.shape[1] : length] = exit_layers
 
     @classmethod
     def from_cache(cls, cache: Cache, num_layers: int, layer_types: Sequence[str] | None = None) -> "EarlyExitCache":
@@ -313,25 +342,31 @@ class EarlyExitCache(DynamicCache):
             self._wait(self.waiting.first(max(0, len(self.waiting) + length - before)))
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, :length]
+        if self._left is not None:
+            self._left[:, length:] = len(self.layers)
 
     def reset(self) -> None:
         super().reset()
-        self.waiting = self.attention_mask = None
+        self.waiting = self.attention_mask = self._left = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select_waiting(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select_waiting(indices)
+        self._select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.waiting is not None:
-            self._select_waiting(torch.arange(len(self.waiting.states)).repeat_interleave(repeats))
+        if self.waiting is not None or self._left is not None:
+            keys = self.layers[0].keys
+            assert keys is not None
+            self._select_rows(torch.arange(len(keys) // repeats).repeat_interleave(repeats))
 
-    def _select_waiting(self, rows: Tensor) -> None:
+    def _select_rows(self, rows: Tensor) -> None:
+        if self._left is not None:
+            self._left = self._left[rows.to(self._left.device)]
         if self.waiting is not None:
             self._wait(self.waiting.select(rows))
             if self.attention_mask is not None:

@@ -93,6 +93,7 @@ def decode_step(
         head_state=head_state,
     )
     step.finish(run)
+    cache.note_exits(run.exit_layers.unsqueeze(1))
     return run
 
 

@@ -5,7 +5,7 @@
 import inspect
 import math
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, rename_cache
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import CRITERIA, Thresholds
-from transformers_cee.exits.deciding import model_criterion, resolve_decision
+from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.numbers import plain
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
@@ -40,7 +40,8 @@ class ExitTrace:
     """What one call of `generate` carries from step to step.
 
     Args:
-        settings (`dict`, *optional*): exit arguments of the decode steps; None if no token may leave.
+        settings (`dict`, *optional*):
+            Exit arguments of the decode steps, with what was decided as `exit_threshold`; None if no token may leave.
         decay (`float`, *optional*): `exit_threshold_decay`.
         exit_layers (`list[Tensor]`): exit layers (rows · beams,) of each new token; the first is the prompt's pass.
         ended (`list[Tensor]`): per new token, which rows (rows,) it ended.
@@ -105,10 +106,12 @@ class EarlyExitGenerationMixin(GenerationMixin):
         asked = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
         settings = self._exit_settings(asked, generation_config, self.generation_config)
         trace = ExitTrace()
-        if self._exits_are_on(settings):
-            trace.decay = settings.pop("exit_threshold_decay", None)
-            trace.settings = settings
+        decision = self._decision(settings)
+        if decision is not None:
             self.check_rows_can_leave()
+            trace.decay = settings.get("exit_threshold_decay")
+            trace.settings = {name: settings.get(name) for name in ("min_exit_layer", "skipped_kv")}
+            trace.settings["exit_threshold"] = replace(decision, is_checked=True)
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
         outer = _TRACE.set(trace)
@@ -122,11 +125,6 @@ class EarlyExitGenerationMixin(GenerationMixin):
         if isinstance(output, ModelOutput) and trace.exit_layers:
             output["exit_layers"] = _layers_of_tokens(trace, output)
         return output
-
-    def is_checked(self, cache: EarlyExitCache) -> bool:
-        """Is this the cache of a generation in progress, which saw before its first step that rows can leave?"""
-        trace = _TRACE.get()
-        return trace is not None and trace.settings is not None and trace.cache is cache
 
     # The two hooks of transformers that are no part of its public interface.
 
@@ -183,7 +181,9 @@ class EarlyExitGenerationMixin(GenerationMixin):
             if trace.decay is not None:
                 new = len(trace.exit_layers)
                 most = max(1, trace.max_length - trace.prompt_length)
-                inputs["exit_threshold"] = decayed(trace.settings["exit_threshold"], trace.decay, new / most)
+                decision = trace.settings["exit_threshold"]
+                threshold = decayed(decision.threshold, trace.decay, new / most)
+                inputs["exit_threshold"] = replace(decision, threshold=threshold)
         # PEFT wraps this method and looks at what it gives.
         rename_cache(inputs, PEFT_CACHE_NAME)
         return inputs
@@ -222,12 +222,13 @@ class EarlyExitGenerationMixin(GenerationMixin):
             names.append("exit_criterion")
         return names
 
-    def _exits_are_on(self, settings: dict[str, Any]) -> bool:
-        """Checks the settings, before any layer runs; False if no token could leave."""
+    def _decision(self, settings: dict[str, Any]) -> ExitDecision | None:
+        """Checks the settings, before any layer runs, and decides for all steps; None if no token could leave."""
         asked = {name: settings.get(name) for name in ("exit_threshold", "exit_criterion", "exit_budget")}
         # The tokens of the steps are not known yet.
         no_tokens = torch.empty(0, 1, dtype=torch.long, device=self.device)
-        criterion = model_criterion(self, resolve_decision(self.config, **asked), input_ids=no_tokens)
+        decision = resolve_decision(self.config, **asked)
+        criterion = model_criterion(self, decision, input_ids=no_tokens)
         check_skipped_kv(settings["skipped_kv"])
         check_min_exit_layer(settings.get("min_exit_layer"), self.config.num_hidden_layers)
         decay = settings.get("exit_threshold_decay")
@@ -235,7 +236,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
             _check_decay(decay, criterion.name)
             if asked["exit_budget"] is not None or isinstance(asked["exit_threshold"], str):
                 raise ValueError("`exit_threshold_decay` needs `exit_threshold` as a number or a list of numbers.")
-        return not criterion.is_off
+        return None if criterion.is_off else decision
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`; exit arguments in the generation config are saved with it."""
@@ -264,7 +265,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
         settings = self._exit_settings(
             {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}, given, self.generation_config
         )
-        if self._exits_are_on(settings):
+        if self._decision(settings) is not None:
             name = "exit_budget" if "exit_budget" in settings else "exit_threshold"
             raise ValueError(
                 f"`{name}`={settings[name]!r} has no effect in continuous batching; set `exit_threshold`=1.0, or use "

@@ -222,7 +222,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        exit_threshold: float | list[float] | str | None = None,
+        exit_threshold: float | list[float] | str | ExitDecision | None = None,
         exit_criterion: str | None = None,
         exit_budget: float | None = None,
         min_exit_layer: int | None = None,
@@ -258,7 +258,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
             exit_threshold (`float`, `list[float]` or `str`, *optional*):
                 A token leaves at the first exit whose score is beyond it; a list holds one number per exit, a name
                 stands for one of `config.exit_operating_points`. `generate` fills in the default of the generation
-                config or of the config; here `None` means full depth.
+                config or of the config, and decides once for all of its steps; here `None` means full depth.
             exit_criterion (`str`, *optional*, defaults to `config.exit_criterion`): name of the exit criterion.
             exit_budget (`float`, *optional*):
                 Wanted mean depth as a share of all layers, instead of a threshold; of policies conditioned on α.
@@ -303,6 +303,8 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         if cache is not None and not criterion.is_off:
             self.check_length(cache.get_seq_length(), cache.get_seq_length() + shape[1])
         if shape[1] == 1 and cache is not None and targets is None:
+            if not (criterion.is_off or decision.is_checked):
+                self.check_rows_can_leave()
             return self.run_decode_step(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv)
         check_known_text(skipped_kv, cache)
         if not criterion.is_off:

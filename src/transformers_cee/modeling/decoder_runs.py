@@ -79,7 +79,6 @@ class DecoderRuns(EarlyExitModel):
     model: Any
     lm_head: Any
     exit_heads: Any
-    is_checked: Callable[[EarlyExitCache], bool]
 
     @property
     def as_decoder(self) -> Decoder:
@@ -196,6 +195,8 @@ class DecoderRuns(EarlyExitModel):
         found = self._captured_text(walk, inputs.arguments)
         run: TokenRun = found.pop("run")
         exit_layers = torch.tensor(self.layer_numbers, device=device)[run.exits]
+        if isinstance(inputs.cache, EarlyExitCache):
+            inputs.cache.note_exits(exit_layers)
         for first, name in enumerate(("hidden_states", "attentions")):
             if name in found:
                 found[name] = hide_left(found[name], exit_layers, first)
@@ -220,8 +221,6 @@ class DecoderRuns(EarlyExitModel):
     ) -> ExitCausalLMOutput:
         """One token per row, for which the layers behind its exit are not executed."""
         cache = checked_cache(inputs)
-        if not criterion.is_off and not self.is_checked(cache):
-            self.check_rows_can_leave()
         decoder = self.as_decoder
         if skipped_kv == "copy":
             complete_waiting(decoder, cache)
