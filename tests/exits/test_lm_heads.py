@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from transformers_cee import LlamaCeeConfig
-from transformers_cee.exits.lm_heads import LM_EXIT_HEADS, LMExitHeads, LMExitNorms, LowRankAdapter
+from transformers_cee.exits.lm_heads import LM_EXIT_HEADS, LMExitHead, LMExitHeads, LMExitNorms, LowRankAdapter
 
 
 def made(kind, internal=(2, 4, 5)):
@@ -58,6 +58,12 @@ def test_logits(kind):
             torch.testing.assert_close(lm_head(exit_heads.head_state(state, index)), logits)
         if kind != "shared":
             torch.testing.assert_close(exit_norms(state, index), exit_norms.norms[index](state))
+
+
+def test_a_kind_without_logits_is_refused(monkeypatch):
+    monkeypatch.setitem(LM_EXIT_HEADS, "none", type("Kind", (LMExitHead,), {"name": "none", "shares_lm_head": False}))
+    with pytest.raises(ValueError, match=r"`exit_head`='none' makes 0 heads for 3 exits; accepted are one for each"):
+        made("none")
 
 
 @pytest.mark.parametrize("kind", LM_EXIT_HEADS)

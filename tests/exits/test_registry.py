@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 
-from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.criteria import CRITERIA, ExitCriterion
 from transformers_cee.exits.lm_heads import LM_EXIT_HEADS
 from transformers_cee.exits.registry import Registry
 from transformers_cee.exits.token_losses import TOKEN_LOSSES
@@ -97,6 +97,15 @@ def test_what_has_no_name_is_refused(fruits, anything):
     assert not fruits and not anything
 
 
+def test_what_lacks_a_method_is_refused():
+    class Half(ExitCriterion):
+        name = "half"
+
+    with pytest.raises(TypeError, match=r"`register_criterion`: .*Half must define score"):
+        CRITERIA.register(Half)
+    assert "half" not in CRITERIA
+
+
 def test_options(anything):
     @anything.register
     @dataclass(frozen=True)
@@ -109,18 +118,28 @@ def test_options(anything):
                 raise ValueError(f"`exponent`={self.exponent} must not be negative.")
 
     @anything.register
+    @dataclass
+    class Line:
+        name: ClassVar[str] = "line"
+        slope: float
+        start: float = 0.0
+
+    @anything.register
     def plain(value):
         return value
 
+    assert anything.make("line", {"slope": 2}) == Line(2, 0.0)
     assert anything.make("power") == Power(2.0) and anything.make("power", {"exponent": 3}) == Power(3)
     for name, options, message in (
         ("power", {"base": 1}, "`thing_options`: 'base' is unknown to 'power'; accepted are exponent"),
         ("power", {"exponent": "2"}, "`thing_options`: 'exponent' must be a number; got '2'"),
         ("power", {"exponent": True}, "`thing_options`: 'exponent' must be a number; got True"),
         ("power", {"exponent": -1}, "`thing_options` of 'power': `exponent`=-1 must not be negative"),
+        ("line", None, "`thing_options`: 'line' needs slope; got None"),
+        ("line", {"start": 1}, "`thing_options`: 'line' needs slope; got {'start': 1}"),
         ("power", "exponent", "`thing_options`='exponent' must be a dictionary"),
         ("plain", {"exponent": 1}, "`thing_options`: 'exponent' is unknown to 'plain'; accepted are none"),
-        ("other", {}, "`thing`='other' is unknown; accepted are plain, power"),
+        ("other", {}, "`thing`='other' is unknown; accepted are line, plain, power"),
     ):
         with pytest.raises(ValueError, match=message):
             anything.make(name, options)

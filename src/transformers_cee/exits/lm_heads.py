@@ -148,12 +148,20 @@ class LMExitHeads(nn.Module):
     Args:
         layers (sequence of `int`): layers (1-based) of the internal exits.
         config (`DecoderExitConfigMixin`): its `exit_head` names the kind.
+
+    Raises:
+        ValueError: a kind that neither ends in the model's LM head nor makes one for each exit.
     """
 
     def __init__(self, layers: Sequence[int], config: Any) -> None:
         super().__init__()
         self.kind = LM_EXIT_HEADS.find(config.exit_head)
         self.heads = _per_layer(layers, lambda: self.kind.head(config))
+        if len(self.heads) not in (0 if self.kind.shares_lm_head else len(layers), len(layers)):
+            raise ValueError(
+                f"`exit_head`={self.kind.name!r} makes {len(self.heads)} heads for {len(layers)} exits; accepted are "
+                "one for each, or with `shares_lm_head` none."
+            )
 
     @property
     def share_head(self) -> bool:

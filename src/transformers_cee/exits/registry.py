@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from transformers_cee.exits.fields import shown
@@ -34,7 +34,7 @@ class Registry(dict[str, Entry]):
         """Decorator that adds a class or function under its name. The same definition, run again, replaces itself.
 
         Raises:
-            TypeError: something of another kind.
+            TypeError: something of another kind, or a class that lacks a method.
             ValueError: no name, or that of another entry.
         """
         is_class = isinstance(entry, type)
@@ -52,6 +52,9 @@ class Registry(dict[str, Entry]):
                 f"`{self.decorator}`: `{self.argument}`={name!r} is {_place(other)} already; give {_place(entry)} "
                 f"another name than {', '.join(sorted(self))}."
             )
+        lacks = sorted(getattr(entry, "__abstractmethods__", ()))
+        if lacks:
+            raise TypeError(f"`{self.decorator}`: {_place(entry)} must define {', '.join(lacks)}.")
         self[name] = entry  # type: ignore[assignment]
         return entry
 
@@ -80,13 +83,17 @@ class Registry(dict[str, Entry]):
             options (`Mapping[str, float]`, *optional*): by name; what is not named keeps its default.
 
         Raises:
-            ValueError: an unknown name or option, or an option that is no number or out of its range.
+            ValueError: an unknown name or option, one that is missing, no number or out of its range.
         """
         entry: Any = self.find(name)
         argument = f"{self.argument}_options"
         if options is not None and not isinstance(options, Mapping):
             raise ValueError(f"`{argument}`={shown(options)} must be a dictionary, or JSON of one.")
         known = [one.name for one in fields(entry) if one.init] if is_dataclass(entry) else []
+        needed = [one.name for one in fields(entry) if _is_needed(one)] if is_dataclass(entry) else []
+        missing = [one for one in needed if one not in (options or {})]
+        if missing:
+            raise ValueError(f"`{argument}`: {name!r} needs {', '.join(missing)}; got {shown(options)}.")
         for option, value in (options or {}).items():
             if option not in known:
                 accepted = ", ".join(known) or "none"
@@ -99,6 +106,11 @@ class Registry(dict[str, Entry]):
             return entry(**(options or {}))
         except ValueError as error:
             raise ValueError(f"`{argument}` of {name!r}: {error}") from error
+
+
+def _is_needed(option: Field) -> bool:
+    """Has a field of a dataclass no default?"""
+    return option.init and option.default is MISSING and option.default_factory is MISSING
 
 
 def _place(entry: Any) -> str:
