@@ -75,11 +75,28 @@ def test_generation_without_exits_is_the_stock_models(model_type):
         output = model.generate(**batch, **options, **exits)
         assert torch.equal(output.sequences, expected), exits
         assert output.exit_layers.unique().tolist() == [model.config.num_hidden_layers]
-    for sampled in ({"do_sample": True, "top_k": 10}, {"num_beams": 2}):
+    embedded = {**batch, "input_ids": None, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+    assert torch.equal(model.generate(**embedded, **options).sequences, expected[:, -NEW_TOKENS:])
+    ways = (
+        {"do_sample": True, "top_k": 10}, {"num_beams": 2}, {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4}, {"use_cache": False},
+    )  # fmt: skip
+    for way in ways:
         torch.manual_seed(0)
-        expected = stock.generate(**batch, **options, **sampled).sequences
+        expected = stock.generate(**batch, **options, **way).sequences
         torch.manual_seed(0)
-        assert torch.equal(model.generate(**batch, **options, **sampled).sequences, expected), sampled
+        assert torch.equal(model.generate(**batch, **options, **way).sequences, expected), way
+
+
+def test_masks_by_type_of_layer_are_of_full_depth():
+    """Generation with static caches makes them, where there is more than one type."""
+    model, (_, batch) = families.model("qwen3_cee"), prompts("qwen3_cee")
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(3, 1, 11, 11, dtype=torch.bool).tril())
+    given = {"input_ids": batch["input_ids"], "attention_mask": masks}
+    assert model(**given).logits.isfinite().all()
+    for asked in ({"exit_threshold": 0.5}, {"labels": batch["input_ids"], "output_all_exits": True}):
+        with pytest.raises(ValueError, match="`attention_mask` of the layer types full_attention, sliding_attention"):
+            model(**given, **asked)
 
 
 @pytest.mark.parametrize(("skipped_kv", "criterion"), [("copy", "policy"), ("deferred", "max_probability")])

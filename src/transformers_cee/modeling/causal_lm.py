@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -215,7 +215,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -246,7 +246,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
             input_ids (`LongTensor` of shape `(batch, time)`): token ids; or give `inputs_embeds`.
             attention_mask (`Tensor` of shape `(batch, past + time)`, *optional*):
                 0 at padding; anything else, of any dtype, at tokens. Or, but for decode steps with exits, what the
-                attention itself takes, of shape `(batch, 1, time, past + time)`.
+                attention itself takes, of shape `(batch, 1, time, past + time)`; at full depth also by type of layer.
             cache (`Cache`, *optional*): of the tokens before; an [`EarlyExitCache`] for decode steps with exits, see
                 `EarlyExitCache.from_cache`. `past_key_values`, its name before transformers 5.24, is taken as well.
             labels (`LongTensor` of shape `(batch, time)`, *optional*):
@@ -282,14 +282,13 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
             check_training_without_labels(num_items_in_batch)
         elif self.training and full_depth and not output_all_exits:
             say_what_labels_train(self.config.exit_criterion)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            # What is not 0 is a token, whatever its number.
-            attention_mask = attention_mask != 0
+        # All exits are told from training as Trainer knows it by what they are for: not to hold logits.
+        all_exits = targets is not None and (output_all_exits or (self.training and full_depth))
+        attention_mask = _checked_mask(attention_mask, full_depth and not all_exits)
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         inputs = TextInputs(inputs_embeds, attention_mask, position_ids, cache, targets, num_items_in_batch, kwargs)
-        if targets is not None and (output_all_exits or (self.training and full_depth)):
-            # All exits are told from training as Trainer knows it by what they are for: not to hold logits.
+        if all_exits:
             return self.run_all_exits(inputs, options, None if output_all_exits else logits_to_keep)
         if full_depth:
             return self.run_full_depth(inputs, use_cache, logits_to_keep)
@@ -335,6 +334,22 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
 def _bind(layer: nn.Module, layer_type: str, arguments: dict[str, Any]) -> Layer:
     """A layer with the arguments that stay the same for all batches of a walk."""
     return lambda batch: layer(batch.hidden_states, attention_mask=batch.mask_of(layer_type), **arguments)
+
+
+def _checked_mask(attention_mask: Any, full_depth: bool) -> Any:
+    """The mask of a call; one of (batch, time) has truth values, true at tokens: what is not 0 is one.
+
+    Raises:
+        ValueError: masks by type of layer, which generation with static caches makes, where there are exits.
+    """
+    if isinstance(attention_mask, Mapping):
+        if not full_depth:
+            raise ValueError(
+                f"`attention_mask` of the layer types {', '.join(attention_mask)} is accepted at full depth only, "
+                "without `exit_threshold`; with exits give one tensor of shape (batch, past + time)."
+            )
+        return attention_mask
+    return attention_mask != 0 if attention_mask is not None and attention_mask.dim() == 2 else attention_mask
 
 
 __all__ = ["EarlyExitCausalLM"]

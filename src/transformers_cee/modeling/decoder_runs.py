@@ -35,7 +35,7 @@ class TextInputs:
 
     Args:
         embedded (`Tensor` of shape `(batch, time, hidden)`): embedded tokens.
-        attention_mask (`Tensor`, *optional*): as in `forward`.
+        attention_mask (`Tensor`, *optional*): as in `forward`; by type of layer at full depth only.
         position_ids (`LongTensor` of shape `(1 or batch, time)`, *optional*): counted on behind the cache if missing.
         cache (`Cache`, *optional*): of the tokens before.
         targets (`TokenTargets`, *optional*): what is to be predicted.

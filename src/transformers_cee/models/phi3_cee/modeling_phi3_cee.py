@@ -50,13 +50,16 @@ class Phi3ForConsistentEECausalLM(EarlyExitCausalLM, Phi3PreTrainedModel):
                 "(`rope_type`='longrope'). Generate fewer tokens, or set `exit_threshold`=1.0."
             )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As that of `Phi3ForCausalLM`: where the rotary embedding changes, all tokens are run again."""
+        # `generate` takes `inputs_embeds` only where it finds it named here.
         rename_cache(kwargs)
         cache, limit = kwargs.get(CACHE_NAME), self.config.original_max_position_embeddings
         if self._changes_rotary and cache is not None and 0 < cache.get_seq_length() <= limit < input_ids.shape[1]:
             kwargs |= {CACHE_NAME: None, "next_sequence_length": None}
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     @property
     def _changes_rotary(self) -> bool:
