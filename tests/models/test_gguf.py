@@ -34,3 +34,9 @@ def test_loads(model_type, tmp_path):
     torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
     output = ours.generate(ids, max_new_tokens=3, eos_token_id=None, exit_threshold=0.0, return_dict_in_generate=True)
     assert output.exit_layers.tolist() == [[4, 1, 1]]
+    # Half precision of weights is none of the rotary embedding.
+    given = {"pretrained_model_name_or_path": tmp_path, "gguf_file": "tiny.gguf", "dtype": torch.bfloat16}
+    half, plain = cls.from_pretrained(**given), type(stock).from_pretrained(**given)
+    assert {one.dtype for one in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert torch.equal(half(ids).logits, plain(ids).logits)

@@ -42,7 +42,10 @@ class GGUFLoadingMixin:
         for name in ("model_type", "quantization_config", "architectures", "transformers_version"):
             values.pop(name, None)
         config = config_class(**values)
-        model = own._from_config(config, attn_implementation=stock.config._attn_implementation).to(stock.dtype)
+        # By `to`, rotary embeddings would be rounded, too.
+        model = own._from_config(config, attn_implementation=stock.config._attn_implementation, dtype=stock.dtype).to(
+            stock.device
+        )
         model.load_state_dict(stock.state_dict(), strict=False)
         for module in (*model.exit_norms.modules(), *model.exit_heads.modules()):
             model._init_weights(module)
