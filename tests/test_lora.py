@@ -62,7 +62,7 @@ class TestConfig:
         assert config.modules_to_save == ["exit_heads", "exit_norms", "exit_policies"]
         config = exit_lora_config("SEQ_CLS", ["pooler"], r=4, target_modules=["query"])
         assert config.task_type == "SEQ_CLS" and config.r == 4 and config.target_modules == {"query"}
-        assert config.modules_to_save == ["exit_heads", "exit_norms", "exit_policies", "pooler"]
+        assert config.modules_to_save == ["exit_heads", "exit_norms", "exit_policies", "pooler", "head"]
 
     @pytest.mark.parametrize("config", [LoraConfig(task_type="CAUSAL_LM"), exit_lora_config()])
     def test_default_targets_are_the_stock_models(self, config):

@@ -179,6 +179,7 @@ def register_pipelines() -> None:
         EarlyExitTextClassificationPipeline,
         ExitFeatureExtractionPipeline,
         ExitImageClassificationPipeline,
+        ExitImageFeatureExtractionPipeline,
         ExitTextClassificationPipeline,
         ExitZeroShotClassificationPipeline,
     )
@@ -196,6 +197,7 @@ def register_pipelines() -> None:
     for name, own in (
         ("feature-extraction", ExitFeatureExtractionPipeline),
         ("image-classification", ExitImageClassificationPipeline),
+        ("image-feature-extraction", ExitImageFeatureExtractionPipeline),
         ("text-classification", ExitTextClassificationPipeline),
         ("zero-shot-classification", ExitZeroShotClassificationPipeline),
     ):

@@ -47,7 +47,7 @@ def exit_lora_config(
     task_type: str | None = "CAUSAL_LM", modules_to_save: Sequence[str] | None = None, **kwargs: Any
 ) -> LoraConfig:
     """A [`~peft.LoraConfig`] whose adapter trains and saves norms, heads and policies of the exits in full, and with
-    `"SEQ_CLS"` the pooler that they share, with None the classifier of images.
+    `"SEQ_CLS"` what they share of the stock head, with None the classifier of images.
 
     A LoRA on `k_proj` or `v_proj` also changes the keys and values that a token's exit state leaves at the layers it
     skips: both come from the same modules. What an adapter folder does not hold are estimators: merge it first
@@ -73,8 +73,8 @@ def exit_lora_config(
     >>> model = get_peft_model(model, exit_lora_config(r=16, target_modules=["q_proj", "k_proj", "v_proj"]))
     ```
     """
-    # PEFT saves heads of the tasks that it knows.
-    of_task = {"SEQ_CLS": ["pooler"], None: ["classifier"]}.get(task_type, [])
+    # PEFT saves classifiers of the tasks that it knows, but not what stands before them under another name.
+    of_task = {"SEQ_CLS": ["pooler", "head"], None: ["classifier"]}.get(task_type, [])
     own = [*EXIT_MODULES, *of_task]
     more = [name for name in modules_to_save or () if name not in own]
     return LoraConfig(task_type=task_type, modules_to_save=[*own, *more], **kwargs)

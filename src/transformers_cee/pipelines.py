@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from transformers import (
     FeatureExtractionPipeline,
     ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
     Pipeline,
     TextClassificationPipeline,
     ZeroShotClassificationPipeline,
@@ -62,9 +63,23 @@ class _InPlaceOfStock:
         return {name: value for name, value in given.items() if value is not None}
 
 
-class ExitFeatureExtractionPipeline(_InPlaceOfStock, FeatureExtractionPipeline):
+class _FeaturesAtFullDepth(_InPlaceOfStock):
+    """Mixin before a stock pipeline of features: they are the last layer's states at full depth, not the logits that
+    the model itself returns."""
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        given = self._take_exit_arguments(kwargs, _arguments(self.stock._sanitize_parameters))
+        for name, value in given.items():
+            raise TypeError(f"`{name}`={value!r} is no argument of feature extraction, which is always at full depth.")
+        return super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
+
+    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
+        return exit_model(self.model).base_model(**model_inputs)  # type: ignore[attr-defined]
+
+
+class ExitFeatureExtractionPipeline(_FeaturesAtFullDepth, FeatureExtractionPipeline):
     """[`~transformers.FeatureExtractionPipeline`] for models with exits: what `pipeline("feature-extraction")` makes
-    of them. Features are the last layer's states at full depth, not the logits that the model itself returns.
+    of them. Features are the last layer's states at full depth.
 
     Raises:
         TypeError: an exit argument, or one that the pipeline does not take.
@@ -72,14 +87,16 @@ class ExitFeatureExtractionPipeline(_InPlaceOfStock, FeatureExtractionPipeline):
 
     stock = FeatureExtractionPipeline
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:  # type: ignore[override]
-        given = self._take_exit_arguments(kwargs, _arguments(FeatureExtractionPipeline._sanitize_parameters))
-        for name, value in given.items():
-            raise TypeError(f"`{name}`={value!r} is no argument of feature extraction, which is always at full depth.")
-        return super()._sanitize_parameters(**kwargs)
 
-    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:  # type: ignore[override]
-        return exit_model(self.model).base_model(**model_inputs)
+class ExitImageFeatureExtractionPipeline(_FeaturesAtFullDepth, ImageFeatureExtractionPipeline):
+    """[`~transformers.ImageFeatureExtractionPipeline`] for models with exits: what
+    `pipeline("image-feature-extraction")` makes of them. Features are the last layer's states at full depth.
+
+    Raises:
+        TypeError: an exit argument, or one that the pipeline does not take.
+    """
+
+    stock = ImageFeatureExtractionPipeline
 
 
 class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline):
@@ -217,6 +234,7 @@ __all__ = [
     "EarlyExitTextClassificationPipeline",
     "ExitFeatureExtractionPipeline",
     "ExitImageClassificationPipeline",
+    "ExitImageFeatureExtractionPipeline",
     "ExitTextClassificationPipeline",
     "ExitZeroShotClassificationPipeline",
 ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from PIL import Image
 from tiny import training_arguments
@@ -264,6 +264,25 @@ def test_lora(model_type):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("model_type", families.of_kind("encoder", "image"))
+@torch.no_grad()
+def test_adapters_hold_the_head_that_their_base_lacks(model_type, tmp_path):
+    """What a checkpoint of the body alone leaves untrained is drawn anew whenever it is loaded."""
+    families.stock_model(model_type).base_model.save_pretrained(tmp_path / "body")
+    load, inputs = families.classes(model_type)[1].from_pretrained, labelled(model_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(1)
+        task = TASKS[families.kind_of(model_type)]
+        adapted = get_peft_model(load(tmp_path / "body"), exit_lora_config(task, r=2)).eval()
+        expected = everything(model_type, adapted, inputs)
+        adapted.save_pretrained(tmp_path / "adapter")
+        torch.manual_seed(2)
+        again = PeftModel.from_pretrained(load(tmp_path / "body"), tmp_path / "adapter").eval()
+    for ours, theirs in zip(everything(model_type, again, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_half_precision(model_type):
@@ -417,3 +436,9 @@ def test_pipelines_of_images(model_type, tmp_path):
         assert abs(deep - float(model(**processor(images[0], return_tensors="pt")).logits.softmax(-1).max())) < 1e-4
     with pytest.raises(TypeError, match=r"`exit_treshold`=0\.5 is no argument"):
         classify(images[0], exit_treshold=0.5)
+    extract = pipeline("image-feature-extraction", model=str(tmp_path), device="cpu")
+    features = extract(images[0], return_tensors=True)
+    stock = families.twin(model).base_model(**processor(images[0], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(features, stock, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match=r"`exit_threshold`=0\.5 is no argument of feature extraction"):
+        extract(images[0], exit_threshold=0.5)
