@@ -39,7 +39,7 @@ def walk(model, batch: dict, criterion: str, threshold: float, labels: torch.Ten
         return model(**batch, exit_criterion=criterion, exit_threshold=threshold)
     settings = criterion_settings(model, labels=labels)
     one = build_criterion("oracle", threshold, len(model.layer_numbers), problem_type, None, settings)
-    rows = model.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], None, None)
+    rows = model.embed(**batch, position_ids=None, inputs_embeds=None)
     layers = [
         lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask)
         for layer in model.bert.encoder.layer

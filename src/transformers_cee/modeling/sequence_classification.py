@@ -45,26 +45,29 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
 
     def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Layer:
         """The layer `index` (0-based) as a function of the batch; `arguments` are those that the caller hands on."""
-        return lambda batch: layer(batch.hidden_states, batch.attention_mask, **arguments)
+        types = getattr(self.config, "layer_types", None)
+        kind = "" if types is None else types[index]
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> RowBatch:
-        """The embedded batch, its masks and positions."""
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask)
-        hidden_states = self.embedded(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )
-        return self.masked(hidden_states, attention_mask)
+        def run(batch: RowBatch) -> Tensor:
+            rotary = {} if batch.rotary is None else {"position_embeddings": batch.rotary[kind]}
+            return layer(batch.hidden_states, batch.mask_of(kind), **rotary, **arguments)
+
+        return run
+
+    def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
+        """The embedded batch, its masks and positions.
+
+        Args:
+            attention_mask (`BoolTensor` of shape `(rows, time)`, *optional*): true at tokens.
+            given: `input_ids`, `token_type_ids`, `position_ids` (rows, time) and `inputs_embeds` (rows, time, hidden).
+        """
+        return self.masked(self.embedded(**self.placed(given, attention_mask)), attention_mask)
+
+    def placed(self, given: dict[str, Tensor | None], attention_mask: Tensor | None) -> dict[str, Tensor | None]:
+        """What is embedded, with position ids."""
+        if given["position_ids"] is None:
+            given["position_ids"] = self.positions(given["input_ids"], attention_mask)
+        return given
 
     def positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """Position ids (rows, time) that are not given; None where the stock model counts well itself."""
@@ -180,9 +183,13 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             shape[0], labels, exit_threshold, exit_criterion, exit_budget, min_exit_layer, output_all_exits,
             exit_training, num_items_in_batch, input_ids, attention_mask,
         )  # fmt: skip
-        return self.classified(
-            asked, lambda: self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), kwargs
-        )
+        given = {
+            "input_ids": input_ids,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self.classified(asked, lambda: self.embed(attention_mask, **given), kwargs)
 
 
 def columns_from_first(attention_mask: Tensor) -> Tensor:

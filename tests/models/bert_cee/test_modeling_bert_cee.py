@@ -48,6 +48,11 @@ def check_against(walks, output, layers, criterion="policy", rows=None):
         assert probabilities[asked:].isnan().all(), f"row {row} was asked behind its exit"
 
 
+def ids(batch):
+    """What is embedded of a batch, without token types."""
+    return {"input_ids": batch["input_ids"], **dict.fromkeys(("token_type_ids", "position_ids", "inputs_embeds"))}
+
+
 @torch.no_grad()
 def check(model, rows, criterion, threshold, side="right", extra=0, spread=3, **options):
     walks = walks_of(model, rows, criterion, threshold, **options)
@@ -333,7 +338,7 @@ class TestWhatIsComputed:
         walks = walks_of(model, rows, criterion, threshold)
         assert len({walk.exit_layer for walk in walks}) >= 3
         batch = pad(rows, side)
-        embedded = model.embed(batch["input_ids"], batch["attention_mask"] if masked else None, None, None, None)
+        embedded = model.embed(batch["attention_mask"] if masked else None, **ids(batch))
         layers = [
             lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask)
             for layer in model.bert.encoder.layer
@@ -357,7 +362,7 @@ class TestWhatIsComputed:
                 if isinstance(module, torch.nn.Linear):
                     module.register_forward_hook(lambda *_: called.append(1))
         batch = pad(random_rows(6, seed=5))
-        embedded = model.embed(batch["input_ids"], batch["attention_mask"], None, None, None)
+        embedded = model.embed(batch["attention_mask"], **ids(batch))
         layers = [
             lambda batch, layer=layer: layer(batch.hidden_states, batch.attention_mask)
             for layer in model.bert.encoder.layer

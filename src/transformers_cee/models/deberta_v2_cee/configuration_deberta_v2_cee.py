@@ -19,5 +19,13 @@ class DebertaV2CeeConfig(RemoteCodeConfigMixin, EncoderExitConfigMixin, DebertaV
 
     model_type = "deberta_v2_cee"
 
+    def check_exits(self) -> None:
+        super().check_exits()
+        if self.exit_pooling == "cls" and self.pooler_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"`pooler_hidden_size`={self.pooler_hidden_size} gives states of another size than the layers; "
+                f"accepted is `hidden_size`={self.hidden_size}, or `exit_pooling`='mean', which has no pooler."
+            )
+
 
 __all__ = ["DebertaV2CeeConfig"]

@@ -30,9 +30,6 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
 
     Args:
         config ([`DebertaV2CeeConfig`]): sizes of DeBERTa and the fields of the exits.
-
-    Raises:
-        ValueError: a pooler whose states differ in size from those of the layers.
     """
 
     config_class = DebertaV2CeeConfig
@@ -43,11 +40,6 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
     def add_stock(self, config: DebertaV2CeeConfig) -> None:
         self.deberta = DebertaV2Model(config)
         if config.exit_pooling == "cls":
-            if config.pooler_hidden_size != config.hidden_size:
-                raise ValueError(
-                    f"`pooler_hidden_size`={config.pooler_hidden_size} gives states of another size than the layers; "
-                    f"accepted is `hidden_size`={config.hidden_size}, or `exit_pooling`='mean', which has no pooler."
-                )
             self.pooler = ContextPooler(config)
         self.dropout = nn.Dropout(self.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -57,26 +49,10 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
         given: float | None = getattr(config, "cls_dropout", None)
         return config.hidden_dropout_prob if given is None else given
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> RowBatch:
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask)
-        hidden_states = self.deberta.embeddings(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-        )
+    def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
+        hidden_states = self.deberta.embeddings(mask=attention_mask, **self.placed(given, attention_mask))
         # Layers make their mask of that of the padding.
-        distances = self.deberta.encoder.get_rel_pos(hidden_states)
-        return RowBatch(hidden_states, None, attention_mask, relative=distances)
+        return RowBatch(hidden_states, None, attention_mask, relative=self.deberta.encoder.get_rel_pos(hidden_states))
 
     def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Callable[[RowBatch], Any]:
         encoder, attentions = self.deberta.encoder, bool(wants_states(self.config, arguments)["output_attentions"])
@@ -107,11 +83,7 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
 
 
 class DebertaV2CeeModel(BodyWithoutExits, DebertaV2Model):
-    """The encoder of a [`DebertaV2ForConsistentEE`], without exits and heads.
-
-    Args:
-        config ([`DebertaV2CeeConfig`]): sizes of DeBERTa.
-    """
+    """The encoder of a [`DebertaV2ForConsistentEE`], without exits and heads."""
 
     config_class = DebertaV2CeeConfig
     config: DebertaV2CeeConfig

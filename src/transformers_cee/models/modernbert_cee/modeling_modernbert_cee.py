@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """ModernBERT with exits."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers.models.modernbert.modeling_modernbert import (
 
 from transformers_cee.exits.heads import first_token, mean_token
 from transformers_cee.exits.row_batch import SLIDING, RowBatch
-from transformers_cee.exits.runner import Layer
 from transformers_cee.modeling.body import BodyWithoutExits
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.models.modernbert_cee.configuration_modernbert_cee import ModernBertCeeConfig
@@ -57,41 +56,16 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> RowBatch:
-        hidden_states = self.model.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if position_ids is None:
-            # Only distances between positions count, wherever the padding stands.
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        given = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
-        masks = {name: mask(**given) for name, mask in _MASKS.items()}
-        types = sorted(set(self.config.layer_types))
-        return RowBatch(
-            hidden_states,
-            masks,
-            None if masks["full_attention"] is None else attention_mask,
-            rotary={name: self.model.rotary_emb(hidden_states, position_ids, name) for name in types},
-        )
-
-    def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Layer:
-        kind = self.config.layer_types[index]
-
-        def run(batch: RowBatch) -> Tensor:
-            assert batch.rotary is not None
-            return layer(
-                batch.hidden_states,
-                attention_mask=batch.mask_of(kind),
-                position_embeddings=batch.rotary[kind],
-                **arguments,
-            )
-
-        return run
+    def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
+        hidden_states = self.model.embeddings(input_ids=given["input_ids"], inputs_embeds=given["inputs_embeds"])
+        # Only distances between positions count, wherever the padding stands.
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        positions = columns if given["position_ids"] is None else given["position_ids"]
+        seen = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
+        masks = {name: make(**seen) for name, make in _MASKS.items()}
+        rotary = {name: self.model.rotary_emb(hidden_states, positions, name) for name in set(self.config.layer_types)}
+        padded = None if masks["full_attention"] is None else attention_mask
+        return RowBatch(hidden_states, masks, padded, rotary=rotary)
 
     def finished(self, hidden_states: Tensor) -> Tensor:
         return self.model.final_norm(hidden_states)
@@ -105,11 +79,8 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         if index != self.last_exit:
             return super().state(hidden_states, padding_mask, index)
-        if self.config.classifier_pooling == "mean":
-            pooled = mean_token(self.finished(hidden_states), padding_mask)
-        else:
-            pooled = self.finished(first_token(hidden_states, padding_mask))
-        return self.exit_norms(self.pool(pooled), index)
+        pooling = mean_token if self.config.classifier_pooling == "mean" else first_token
+        return self.exit_norms(self.pool(pooling(self.finished(hidden_states), padding_mask)), index)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -120,14 +91,9 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
 
 
 class ModernBertCeeModel(BodyWithoutExits, ModernBertModel):
-    """The encoder of a [`ModernBertForConsistentEE`], without exits and heads.
-
-    Args:
-        config ([`ModernBertCeeConfig`]): sizes of ModernBERT.
-    """
+    """The encoder of a [`ModernBertForConsistentEE`], without exits and heads."""
 
     config_class = ModernBertCeeConfig
-    config: ModernBertCeeConfig
 
 
 __all__ = ["ModernBertCeeModel", "ModernBertForConsistentEE"]
