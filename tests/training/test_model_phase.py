@@ -26,10 +26,12 @@ class Holds(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: ConsistentEETrainer | None = None
         self.steps: list[tuple[int, int]] = []
+        self.optimizers: list[bool] = []
         self.metrics: dict[str, dict] = {}
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self.steps.append((self.trainer.state.global_step, state.global_step))
+        self.optimizers.append(self.trainer.optimizer is optimizer and self.trainer.lr_scheduler is lr_scheduler)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         phase = os.path.basename(args.output_dir)
@@ -49,7 +51,7 @@ class TestRunAndPhase:
         trainer, holds = self.make(tmp_path, phases=["heads"], num_train_epochs=2)
         before = trainer.state
         trainer.train()
-        assert holds.steps == [(number, number) for number in range(1, 5)]
+        assert holds.steps == [(number, number) for number in range(1, 5)] and holds.optimizers == [True] * 4
         assert trainer.state is not before and trainer.state.global_step == 4
 
     def test_state_after_a_stop(self, tmp_path):

@@ -37,6 +37,26 @@ Step = Callable[[str, str | bool | None], StepResult]
 HANDED_BACK = ("model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "state", "control")
 
 
+class OfThePhase:
+    """An attribute of a trainer that is its own, and that of the phase's trainer while one trains the model: callbacks
+    that hold the trainer see what is at work."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Any, owner: type | None = None) -> Any:
+        if run is None:
+            return self
+        if run._running is not None:
+            return getattr(run._running, self.name)
+        if self.name not in vars(run):
+            raise AttributeError(f"{type(run).__name__} has no attribute {self.name!r} yet.")
+        return vars(run)[self.name]
+
+    def __set__(self, run: Any, value: Any) -> None:
+        vars(run)[self.name] = value
+
+
 class ConsistentEETrainer(StoredExitsTrainer):
     """Trains an early-exit model by ConsistentEE (Zeng et al., AAAI 2024).
 
@@ -69,6 +89,8 @@ class ConsistentEETrainer(StoredExitsTrainer):
     phase_trainer: type[ModelPhaseTrainer] = ModelPhaseTrainer
     # That of the phase that runs.
     _running: ModelPhaseTrainer | None = None
+    state: TrainerState = OfThePhase()  # type: ignore[assignment]
+    optimizer, lr_scheduler, model_wrapped, deepspeed = OfThePhase(), OfThePhase(), OfThePhase(), OfThePhase()
 
     def __init__(
         self,
@@ -78,15 +100,6 @@ class ConsistentEETrainer(StoredExitsTrainer):
     ) -> None:
         check_hooks(type(self), type(self).phase_trainer)
         super().__init__(model=model, args=args, **kwargs)
-
-    @property
-    def state(self) -> TrainerState:
-        """State of the phase that trains the model now, or else of the last one that did."""
-        return self._state if self._running is None else self._running.state
-
-    @state.setter
-    def state(self, state: TrainerState) -> None:
-        self._state = state
 
     # The run
 
