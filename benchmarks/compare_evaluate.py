@@ -153,7 +153,10 @@ class Evaluation:
         dev, layers = self.stores["validation"], self.model.config.num_hidden_layers
         depths = [layers / speedup for speedup in SPEEDUPS]
         metrics, metric = make_compute_metrics(self.corpus.metrics), self.corpus.metrics[0]
-        found = compare_criteria(["policy"], dev, dev, self.model.exit_policies, metrics, metric, depths)
+        settings = (criterion_settings(self.model),) * 2
+        found = compare_criteria(
+            ["policy"], dev, dev, self.model.exit_policies, metrics, metric, depths, settings=settings
+        )
         return {str(speedup): found.matched["policy"][layers / speedup] for speedup in SPEEDUPS}
 
     def time(self, comparison: Comparison) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -18,6 +18,7 @@ EXIT_FIELDS = (
     "exit_pooling",
     "exit_norm",
     "exit_threshold",
+    "min_exit_layer",
     "policy_inputs",
     "policy_hidden_size",
     "policy_activation",
@@ -52,6 +53,7 @@ class CheckpointArguments:
         metadata={"help": "One number: a stride, 2 for every second layer. Several: these layers."},
     )
     exit_threshold: list[float] | None = field(default=None, metadata={"help": "One for all exits, or one per exit."})
+    min_exit_layer: int | None = field(default=None, metadata={"help": "Nothing leaves before this layer."})
     policy_inputs: str | None = field(default=None, metadata={"help": "state, confidence or both."})
     policy_hidden_size: int | None = field(default=None, metadata={"help": "Hidden units of each policy."})
     policy_activation: str | None = field(default=None, metadata={"help": "Activation of the policies."})

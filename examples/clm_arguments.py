@@ -58,7 +58,6 @@ class LanguageModelArguments(CheckpointArguments):
         metadata={"help": "Start the exit heads in closed form, on so many training tokens. Default: as they come."},
     )
     exit_criterion: str | None = field(default=None, metadata={"help": "Exit criterion of the published model."})
-    min_exit_layer: int | None = field(default=None, metadata={"help": "No token leaves before this layer."})
     skipped_kv: str | None = field(
         default=None, metadata={"help": "Keys and values of skipped layers: copy, deferred."}
     )

@@ -102,12 +102,15 @@ def test_classify_demo_prints_layers(run, capsys):
 
 
 def test_evaluation_alone(run, questions, tmp_path):
+    """Of a model that may leave at the second of three layers only."""
     options = make_options(run[0], questions, tmp_path)
     words = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
     words = [word for word in words if not word.startswith("--do_train")]
-    results = run_glue_cee.main([*words, "--eval_timing_rows=0", "--baselines", "entropy"])
+    results = run_glue_cee.main([*words, "--eval_timing_rows=0", "--min_exit_layer=2", "--baselines", "entropy"])
     assert "train" not in results
     assert results["executed"] == {}
+    points = [point for curve in results["comparisons"]["test"]["curves"].values() for point in curve]
+    assert min(point.depth for point in points) >= 2.0 and all(point.exit_histogram["1"] == 0 for point in points)
     assert results["comparisons"]["test"].keys() >= {"curves", "full"}
     again = run[1]["comparisons"]["test"]["full"]["metrics"]
     assert results["comparisons"]["test"]["full"].metrics == pytest.approx(again)
@@ -137,14 +140,16 @@ class TestWrittenBefore:
 def test_matmul_precision_is_for_training_alone(checkpoint, questions, tmp_path, monkeypatch):
     """Exits are collected as the model will serve, between the phases too."""
     seen = {"compute_loss": set(), "collect_exits": set()}
+    run = run_glue_cee.ConsistentEETrainer
     for name, levels in seen.items():
-        original = getattr(run_glue_cee.ConsistentEETrainer, name)
+        trainer = run if name == "collect_exits" else run.phase_trainer
+        original = getattr(trainer, name)
 
         def spy(*args, original=original, levels=levels, **kwargs):
             levels.add(torch.get_float32_matmul_precision())
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(run_glue_cee.ConsistentEETrainer, name, spy)
+        monkeypatch.setattr(trainer, name, spy)
     options = make_options(checkpoint, questions, tmp_path) | {"phases": ["heads", "hardness", "policy"]}
     options |= {"do_eval": False, "save_exits": True, "float32_matmul_precision": "medium"}
     config = tmp_path / "config.json"
