@@ -26,6 +26,7 @@ from tiny import (
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_cee import ConsistentEETrainer
+from transformers_cee.training.model_phase import ModelPhaseTrainer
 from transformers_cee.training.rewards import REWARDS
 
 
@@ -368,11 +369,18 @@ class TestWhatGoesThrough:
             def evaluate(self, *args, **kwargs):
                 return {**super().evaluate(*args, **kwargs), "eval_own": 1.0}
 
+        class Phase(ModelPhaseTrainer):
+            def evaluate(self, *args, **kwargs):
+                return {**super().evaluate(*args, **kwargs), "eval_own": 1.0}
+
+        class OfPhases(ConsistentEETrainer):
+            phase_trainer = Phase
+
         class Adds(TrainerCallback):
             def on_evaluate(self, args, state, control, metrics, **kwargs):
                 metrics["eval_own"] = 1.0
 
-        for kind, callbacks in ((Own, []), (ConsistentEETrainer, [Adds()])):
+        for kind, callbacks in ((Own, []), (OfPhases, []), (ConsistentEETrainer, [Adds()])):
             given = encoder(tmp_path, metric_for_best_model="own", phases=["heads"], **EVALUATES)
             data = {"train_dataset": given.train_dataset, "eval_dataset": given.eval_dataset, "data_collator": collate}
             kind(given.model, given.args, callbacks=callbacks, **data).train()

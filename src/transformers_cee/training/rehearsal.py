@@ -96,8 +96,14 @@ def rehearse_evaluation(run: Any, phases: Sequence[ModelPhase], wanted: str | No
 
 
 def _others_add_metrics(run: Any) -> bool:
-    """May a subclass or a callback put metrics of its own beside those of an evaluation?"""
-    asked = [type(run).evaluate, *(type(one).on_evaluate for one in run.callback_handler.callbacks)]
+    """May a subclass of a trainer or a callback put metrics of its own beside those of an evaluation?"""
+    phase = run.phase_trainer
+    asked = [
+        type(run).evaluate,
+        phase.evaluate,
+        phase.measure,
+        *(type(one).on_evaluate for one in run.callback_handler.callbacks),
+    ]
     return not all(one.__module__.split(".")[0] in ("transformers", "transformers_cee") for one in asked)
 
 
