@@ -137,6 +137,25 @@ class TestStores:
         torch.testing.assert_close(scores.scores, expected, rtol=1e-4, atol=1e-5)
         assert len(calibrate_agreement(scores, epsilon=0.5, method="running").thresholds) == 4
 
+    @pytest.mark.parametrize("criterion", ["max_probability", "entropy", "patience"])
+    def test_exits_that_were_closed_stay_so(self, criterion):
+        """A promise made for walks that leave late is not used for others, whatever the config says by then."""
+        rows, model = task(40, seed=1), tiny_model(num_hidden_layers=4, min_exit_layer=3).eval()
+        store = store_of(model, rows, collate)
+        scores = score_store(store, criterion, model)
+        for point in (
+            calibrate_agreement(scores, epsilon=0.9, method="conformal"),
+            calibrate_agreement(scores, epsilon=0.9, method="running"),
+            calibrate_budget(scores, budget=3.99),
+        ):
+            point.save_to(model, "late")
+            model.config.min_exit_layer = 3
+            with torch.no_grad():
+                expected = model(**collate(list(rows)), exit_threshold="late").exit_layers
+                model.config.min_exit_layer = None
+                found = model(**collate(list(rows)), exit_threshold="late").exit_layers
+            assert torch.equal(found, expected) and 3 in found
+
     def test_the_models_own_walk(self):
         """Patience and the first layer to leave at are the model's, so that the promise is that of its walks."""
         rows = task(40, seed=1)

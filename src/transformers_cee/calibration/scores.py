@@ -209,11 +209,15 @@ def own_thresholds(criterion: str, thresholds: Sequence[float] | Tensor, oriente
     Args:
         criterion (`str`): exit criterion.
         thresholds (`Tensor` of shape `(exits,)`): −inf lets everybody out who can leave, inf nobody.
-        oriented (`Tensor` of shape `(rows, exits)`): oriented scores that the thresholds were fitted on.
+        oriented (`Tensor` of shape `(rows, exits)`): oriented scores that the thresholds were fitted on. An exit that
+            lets none of them out is closed, wherever the thresholds will be used.
     """
     cls, boldest = CRITERIA[criterion], boldest_threshold(criterion)
     own = []
     for index, threshold in enumerate(map(float, thresholds)):
+        if bool((oriented[:, index] == -math.inf).all()):
+            own.append(cls.off)
+            continue
         if threshold == -math.inf:
             own.append(boldest)
             continue
