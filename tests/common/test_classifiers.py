@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import by_hand
 import families
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from transformers_cee import load_exits
 
@@ -145,3 +148,22 @@ def test_exits_alone_come_back(model_type, pooling, tmp_path):
         if pooling == "cls":
             # Otherwise a pooler that exits do not use has been taken away.
             assert torch.equal(loaded(**inputs).logits, stock(**inputs).logits)
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+@torch.no_grad()
+def test_layers_cost_what_the_stock_models_compute(model_type):
+    """What runs between two layers counts with the one before it."""
+    model, length = families.model(model_type), 9
+    stock, counter, behind = families.twin(model), FlopCounterMode(display=False), []
+    if stock._supports_sdpa:
+        # Of the products of fused attention torch may count none.
+        stock.set_attn_implementation("eager")
+    stock_layers = families.layers(stock)
+    for layer in stock_layers:
+        layer.register_forward_pre_hook(lambda *_: behind.append(counter.get_total_flops()))
+    stock_layers[-1].register_forward_hook(lambda *_: behind.append(counter.get_total_flops()))
+    with counter:
+        stock(**families.rows(model_type, 1, lengths=(length,))[0])
+    counted = [after - before for before, after in itertools.pairwise(behind)]
+    assert model.item_flops(length).layers == pytest.approx(counted, rel=0.01)

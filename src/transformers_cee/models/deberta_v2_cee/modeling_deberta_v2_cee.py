@@ -3,6 +3,8 @@
 """DeBERTa-v2 and DeBERTa-v3 with exits."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 from transformers_cee.exits.recording import wants_states
 from transformers_cee.exits.row_batch import RowBatch
 from transformers_cee.modeling.body import BodyWithoutExits
+from transformers_cee.modeling.flops import ItemFlops, counted_flops
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.models.deberta_v2_cee.configuration_deberta_v2_cee import DebertaV2CeeConfig
 
@@ -74,6 +77,13 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
             return after, weights
 
         return run
+
+    def item_flops(self, length: int) -> ItemFlops:
+        # Distances are projected and attended to, too, and the convolution goes with the first layer.
+        hidden = torch.zeros(1, length, self.config.hidden_size, device=self.device, dtype=self.dtype)
+        batch = RowBatch(hidden, relative=self.deberta.encoder.get_rel_pos(hidden))
+        runs = [partial(self.bind(index, layer, {}), batch) for index, layer in enumerate(self.layers)]
+        return replace(super().item_flops(length), layers=[counted_flops(run) for run in runs])
 
     def pool(self, state: Tensor) -> Tensor:
         return self.pooler(state.unsqueeze(1))
