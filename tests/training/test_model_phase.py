@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import collate, task, tiny_model, tiny_trainer, training_arguments
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from transformers_cee import ConsistentEETrainer
@@ -178,6 +178,12 @@ class TestHooks:
         mixin = type("Mixin", (), {name: lambda self, *args, **kwargs: None})
         own = type("Own", (mixin, ConsistentEETrainer), {})
         with pytest.raises(ValueError, match=rf"`Own.{name}` would not be asked"):
+            own(tiny_model(), training_arguments(tmp_path))
+
+    @pytest.mark.parametrize("wrong", [Trainer, object, "ModelPhaseTrainer", None])
+    def test_trainers_of_phases_are_of_one_kind(self, tmp_path, wrong):
+        own = type("Own", (ConsistentEETrainer,), {"phase_trainer": wrong})
+        with pytest.raises(TypeError, match=r"`phase_trainer`=.* must be a class derived from ModelPhaseTrainer"):
             own(tiny_model(), training_arguments(tmp_path))
 
     def test_what_only_the_run_is_asked_for(self, tmp_path):

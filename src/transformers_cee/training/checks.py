@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers_cee.exits.policy import check_has_classes
 from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 from transformers_cee.training.labels import check_label_column, check_labelled
+from transformers_cee.training.model_phase import ModelPhaseTrainer
 from transformers_cee.training.model_step import operating_point
 from transformers_cee.training.parameters import active_module, freeze_for_model_step, keeping_requires_grad
 from transformers_cee.training.policy_phase import check_policies_learn
@@ -58,7 +59,12 @@ def check_hooks(run: type, phase: type) -> None:
     Args:
         run (`type`): a [`ConsistentEETrainer`].
         phase (`type`): its `phase_trainer`; whoever has one of their own knows of this.
+
+    Raises:
+        TypeError: `phase_trainer` is something else than a class derived from `ModelPhaseTrainer`.
     """
+    if not (isinstance(phase, type) and issubclass(phase, ModelPhaseTrainer)):
+        raise TypeError(f"`phase_trainer`={phase!r} must be a class derived from ModelPhaseTrainer.")
     own = [
         name
         for one in run.__mro__
