@@ -308,6 +308,28 @@ def test_half_precision(model_type):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
+def test_autocast(model_type):
+    """Some results are of full precision then, others are not."""
+    model, rows = families.model(model_type), families.rows(model_type, 6)
+    inputs, found = families.batch(model_type, rows), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(model(**inputs).logits.float())
+            first = model(**inputs, exit_threshold=0.5).exit_probabilities[..., 0]
+            output = model(**inputs, exit_threshold=[float(first.nanmedian()), 0.5, 0.5, 1.0])
+            assert output.logits.isfinite().all() and len(output.exit_layers.unique()) > 1
+    assert 0 < float((found[0] - found[1]).abs().mean() / found[0].abs().mean()) < 0.1
+    if families.kind_of(model_type) == "decoder":
+        text = families.batch(model_type, rows, "left")
+        for skipped_kv in ("copy", "deferred"):
+            options = {"max_new_tokens": 4, "eos_token_id": None, "exit_threshold": 0.5, "skipped_kv": skipped_kv}
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model.generate(**text, **options, return_dict_in_generate=True)
+            assert len(output.exit_layers.unique()) > 1
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
 def test_eager_attention_leaves_alike(model_type):
     """Masks are other tensors there: they are added, and there may be none with the other."""
     if not families.stock_model(model_type)._supports_sdpa:

@@ -114,7 +114,7 @@ class ExitCacheLayer(CacheLayerMixin):
         start = self.length - key_states.shape[-2]
         for buffer, new in ((self._keys, key_states), (self._values, value_states)):
             assert buffer is not None
-            place = buffer[:, :, start : self.length]
+            place, new = buffer[:, :, start : self.length], new.to(buffer.dtype)
             if only is not None:
                 old = place if rows is None else place.index_select(0, rows)
                 new = torch.where(only[:, None, :, None], new, old)

@@ -174,9 +174,13 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         if all(map(self.rotates, layers)):
             stacked = self.apply_rotary(stacked[:, :, :0], stacked, *rotary)[1]
         else:
-            for key, layer in zip(stacked, layers, strict=True):
-                if self.rotates(layer):
-                    key.copy_(self.apply_rotary(key[:, :0], key, *rotary)[1])
+            # Under autocast rotated keys are of another type than the others.
+            stacked = torch.stack(
+                [
+                    self.apply_rotary(key[:, :0], key, *rotary)[1] if self.rotates(layer) else key
+                    for key, layer in zip(stacked, layers, strict=True)
+                ]
+            )
         return stacked, torch.stack(values).transpose(2, 3)
 
     @property
