@@ -7,6 +7,7 @@ The decoder is known by little: layers of transformers' usual signature, its rot
 projects a state to a layer's keys and values.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def complete_waiting(decoder: Decoder, cache: EarlyExitCache, layer_arguments: d
     cache.waiting = None
 
 
-class _Step:
+class _Step(ABC):
     """What both ways of filling skipped layers have in common."""
 
     def __init__(
@@ -151,11 +152,13 @@ class _Step:
             **self.layer_arguments,
         )
 
+    @abstractmethod
     def bind(self, index: int) -> Layer:
-        raise NotImplementedError
+        """The layer `index` (0-based) as a function of the batch."""
 
+    @abstractmethod
     def finish(self, run: ExitRun) -> None:
-        raise NotImplementedError
+        """Sees to the layers that tokens have skipped, once all rows have left."""
 
     def run_token(self, index: int, batch: RowBatch) -> Tensor:
         """The layer on the batch's new tokens alone."""

@@ -108,7 +108,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
         trace = ExitTrace()
         decision = self._decision(settings)
         if decision is not None:
-            self.check_rows_can_leave()
+            self.check_walk(rows_leave=True)
             trace.decay = settings.get("exit_threshold_decay")
             trace.settings = {name: settings.get(name) for name in ("min_exit_layer", "skipped_kv")}
             trace.settings["exit_threshold"] = replace(decision, is_checked=True)

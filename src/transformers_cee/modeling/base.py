@@ -91,8 +91,6 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
         """The layers in order."""
         raise NotImplementedError
 
-    # Exits
-
     # What leaves
 
     def count_items(self, labels: Tensor) -> Tensor:
@@ -123,6 +121,8 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
         `length` keys, itself included; or of an image of `length` pixels a side."""
         raise NotImplementedError
 
+    # Exits
+
     @property
     def last_exit(self) -> int:
         """The last exit (0-based), which is the stock model's head."""
@@ -141,10 +141,15 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
         check_min_exit_layer(layer, self.config.num_hidden_layers)
         return first_exit(self.layer_numbers, layer)
 
-    def check_rows_can_leave(self) -> None:
-        """Raises `ValueError` where layers cannot be run for some rows alone."""
-        check_rows_can_leave(self.config, self.layers)
-        check_adapters(self, self.layers, rows_leave=True)  # type: ignore[arg-type]
+    def check_walk(self, rows_leave: bool) -> None:
+        """Raises `ValueError` where layers cannot be run one by one, or not for some rows alone.
+
+        Args:
+            rows_leave (`bool`): may the layers see a part of the batch?
+        """
+        if rows_leave:
+            check_rows_can_leave(self.config, self.layers)
+        check_adapters(self, self.layers, rows_leave)  # type: ignore[arg-type]
 
     def captured(self, walk: Callable[[], Any], arguments: dict[str, Any]) -> dict[str, Any]:
         """A walk's result as `run`, and what its layers gave that the arguments or the config ask for."""
@@ -209,4 +214,4 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
     return shape
 
 
-__all__ = ["OUTPUT_FLAGS", "EarlyExitModel", "Layer", "check_inputs"]
+__all__ = ["OUTPUT_FLAGS", "EarlyExitModel", "check_inputs"]

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 
-from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.arguments import check_arguments
 from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
 from transformers_cee.exits.configuration import check_skipped_kv
@@ -307,7 +306,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
             self.check_length(cache.get_seq_length(), cache.get_seq_length() + shape[1])
         if shape[1] == 1 and cache is not None and targets is None:
             if not (criterion.is_off or decision.is_checked):
-                self.check_rows_can_leave()
+                self.check_walk(rows_leave=True)
             return self.run_decode_step(inputs, criterion, first_exit, skipped_kv or self.config.skipped_kv)
         check_known_text(skipped_kv, cache)
         if not criterion.is_off:
@@ -319,7 +318,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
     def prepare(self, inputs: TextInputs) -> tuple[RowBatch, list[Layer]]:
         """The embedded batch and the layers bound to masks, positions and cache."""
         embedded, cache = inputs.embedded, inputs.cache
-        check_adapters(self, self.layers, rows_leave=False)
+        self.check_walk(rows_leave=False)
         if isinstance(cache, EarlyExitCache):
             complete_waiting(self.as_decoder, cache)
         positions = positions_of(inputs.position_ids, embedded, cache)

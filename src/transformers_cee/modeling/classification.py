@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.exits.adapters import check_adapters
 from transformers_cee.exits.criteria import check_thresholds
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.entries import ExitEntries, row_entries
@@ -30,7 +29,6 @@ from transformers_cee.exits.policy import all_features
 from transformers_cee.exits.recording import Place, restore_attentions, restore_states
 from transformers_cee.exits.row_batch import RowBatch
 from transformers_cee.exits.runner import ExitRun, Layer, run_all_exits, run_exits
-from transformers_cee.exits.support import check_rows_can_leave
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.modeling.base import EarlyExitModel
 
@@ -192,7 +190,7 @@ class EarlyExitClassifier(EarlyExitModel):
         self.first_exit(asked.min_exit_layer)
         # A criterion that has yet to be fitted, on all exits, is no reason to refuse them.
         check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
-        check_adapters(self, self.layers, rows_leave=False)
+        self.check_walk(rows_leave=False)
 
         def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
             return self.walked(
@@ -207,9 +205,7 @@ class EarlyExitClassifier(EarlyExitModel):
         criterion = model_criterion(
             self, self._decision(asked), problem_type, asked.input_ids, asked.attention_mask, first_exit
         )
-        if not criterion.is_off:
-            check_rows_can_leave(self.config, self.layers)
-        check_adapters(self, self.layers, rows_leave=not criterion.is_off)
+        self.check_walk(rows_leave=not criterion.is_off)
         places: list[Place] = []
 
         def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
