@@ -63,6 +63,22 @@ class _InPlaceOfStock:
         return {name: value for name, value in given.items() if value is not None}
 
 
+class _ExitArgumentsPipeline(_InPlaceOfStock):
+    """Mixin before a stock pipeline whose model gets exit arguments, when the pipeline is made or per call."""
+
+    def _others(self) -> Collection[str]:
+        """What the stock pipeline takes."""
+        return _arguments(self.stock._sanitize_parameters)
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        given = self._take_exit_arguments(kwargs, self._others())
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
+        return preprocess, {**forward, **given}, postprocess
+
+    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> Any:
+        return self.model(**model_inputs, **exit_arguments)  # type: ignore[attr-defined]
+
+
 class _FeaturesAtFullDepth(_InPlaceOfStock):
     """Mixin before a stock pipeline of features: they are the last layer's states at full depth, not the logits that
     the model itself returns."""
@@ -99,7 +115,7 @@ class ExitImageFeatureExtractionPipeline(_FeaturesAtFullDepth, ImageFeatureExtra
     stock = ImageFeatureExtractionPipeline
 
 
-class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline):
+class ExitTextClassificationPipeline(_ExitArgumentsPipeline, TextClassificationPipeline):
     """[`~transformers.TextClassificationPipeline`] for models with exits: what `pipeline("text-classification")` makes
     of them. Exit arguments go to the model, when the pipeline is made or per call; the stock pipeline hands all that
     it does not know to the tokenizer, which drops it silently. Models without exits get the stock pipeline.
@@ -135,19 +151,11 @@ class ExitTextClassificationPipeline(_InPlaceOfStock, TextClassificationPipeline
                 "which takes `exit_threshold` as well."
             )
 
-    def _sanitize_parameters(  # type: ignore[override]
-        self, function_to_apply: Any = None, top_k: Any = "", **kwargs: Any
-    ) -> tuple[dict, dict, dict]:
-        others = {"function_to_apply", "top_k", *_tokenizer_arguments(type(self.tokenizer))}  # type: ignore[arg-type]
-        given = self._take_exit_arguments(kwargs, others)
-        preprocess, forward, postprocess = super()._sanitize_parameters(function_to_apply, top_k, **kwargs)
-        return preprocess, {**forward, **given}, postprocess
-
-    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
-        return self.model(**model_inputs, **exit_arguments)
+    def _others(self) -> Collection[str]:
+        return {"function_to_apply", "top_k", *_tokenizer_arguments(type(self.tokenizer))}  # type: ignore[arg-type]
 
 
-class ExitImageClassificationPipeline(_InPlaceOfStock, ImageClassificationPipeline):
+class ExitImageClassificationPipeline(_ExitArgumentsPipeline, ImageClassificationPipeline):
     """[`~transformers.ImageClassificationPipeline`] for models with exits: what `pipeline("image-classification")`
     makes of them. Exit arguments go to the model, as those of [`ExitTextClassificationPipeline`].
 
@@ -158,16 +166,8 @@ class ExitImageClassificationPipeline(_InPlaceOfStock, ImageClassificationPipeli
 
     stock = ImageClassificationPipeline
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:  # type: ignore[override]
-        given = self._take_exit_arguments(kwargs, _arguments(ImageClassificationPipeline._sanitize_parameters))
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        return preprocess, {**forward, **given}, postprocess
 
-    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> ModelOutput:  # type: ignore[override]
-        return self.model(**model_inputs, **exit_arguments)
-
-
-class ExitZeroShotClassificationPipeline(_InPlaceOfStock, ZeroShotClassificationPipeline):
+class ExitZeroShotClassificationPipeline(_ExitArgumentsPipeline, ZeroShotClassificationPipeline):
     """[`~transformers.ZeroShotClassificationPipeline`] for models with exits: what
     `pipeline("zero-shot-classification")` makes of them. Exit arguments go to the model, as those of
     [`ExitTextClassificationPipeline`].
@@ -179,15 +179,13 @@ class ExitZeroShotClassificationPipeline(_InPlaceOfStock, ZeroShotClassification
 
     stock = ZeroShotClassificationPipeline
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
-        given = self._take_exit_arguments(kwargs, ("candidate_labels", "hypothesis_template", "multi_label"))
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        return preprocess, {**forward, **given}, postprocess
+    def _others(self) -> Collection[str]:
+        return ("candidate_labels", "hypothesis_template", "multi_label")
 
-    def _forward(self, inputs: dict[str, Any], **exit_arguments: Any) -> dict[str, Any]:
-        names = self.tokenizer.model_input_names
-        outputs = self.model(**{name: inputs[name] for name in names}, **exit_arguments)
-        return {**{name: value for name, value in inputs.items() if name not in names}, **outputs}
+    def _forward(self, model_inputs: dict[str, Any], **exit_arguments: Any) -> dict[str, Any]:
+        names = self.tokenizer.model_input_names  # type: ignore[union-attr]
+        outputs = self.model(**{name: model_inputs[name] for name in names}, **exit_arguments)
+        return {**{name: value for name, value in model_inputs.items() if name not in names}, **outputs}
 
 
 class EarlyExitTextClassificationPipeline(ExitTextClassificationPipeline):
