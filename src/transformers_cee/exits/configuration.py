@@ -226,9 +226,9 @@ class ClassifierExitConfigMixin(ExitConfigMixin):
 
 @dataclass(kw_only=True)
 class StagedExitConfigMixin(ClassifierExitConfigMixin):
-    """Exit fields of a convolutional network. Its layers are the residual blocks of all stages, counted through: exit
-    state of a block is the mean over its map, as wide as the block's stage has channels. Mix in before a config with
-    `depths` and `hidden_sizes`.
+    """Exit fields of a convolutional network. Its layers are the residual blocks of all stages, counted through: the
+    exit state of a block is the mean over its map, as wide as the block's stage has channels. For an exit behind each
+    stage, `exit_layers` are the sums of `depths`. Mix in before a config with `depths` and `hidden_sizes`.
 
     Args:
         kwargs: fields of `ClassifierExitConfigMixin`.

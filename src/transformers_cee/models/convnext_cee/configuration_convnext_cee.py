@@ -13,9 +13,6 @@ from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
 class ConvNextCeeConfig(RemoteCodeConfigMixin, StagedExitConfigMixin, ConvNextConfig):
     """Configuration of [`ConvNextForConsistentEE`]: fields of `ConvNextConfig` and of `StagedExitConfigMixin`.
 
-    Layers are residual blocks, counted through all stages: an exit behind each stage is `exit_layers` of the sums of
-    `depths`.
-
     Raises:
         ValueError: a field of the exits is out of its range; the message names the field, the value and what is
             accepted.
