@@ -161,7 +161,7 @@ class Evaluation:
 
     def time(self, comparison: Comparison) -> dict[str, dict[str, dict[str, float | None]]]:
         """Layer and wall-clock speed-up as executed, by criterion and batch size, at the point of the curve that is
-        nearest to the timed layer speed-up."""
+        nearest to the timed layer speed-up; None of what is noise."""
         depth = self.model.config.num_hidden_layers / TIMED_SPEEDUP
         points = [
             min(comparison.curves[name], key=lambda point: abs(point.depth - depth))
@@ -177,6 +177,8 @@ class Evaluation:
                 found[point.criterion][str(batch_size)] = {
                     "layers": point.layer_speedup,
                     "wall_clock": point.wall_clock_speedup,
+                    "wall_clock_spread": point.wall_clock_spread,
+                    "noisy_wall_clock": point.noisy_wall_clock_speedup,
                 }
         return found
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +97,29 @@ def family_methods(results: TaskResults) -> dict[str, Method]:
 
 
 def time_table(results: TaskResults) -> str:
-    """Layer and wall-clock speed-up of the main methods near the headline speed-up, by batch size."""
+    """Layer and wall-clock speed-up of the main methods near the headline speed-up, by batch size: over the seeds
+    whose figures are no noise, `noise` where all are."""
     rows, sizes = [], list(dict.fromkeys(size for found in _timed(results.any_run).values() for size in found))
     for objective, criterion in results.main_methods:
         timed = [_timed(run)[criterion] for run in results.deep(objective).values() if criterion in _timed(run)]
         if timed:
-            cells = [
-                spread([one[size][kind] for one in timed], scale=1.0)
-                for kind, size in [("layers", sizes[0]), *(("wall_clock", size) for size in sizes)]
-            ]
-            rows.append([results.label((objective, criterion)), *cells])
+            layers = spread([one[sizes[0]]["layers"] for one in timed], scale=1.0)
+            by_size = ([one[size] for one in timed] for size in sizes)
+            rows.append([results.label((objective, criterion)), layers, *map(_time_cell, by_size)])
     if not rows:
         return "None of these was timed."
     return markdown_table(["speed-up", "layers", *(f"wall-clock, batch {size}" for size in sizes)], rows)
 
 
-def _timed(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def _time_cell(found: Sequence[Mapping[str, float | None]]) -> str:
+    """Wall-clock speed-up over seeds."""
+    known = [one["wall_clock"] for one in found]
+    if all(value is None for value in known) and any(one.get("noisy_wall_clock") is not None for one in found):
+        return "noise"
+    return spread(known, scale=1.0)
+
+
+def _timed(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
     return run.get("timed", {})
 
 

@@ -11,12 +11,11 @@ Mixed exits are drawn at random per token, with equal probability over the exits
     (L + H) / (e + (L − e)·κ + H)
 
 with κ, the time to fill a skipped layer's keys and values, and H, the time of the LM head, both in units of a layer
-and measured here (Elbayad et al. 2020 skip layers this way). Times are medians over repeats.
+and measured here (Elbayad et al. 2020 skip layers this way). Figures are medians over rounds in which all of them
+run in turn, with the rounds' spread; noise is called so.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.utils import logging
 
 from transformers_cee import LlamaForConsistentEECausalLM
+from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import markdown_table, write_results
+from transformers_cee.evaluation.timing import Derived, Figure, Reported, Timer
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, ExitStep, register_criterion
 from transformers_cee.files import write_text
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, at least 3")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--settings", nargs="+", help='only these, such as "exits off" and "exit 15, copy"')
     parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
@@ -74,25 +75,8 @@ def load_models(args: argparse.Namespace) -> tuple[LlamaForCausalLM, LlamaForCon
     return stock, model.eval()
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, all of them once per repeat, after one warm-up."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    return times
-
-
 @torch.no_grad()
-def unit_costs(model: LlamaForConsistentEECausalLM, batch_size: int, past: int, repeats: int) -> dict[str, float]:
+def unit_costs(model: LlamaForConsistentEECausalLM, batch_size: int, past: int, repeats: int) -> dict[str, Figure]:
     """κ and H in layers, from one decode step's parts, all layers in turn so that weights come from memory."""
     config = model.config
     state = torch.randn(batch_size, 1, config.hidden_size)
@@ -120,10 +104,15 @@ def unit_costs(model: LlamaForConsistentEECausalLM, batch_size: int, past: int, 
     def head() -> None:
         model.lm_head(model.model.norm(state[:, -1]))
 
-    times = in_turn({"layers": layers, "fill": fill, "head": head}, 10 * repeats)
-    layer, filled, headed = (statistics.median(times[name]) for name in ("layers", "fill", "head"))
-    layer /= config.num_hidden_layers
-    return {"layer_ms": 1e3 * layer, "kappa": filled / config.num_hidden_layers / layer, "H": headed / layer}
+    total = config.num_hidden_layers
+    found = Timer(rounds=10 * repeats).time(
+        {"layers": layers, "fill": fill, "head": head},
+        derived={
+            "kappa": Derived(lambda seconds: seconds["fill"] / seconds["layers"]),
+            "H": Derived(lambda seconds: seconds["head"] / seconds["layers"] * total),
+        },
+    )
+    return {"layer_ms": found.seconds["layers"].times(1e3 / total), **found.derived}
 
 
 def settings(model: LlamaForConsistentEECausalLM) -> dict[str, dict[str, Any]]:
@@ -157,21 +146,43 @@ def measure(stock: Any, model: Any, batch_size: int, args: argparse.Namespace) -
     runs: dict[str, Callable[[], Any]] = {"stock": lambda: stock.generate(prompt, **common)}
     for name, way in ways.items():
         runs[name] = lambda way=way: model.generate(prompt, **common, **way)
-    times = in_turn(runs, args.repeats)
     costs = unit_costs(model, batch_size, args.prompt_tokens + args.new_tokens // 2, args.repeats)
-    total = model.config.num_hidden_layers
+    depths = {name: depth_of(model, prompt, {**common, **way}) for name, way in ways.items()}
+    total, tokens = model.config.num_hidden_layers, batch_size * args.new_tokens
+    # No token costs less than the layers up to its exit. Without exits the two classes differ by their caches alone.
+    limits = {name: total / depth for name, depth in depths.items() if depth < total}
+    found = Timer(rounds=args.repeats).time(runs, "stock", allowed={"stock": limits})
+    kappa, head = costs["kappa"].value, costs["H"].value
     rows = []
-    for name, way in {"stock": {}, **ways}.items():
-        output = model.generate(prompt, return_dict_in_generate=True, **common, **(way or {"exit_threshold": 1.0}))
-        depth = float(output["exit_layers"][:, 1:].float().mean())
-        ratios = [full / mine for full, mine in zip(times["stock"], times[name], strict=True)]
-        allowed = (total + costs["H"]) / (depth + (total - depth) * costs["kappa"] + costs["H"])
-        tokens = batch_size * args.new_tokens / statistics.median(times[name])
-        rows.append(
-            {"batch": batch_size, "setting": name, "depth": depth, "tokens_per_second": tokens}
-            | {"over_stock": statistics.median(ratios), "formula": allowed, **costs}
-        )
+    for name, depth in {"stock": float(total), **depths}.items():
+        seconds, ratio = found.seconds[name], found.speedups["stock"].get(name, Figure(1.0, 0.0))
+        formula = None
+        if kappa is not None and head is not None:
+            formula = (total + head) / (depth + (total - depth) * kappa + head)
+        figures = {"tokens_per_second": seconds.inverse().times(tokens), "over_stock": ratio, **costs}
+        rows.append({"batch": batch_size, "setting": name, "depth": depth, "formula": formula} | _named(figures))
     return rows
+
+
+def depth_of(model: Any, prompt: Tensor, arguments: dict[str, Any]) -> float:
+    """Mean exit layer of the generated tokens but the first, which always runs to the last layer."""
+    output = model.generate(prompt, return_dict_in_generate=True, **arguments)
+    return float(output["exit_layers"][:, 1:].float().mean())
+
+
+def _named(figures: dict[str, Figure]) -> dict[str, Any]:
+    """Values by name, and beside them spreads and what is noise."""
+    told = {name: figure.reported for name, figure in figures.items()}
+    return {
+        **{name: one.value for name, one in told.items()},
+        "spreads": {name: one.spread for name, one in told.items()},
+        "noisy": {name: one.noisy_value for name, one in told.items() if one.noisy_value is not None},
+    }
+
+
+def reported(row: dict[str, Any], name: str) -> Reported:
+    """A figure of a row, also of one that was written without spreads."""
+    return Reported(row[name], row.get("spreads", {}).get(name), row.get("noisy", {}).get(name))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -181,14 +192,18 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["setting"],
             str(row["batch"]),
             f"{row['depth']:.1f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['over_stock']:.3f}",
-            f"{row['formula']:.3f}",
-            f"{row['over_stock'] / row['formula']:.3f}",
+            reported(row, "tokens_per_second").text("", 1),
+            reported(row, "over_stock").text("", 3),
+            *("-" if value is None else f"{value:.3f}" for value in (row["formula"], _share(row))),
         ]
         for row in rows
     ]
     return markdown_table(header, cells)
+
+
+def _share(row: dict[str, Any]) -> float | None:
+    """Of the ratio that the formula allows; None where one of both is noise."""
+    return None if row["over_stock"] is None or row["formula"] is None else row["over_stock"] / row["formula"]
 
 
 def main() -> None:
@@ -201,13 +216,16 @@ def main() -> None:
     rows = []
     for batch_size in args.batch_sizes:
         rows += measure(stock, model, batch_size, args)
-        costs = {name: round(rows[-1][name], 3) for name in ("layer_ms", "kappa", "H")}
+        costs = ", ".join(f"{name} {reported(rows[-1], name).text('', 3)}" for name in ("layer_ms", "kappa", "H"))
         print(
             f"\nbatch {batch_size}: {costs}\n\n{table([row for row in rows if row['batch'] == batch_size])}",
             flush=True,
         )
     if args.output is not None:
-        write_results({"rows": rows, "arguments": vars(args)}, args.output / "results.json")
+        write_results(
+            {"rows": rows, "arguments": vars(args), "environment": timing_environment(model.device)},
+            args.output / "results.json",
+        )
         write_text(args.output / "table.md", table(rows) + "\n")
 
 

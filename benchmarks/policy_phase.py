@@ -6,14 +6,12 @@
 
 Both epochs do the same updates of the same policies: forward of the policies, policy gradient, optimizer step. One
 takes exit states from the store; the other runs the frozen backbone for every batch, rows sorted by length. The two
-alternate; medians are printed as JSON. The price of filling the store once is printed beside them.
+alternate with filling the store, whose price stands beside them; figures are printed as JSON, null where noise.
 """
 
 import argparse
 import csv
 import json
-import statistics
-import time
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +19,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from transformers_cee.evaluation.timing import Derived, Timer
 from transformers_cee.exits.policy import all_features
 from transformers_cee.stores.filling import collect_exits, length_sorted_batches
+from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_loss
 from transformers_cee.training.policy_phase import StoredRewards
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", required=True, help="csv with the columns sentence and label")
     parser.add_argument("--max_train_samples", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, at least 3")
     return parser.parse_args()
 
 
@@ -64,11 +64,12 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    start = time.perf_counter()
-    store = collect_exits(
-        model, rows, collator, Accelerator(cpu=True), problem_type="single_label_classification", batch_size=64
-    )
-    filling = time.perf_counter() - start
+    def fill() -> ExitStore:
+        return collect_exits(
+            model, rows, collator, Accelerator(cpu=True), problem_type="single_label_classification", batch_size=64
+        )
+
+    store = fill()
     hardness = memorized_layers(store.correct, store.layers)
     price = (config.num_hidden_layers, config.reward_alpha)
     data = StoredRewards(store, hardness_guided(RewardStep(store.losses, store.layers, hardness, *price)))
@@ -86,27 +87,11 @@ def main() -> None:
             features = all_features(output.all_exit_logits) if policies.needs_logits else None
             update(output.all_exit_states, rewards, features)
 
-    times: dict[str, list[float]] = {"stored": [], "backbone": []}
-    stored_epoch()  # warm-up
-    for _ in range(args.repeats):
-        for name, epoch in (("stored", stored_epoch), ("backbone", backbone_epoch)):
-            start = time.perf_counter()
-            epoch()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        json.dumps(
-            {
-                "rows": len(rows),
-                "layers": config.num_hidden_layers,
-                "seconds_to_fill_the_store": round(filling, 3),
-                "seconds_per_epoch_stored": round(medians["stored"], 3),
-                "seconds_per_epoch_through_the_backbone": round(medians["backbone"], 3),
-                "times_faster": round(medians["backbone"] / medians["stored"], 1),
-            },
-            indent=2,
-        )
+    found = Timer(rounds=args.repeats).time(
+        {"stored": stored_epoch, "backbone": backbone_epoch, "fill": fill},
+        derived={"times_faster": Derived(lambda seconds: seconds["backbone"] / seconds["stored"])},
     )
+    print(json.dumps({"rows": len(rows), "layers": config.num_hidden_layers, **found.to_dict()}, indent=2))
 
 
 if __name__ == "__main__":

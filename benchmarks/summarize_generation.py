@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Table from the results.json that examples/run_clm_cee.py writes, also from one that is not complete yet. Speeds are
-medians over prompts of the ratio to full depth in the same run.
+medians over rounds of the ratio to full depth in the same run; noise is called so.
 
 python benchmarks/summarize_generation.py runs/alpaca --metrics agreement identical rougeL perplexity
 """
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from transformers_cee.evaluation.report import markdown_table, method_name
+from transformers_cee.evaluation.speeds import Speed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,7 +42,7 @@ def main() -> None:
                 f"{point['exit_threshold']:.4g}",
                 f"{point['depth']:.1f}",
                 f"{point['layer_speedup']:.2f}x",
-                *("-" if speed is None else f"{speed['speedup']:.2f}x" for speed in speeds),
+                *("-" if speed is None else Speed(**speed).figure("speedup").text() for speed in speeds),
                 *(f"{point['metrics'][name]:.3f}" for name in args.metrics),
             ]
         )

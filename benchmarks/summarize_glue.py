@@ -42,7 +42,9 @@ def summarize(runs: list[dict]) -> str:
         for run in runs
         for size in run["executed"].values()
         for point in size
-        if point["criterion"] == "policy" and layers * 0.4 <= point["depth"] <= layers * 0.6
+        if point["criterion"] == "policy"
+        and layers * 0.4 <= point["depth"] <= layers * 0.6
+        and point["wall_clock_speedup"] is not None  # noise
     ]
     lines = [
         f"## {first['corpus']['name']}",

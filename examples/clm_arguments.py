@@ -91,7 +91,7 @@ class GenerationArguments:
         default_factory=lambda: [1], metadata={"help": "Batch sizes of wall-clock figures; the first is plotted."}
     )
     timing_prompts: int = field(
-        default=8, metadata={"help": "Test prompts on which time is taken, in turn with full depth."}
+        default=4, metadata={"help": "Test prompts on which time is taken, in three rounds in turn with full depth."}
     )
     perplexity_tokens: int | None = field(
         default=None,

@@ -4,9 +4,9 @@
 
     python examples/generate_demo.py --model runs/demo-llm --prompt "What is machine translation?"
 
-Each threshold answers in turn with the full model. On a terminal a token's colour is its exit layer; elsewhere the
-layer stands behind the token. Thresholds are those that `run_clm_cee.py` measured (results.json in the model's
-folder), or those given by --exit_threshold.
+Each threshold answers several times in turn with the full model; `noise` stands where these times lie too far apart.
+On a terminal a token's colour is its exit layer; elsewhere the layer stands behind the token. Thresholds are those
+that `run_clm_cee.py` measured (results.json in the model's folder), or those given by --exit_threshold.
 """
 
 import argparse
@@ -21,8 +21,10 @@ from clm_data import choose_format, prompt_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transformers_cee  # noqa: F401  (registers its models with the Auto classes)
-from transformers_cee.evaluation.answers import FULL_DEPTH, Answers, answer
+from transformers_cee.evaluation.answers import FULL_DEPTH, answer
 from transformers_cee.evaluation.generation_report import setting_name
+from transformers_cee.evaluation.speeds import measure_speed
+from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Timer
 from transformers_cee.files import read_json
 
 
@@ -73,18 +75,6 @@ def legend(exit_layers: Sequence[int], colored: bool) -> str:
     return "colours: " + paint([f"{name}  " for name in names], exit_layers, exit_layers, colored).rstrip()
 
 
-def answer_in_turn(
-    model: Any, prompt: list[int], settings: dict[str, Any], pad: int, max_new_tokens: int, repeats: int
-) -> tuple[Answers, float, float]:
-    """Answer, its tokens per second and those of the full model, medians of answers given in turn."""
-    answers, speeds, full_speeds = [], [], []
-    for _ in range(repeats):
-        full_speeds.append(answer(model, [prompt], max_new_tokens, pad, **FULL_DEPTH).tokens_per_second)
-        answers.append(answer(model, [prompt], max_new_tokens, pad, **settings))
-        speeds.append(answers[-1].tokens_per_second)
-    return answers[0], statistics.median(speeds), statistics.median(full_speeds)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo-llm", help="folder or Hub name of a trained model")
@@ -97,9 +87,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model.count("/") != 1 and not Path(args.model).is_dir():
         parser.error(f"--model: no such folder: {args.model!r}")
-    for name in ("max_new_tokens", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    for name, least in (("max_new_tokens", 1), ("repeats", FEWEST_ROUNDS)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}")
     return args
 
 
@@ -114,15 +104,19 @@ def main(argv: list[str] | None = None) -> None:
     thresholds = args.exit_threshold or measured_thresholds(Path(args.model), args.exit_criterion)
     print(f"{type(model).__name__} from {args.model}\n\n> {args.prompt}\n\n{legend(layers, colored)}")
     full = answer(model, [prompt], args.max_new_tokens, pad, **FULL_DEPTH)
-    print(f"\nfull depth: {full.tokens_per_second:.1f} tokens/s\n")
+    print("\nfull depth\n")
     print(tokenizer.decode(full.rows()[0][0], skip_special_tokens=True))
+    timer = Timer(rounds=args.repeats)
     for threshold in thresholds or DEFAULT_THRESHOLDS:
         settings = {"exit_criterion": args.exit_criterion, "exit_threshold": threshold}
-        made, speed, full_speed = answer_in_turn(model, prompt, settings, pad, args.max_new_tokens, args.repeats)
-        tokens, exits = made.rows()[0]
+        tokens, exits = answer(model, [prompt], args.max_new_tokens, pad, **settings).rows()[0]
+        speed = measure_speed(model, [[prompt]], settings, args.max_new_tokens, pad, timer)
+        own, full_depth = (
+            speed.figure(name).text(" tokens/s", 1) for name in ("tokens_per_second", "full_tokens_per_second")
+        )
         print(
             f"\n{setting_name(args.exit_criterion, threshold)}: depth {statistics.mean(exits):.1f} of {layers[-1]}, "
-            f"{speed:.1f} tokens/s, {speed / full_speed:.2f}x full depth in the same run\n"
+            f"{own}; full depth in turn: {full_depth}; speed-up: {speed.figure('speedup').text()}\n"
         )
         print(paint(pieces(tokenizer, tokens), exits, layers, colored))
 

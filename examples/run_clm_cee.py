@@ -57,15 +57,15 @@ from transformers import (
 
 from transformers_cee import ConsistentEETrainer
 from transformers_cee.auto import model_class_of
+from transformers_cee.evaluation.environment import installed_versions, timing_environment
 from transformers_cee.evaluation.exit_budget import budgets_for_depths
 from transformers_cee.evaluation.generation import GenerationBenchmark, GenerationPoint
 from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
-from transformers_cee.evaluation.report import method_name, write_results
+from transformers_cee.evaluation.report import WALL_CLOCK_NOTE, method_name, write_results
 from transformers_cee.evaluation.text_metrics import text_metrics
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.files import replacing
 from transformers_cee.hub.generation_card import GenerationCard
-from transformers_cee.hub.model_card import installed_versions
 from transformers_cee.hub.publishing import stalls_end
 from transformers_cee.stores.scoring import score_exits, thresholds_for_depths
 from transformers_cee.stores.store import ExitStore
@@ -270,14 +270,16 @@ def evaluate(
     full = benchmark.full_depth()
     curves: dict[str, list] = {}
     results |= {"thresholds": thresholds, "budgets": budgets, "full": full, "curves": curves}
-    results["timing"] = timing_note(benchmark, model)
+    results |= {"timing": timing_note(benchmark, model), "environment": timing_environment(model.device)}
     points: list[tuple[str, Any, float | None]] = [("policy", None, budget) for budget in dict.fromkeys(budgets)]
     points += [(name, one, None) for name, found in thresholds.items() for one in dict.fromkeys(found.values())]
     for number, (criterion, threshold, budget) in enumerate(points, start=1):
         point = benchmark.measure(criterion, threshold) if budget is None else benchmark.measure_budget(budget)
         curves.setdefault(criterion, []).append(point)
         curves[criterion].sort(key=lambda one: one.depth)
-        speed = f"{point.wall_clock_speedup:.2f}x tokens/s, agreement {point.metrics['agreement']:.3f}"
+        speed = f"speed-up {point.wall_clock.text()}"
+        if "agreement" in point.metrics:
+            speed += f", agreement {point.metrics['agreement']:.3f}"
         name = setting_name(criterion, threshold, budget)
         logger.info(f"{number}/{len(points)} {name}: depth {point.depth:.2f}, {speed}")
         write_results(results, output / RESULTS)
@@ -307,7 +309,7 @@ def timing_note(benchmark: GenerationBenchmark, model: PreTrainedModel) -> str:
 def print_tables(corpus: TextCorpus, results: dict[str, Any]) -> None:
     points = [point for curve in results["curves"].values() for point in curve]
     print(f"\n{corpus.name}, test\n\n{generation_table([results['full'], *points])}")
-    print(f"\nTokens per second (full depth in the same run)\n\n{speed_table(points)}")
+    print(f"\nTokens per second (full depth in the same run)\n\n{speed_table(points)}\n\n{WALL_CLOCK_NOTE}")
     print("\n".join(["", *corpus.notes]))
 
 

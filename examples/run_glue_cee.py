@@ -51,11 +51,18 @@ from transformers import (
 from transformers_cee import ConsistentEETrainer
 from transformers_cee.auto import model_class_of
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
+from transformers_cee.evaluation.environment import installed_versions, timing_environment
 from transformers_cee.evaluation.plots import plot_curves, plot_exit_histogram
-from transformers_cee.evaluation.report import matched_depth_table, method_name, operating_points_table, write_results
+from transformers_cee.evaluation.report import (
+    WALL_CLOCK_NOTE,
+    matched_depth_table,
+    method_name,
+    operating_points_table,
+    write_results,
+)
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.deciding import resolve_decision
-from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
+from transformers_cee.hub.model_card import EarlyExitCard
 from transformers_cee.hub.publishing import stalls_end
 
 
@@ -213,7 +220,7 @@ def time_on_test(
         if batch_size == batch_sizes[0]:
             comparison.full.wall_clock_speedup = 1.0
             for point, executed in zip(points, timed[str(batch_size)], strict=True):
-                point.wall_clock_speedup = executed.wall_clock_speedup
+                point.wall_clock = executed.wall_clock
     return timed
 
 
@@ -226,6 +233,8 @@ def print_tables(corpus: Corpus, comparisons: dict[str, Comparison], timed: dict
     for batch_size, points in timed.items():
         points = [point for point in points if point.criterion == "policy"]
         print(f"\nExecuted, batch size {batch_size}, on the timed rows\n\n{operating_points_table(points, [])}")
+    if timed:
+        print(f"\n{WALL_CLOCK_NOTE}")
     print("\n".join(["", *corpus.notes]))
 
 
@@ -308,6 +317,8 @@ def evaluate(
     rows = min(len(splits["test"]), trainer.args.eval_timing_rows)
     timing = f"Timed on {rows} test rows, batch size {eval_args.timing_batch_sizes[0]}, {hardware}." if timed else None
     results |= {"executed": timed, "timing": timing}
+    if timed:
+        results["environment"] = timing_environment(trainer.args.device)
     write_results(results, output / RESULTS)
     print_tables(corpus, comparisons, timed, config.num_hidden_layers)
     write_card(corpus, comparisons, timing, arguments, config, CURVE if draws else None)

@@ -47,6 +47,7 @@ _PUBLIC = {
     "OperatingPoint": "evaluation.operating_points",
     "RemoteCodeConfigMixin": "modeling.remote_code",
     "RewardStep": "training.rewards",
+    "Timer": "evaluation.timing",
     "area_under_curve": "evaluation.curves",
     "bootstrap_interval": "evaluation.statistics",
     "calibrate_agreement": "calibration.agreement",

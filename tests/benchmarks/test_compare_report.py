@@ -133,6 +133,17 @@ def test_time(results):
     assert cells(table, "speed-up") == [["layers", "wall-clock, batch 1", "wall-clock, batch 32"]]
 
 
+def test_noise_of_a_seed_does_not_count(results):
+    """In all seeds it is said."""
+    runs = [run["timed"]["policy"] for run in results.deep("consistentee").values()]
+    runs[0]["1"] |= {"wall_clock": None, "noisy_wall_clock": 9.9}
+    row = cells(compare_report.time_table(results), "ConsistentEE, policy by budget")
+    assert row == [["2.0 ± 0.0", "2.5", "2.0 ± 0.7"]]
+    runs[1]["1"] |= {"wall_clock": None, "noisy_wall_clock": 9.9}
+    row = cells(compare_report.time_table(results), "ConsistentEE, policy by budget")
+    assert row == [["2.0 ± 0.0", "noise", "2.0 ± 0.7"]]
+
+
 def test_family_is_drawn_when_it_is_there(results, tmp_path):
     assert compare_report.draw_family(results, tmp_path / "family.png")
     assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")

@@ -10,9 +10,11 @@ import by_hand
 import families
 import pytest
 import torch
+from clocks import layer_clock
 from transformers import DynamicCache
 
 from transformers_cee import EarlyExitCache, measured_exit_costs
+from transformers_cee.evaluation.timing import Timer
 from transformers_cee.exits.cache_name import CACHE_NAME
 
 
@@ -210,5 +212,6 @@ def test_costs_of_a_step(made):
     size, sliding = model.layers[0].self_attn.head_dim, model.layer_types.count("sliding_attention")
     more = [model.item_flops(length).layers for length in (6, 9)]
     assert sum(more[1]) - sum(more[0]) == (4 - sliding) * 3 * 4 * 4 * size
-    costs = measured_exit_costs(model, [batch], repeats=1, disable_tqdm=True)
-    assert len(costs) == 4 and all(cost > 0 for cost in costs)
+    timer, rows = Timer(clock=layer_clock(model.layers)), len(batch["input_ids"])
+    costs = measured_exit_costs(model, [batch], timer, disable_tqdm=True)
+    assert costs == [1000 * layer / rows for layer in (1, 2, 3, 4)]

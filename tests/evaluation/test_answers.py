@@ -58,16 +58,16 @@ def test_padding_goes_to_the_left():
     assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
-def test_figures_of_answers():
+def test_rows_of_answers():
     # One row of 3 tokens that ended, one of 4: 7 tokens, 5 of them after the first.
     tokens = torch.tensor([[7, 8, 2, 0], [7, 9, 9, 9]])
     layers = torch.tensor([[4, 1, 2, 0], [4, 4, 1, 1]])
-    made = Answers(tokens, layers, seconds=3.5, first_seconds=1.0)
+    made = Answers(tokens, layers)
     assert made.count == 7
-    assert made.tokens_per_second == 2.0
-    assert made.decode_tokens_per_second == 2.0
     assert made.rows() == [([7, 8, 2], [4, 1, 2]), ([7, 9, 9, 9], [4, 4, 1, 1])]
-    assert Answers(tokens[:, :1], layers[:, :1], 1.0, 1.0).decode_tokens_per_second is None
+    assert made.after_first().count == 5
+    assert made.after_first().rows() == [([8, 2], [1, 2]), ([9, 9, 9], [4, 1, 1])]
+    assert Answers(tokens[:, :1], layers[:, :1]).after_first().count == 0
 
 
 @pytest.mark.parametrize("settings", [FULL_DEPTH, *SETTINGS])
@@ -77,7 +77,6 @@ def test_answers_of_a_batch_are_those_of_single_prompts(model, prompts, settings
         wanted, wanted_layers = greedy(model, prompt, settings, 6)
         assert tokens == wanted
         assert layers == wanted_layers
-    assert 0 < made.first_seconds <= made.seconds
     if settings is not FULL_DEPTH:
         assert len({layer for _, layers in made.rows() for layer in layers}) > 1
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from clocks import steady_clock
 from transformers import EvalPrediction
 
 from transformers_cee import BertCeeConfig, BertForConsistentEE
@@ -135,13 +136,14 @@ def test_exit_points():
     assert [point.metrics["accuracy"] for point in points] == pytest.approx(expected.tolist())
 
 
-def test_time_points_executes(model):
+def test_time_points_executes(model, monkeypatch):
+    steady_clock(monkeypatch)
     store = make_store(50, 1)
     curves = compare_criteria(["entropy"], store, store, model.exit_policies, accuracy, "accuracy", [2.0]).curves
     batches = [{"input_ids": torch.randint(20, (4, 7)), "attention_mask": torch.ones(4, 7, dtype=torch.long)}] * 2
     timed = time_points(model, batches, curves["entropy"])
     assert timed[0].exit_threshold == curves["entropy"][0].exit_threshold
-    assert timed[0].wall_clock_speedup > 0
+    assert (timed[0].wall_clock_speedup, timed[0].wall_clock_spread) == (1.0, 0.0)
     assert sum(timed[0].exit_histogram.values()) == 8
     assert timed[0].layer_speedup == pytest.approx(LAYERS / timed[0].depth)
 

@@ -5,16 +5,17 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from itertools import accumulate, count
 
 import pytest
 import torch
+from clocks import layer_clock
 from tiny import pad, random_rows, tiny_llama, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from transformers_cee import BertCeeConfig, BertForConsistentEE
-from transformers_cee.evaluation import costs as module
-from transformers_cee.evaluation.costs import exit_costs, measured_exit_costs
+from transformers_cee.evaluation.costs import exit_cost_figures, exit_costs, measured_exit_costs
+from transformers_cee.evaluation.timing import Timer
 from transformers_cee.generation.cache import EarlyExitCache
 
 
@@ -105,35 +106,42 @@ def test_bert_base_by_hand():
     assert found[-1] == pytest.approx(22.4e9, rel=0.01)
 
 
-def test_measured_costs_are_medians_of_forced_exits(monkeypatch):
+def test_measured_costs_are_those_of_forced_exits():
     """A clock that ticks once per layer that ran: the cost of an exit is its layer, per row."""
-    model, ticks = tiny_model(exit_layers=[2, 3]).train(), [0.0]
-    for layer in model.bert.encoder.layer:
-        layer.register_forward_hook(lambda *_: ticks.__setitem__(0, ticks[0] + 1))
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: ticks[0]))
+    model = tiny_model(exit_layers=[2, 3]).train()
+    timer = Timer(rounds=3, clock=layer_clock(model.bert.encoder.layer))
     batches = [pad(random_rows(2, seed)) for seed in range(3)]
-    assert measured_exit_costs(model, batches, disable_tqdm=True) == [1000.0, 1500.0, 3000.0]
+    assert measured_exit_costs(model, batches, timer, disable_tqdm=True) == [1000.0, 1500.0, 3000.0]
     assert model.training
 
 
 @pytest.mark.parametrize("first_layer", [None, 2, 4])
-def test_measured_costs_of_a_decoder_are_those_of_one_token(monkeypatch, first_layer):
-    model, ticks = tiny_llama(exit_layers=[1, 3], min_exit_layer=first_layer), [0.0]
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda *_: ticks.__setitem__(0, ticks[0] + 1))
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: ticks[0]))
+def test_measured_costs_of_a_decoder_are_those_of_one_token(first_layer):
+    model = tiny_llama(exit_layers=[1, 3], min_exit_layer=first_layer)
+    timer = Timer(rounds=3, clock=layer_clock(model.model.layers))
     rows = [{"input_ids": row["input_ids"]} for row in random_rows(2, 0)]
     batches = [pad(rows, side="left"), {"input_ids": torch.tensor([[3, 4], [5, 6]])}]
-    assert measured_exit_costs(model, batches, repeats=2, disable_tqdm=True) == [500.0, 1500.0, 2000.0]
+    assert measured_exit_costs(model, batches, timer, disable_tqdm=True) == [500.0, 1500.0, 2000.0]
 
 
 def test_measured_costs_ask_the_policies_on_the_way():
     model, asked = tiny_model(exit_layers=[2, 3]), [0, 0]
     for index, network in enumerate(model.exit_policies.networks):
         network[0].register_forward_hook(lambda *_, index=index: asked.__setitem__(index, asked[index] + 1))
-    measured_exit_costs(model, [pad(random_rows(2, 0))], repeats=2, disable_tqdm=True)
-    # Warm-up and two passes: the first policy in every run, the second unless rows left at the first.
-    assert asked == [3 * 3, 3 * 2]
+    timer = Timer(rounds=4, clock=layer_clock(model.bert.encoder.layer))
+    measured_exit_costs(model, [pad(random_rows(2, 0))], timer, disable_tqdm=True)
+    # Warm-up and four rounds: the first policy in every run, the second unless rows left at the first.
+    assert asked == [5 * 3, 5 * 2]
+
+
+def test_costs_that_are_noise_are_no_numbers():
+    """Everything takes twice as long as what came before."""
+    times = accumulate(2.0**number for number in count())
+    model, batches = tiny_model(exit_layers=[2, 3]), [pad(random_rows(2, 0))]
+    timer = Timer(rounds=3, attempts=2, clock=lambda: next(times))
+    with pytest.raises(RuntimeError, match=r"Costs of exits at layers \[2, 3, 6\] are noise"):
+        measured_exit_costs(model, batches, timer, disable_tqdm=True)
+    assert all(figure.value is None for figure in exit_cost_figures(model, batches, timer, disable_tqdm=True).values())
 
 
 @pytest.mark.parametrize(
@@ -143,7 +151,6 @@ def test_measured_costs_ask_the_policies_on_the_way():
         (lambda: exit_costs(tiny_model(), 8, unit="joules"), "`unit`='joules'.*'layers', 'flops'"),
         (lambda: exit_costs(tiny_model(), 8, criterion="luck"), "`criterion`='luck'.*policy"),
         (lambda: measured_exit_costs(tiny_model(), []), r"`batches` \(0\)"),
-        (lambda: measured_exit_costs(tiny_model(), [{}], repeats=0), r"`repeats` \(0\)"),
     ],
 )
 def test_refusals(call, message):

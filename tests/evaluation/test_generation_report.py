@@ -6,12 +6,18 @@ from __future__ import annotations
 
 import pytest
 
-from transformers_cee.evaluation.generation import GenerationPoint, Speed
+from transformers_cee.evaluation.generation import GenerationPoint
 from transformers_cee.evaluation.generation_report import generation_table, plot_generation, setting_name, speed_table
+from transformers_cee.evaluation.speeds import Speed
 
 
 def make_point(criterion="policy", depth=3.0, timed=True, **metrics):
-    speeds = {"1": Speed(20.0, 25.0, 10.0, 12.5, 2.0, 2.0, 4), "8": Speed(80.0, 90.0, 60.0, 75.0, 1.333, 1.2, 8)}
+    spreads = {"tokens_per_second": 0.1, "full_tokens_per_second": 0.02, "speedup": 0.06, "decode_speedup": 0.5}
+    noisy = {"decode_speedup": 7.7, "decode_tokens_per_second": 77.7}
+    speeds = {
+        "1": Speed(20.0, None, 10.0, 12.5, 2.0, None, 4, spreads, noisy),
+        "8": Speed(80.0, 90.0, 60.0, 75.0, 1.333, 1.2, 8),
+    }
     return GenerationPoint(
         criterion,
         0.5,
@@ -37,6 +43,9 @@ def test_metrics_that_compare_with_full_depth_come_first():
 def test_speeds_stand_beside_those_of_full_depth():
     lines = speed_table([make_point(), make_point(timed=False)]).splitlines()
     assert len(lines) == 4
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[3:] == ["20.0 ± 1.0 (10.0 ± 0.1)", "2.00x ± 0.06", "noise (12.5)", "noise"]
+    assert "7.7" not in lines[2]
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == ["ConsistentEE (policy)", "8", "3.00", "80.0 (60.0)", "1.33x", "90.0 (75.0)", "1.20x"]
 
@@ -57,7 +66,9 @@ def test_picture(tmp_path):
     path = plot_generation(curves, ["agreement", "rougeL"], tmp_path / "curve.svg", full, "A title")
     text = path.read_text()
     assert "<svg" in text
-    for curve in (curves, {"policy": [make_point(timed=False)]}):
+    noisy = make_point()
+    noisy.speeds["1"].tokens_per_second = noisy.speeds["1"].full_tokens_per_second = None
+    for curve in (curves, {"policy": [make_point(timed=False)]}, {"policy": [noisy]}):
         assert plot_generation(curve, ["agreement"], tmp_path / "curve.png", full).stat().st_size > 1000
     with pytest.raises(ValueError, match=r"`metric` must be in every point's metrics, .*; got 'bleu'"):
         plot_generation(curves, ["bleu"], tmp_path / "curve.png", full)

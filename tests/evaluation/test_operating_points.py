@@ -24,7 +24,7 @@ from transformers_cee.evaluation.operating_points import (
     oracle_point,
     point_at,
 )
-from transformers_cee.evaluation.timing import measure_wall_clock
+from transformers_cee.evaluation.timing import Figure, Reported
 from transformers_cee.stores.scoring import exits_taken, score_exits, thresholds_for_depths
 from transformers_cee.stores.store import ExitStore
 
@@ -192,23 +192,12 @@ class TestMetricAtDepth:
         assert metric_at_depth([], "accuracy", 3.0) is None
 
 
-def test_wall_clock(rows):
-    """One ratio per setting, executed, without labels, and the model is as it was. How fast is not this test's."""
-    model = tiny_model().train()
-    batches = [pad(rows[:8]), pad(rows[8:])]
-    seen = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((module.training, kwargs["exit_threshold"])), with_kwargs=True
-    )
-    settings = [("policy", 0.0), ("entropy", 0.5), ("policy", [0.5] * 6)]
-    settings = [{"exit_criterion": name, "exit_threshold": threshold} for name, threshold in settings]
-    speedups = measure_wall_clock(model, batches, settings, repeats=2)
-    assert len(speedups) == 3 and all(speedup > 0 for speedup in speedups)
-    assert model.training and not any(training for training, _ in seen)
-    assert len(seen) == 1 + 2 * 2 * 3 * 2
-    assert sum(threshold == 1.0 for _, threshold in seen) == 1 + 2 * 2 * 3
-    with pytest.raises(ValueError, match=r"`batches` \(0\) and `repeats` \(3\) must both be at least 1"):
-        measure_wall_clock(model, [], settings)
-    with pytest.raises(ValueError, match="'luck' is unknown"):
-        measure_wall_clock(model, batches, [{"exit_criterion": "luck", "exit_threshold": 0.5}])
-    assert model.training, "whatever happens"
+def test_noise_is_kept_beside():
+    point = OperatingPoint("policy", 0.5, 3.0, 0.5, 2.0)
+    point.wall_clock = Figure(1.5, 0.04, 2.0).reported
+    assert (point.wall_clock_speedup, point.wall_clock_spread, point.noisy_wall_clock_speedup) == (1.5, 0.04, None)
+    assert point.wall_clock == Reported(1.5, 0.04)
+    point.wall_clock = Figure(6.1, 0.02, 1.13).reported
+    found = point.to_dict()
+    assert found["wall_clock_speedup"] is None
+    assert (found["wall_clock_spread"], found["noisy_wall_clock_speedup"]) == (0.02, 6.1)

@@ -23,7 +23,9 @@ from transformers_cee.evaluation.report import (
 )
 
 
-POINT = OperatingPoint("policy", 0.5, 3.0, 0.5, 2.0, 1.8, {"accuracy": 0.875}, {"2": 2, "4": 2})
+POINT = OperatingPoint(
+    "policy", 0.5, 3.0, 0.5, 2.0, 1.8, {"accuracy": 0.875}, {"2": 2, "4": 2}, wall_clock_spread=0.05
+)
 
 
 def test_markdown_table_lines_up():
@@ -43,11 +45,17 @@ def test_operating_points_never_show_layer_speedup_without_wall_clock():
         "criterion", "threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", "accuracy", "f1",
     ]  # fmt: skip
     assert [cell.strip() for cell in first.strip("|").split("|")] == [
-        "ConsistentEE (policy)", "0.5", "3.00", "50.0%", "2.00x", "1.80x", "0.8750", "-",
+        "ConsistentEE (policy)", "0.5", "3.00", "50.0%", "2.00x", "1.80x ± 0.05", "0.8750", "-",
     ]  # fmt: skip
     assert [cell.strip() for cell in second.strip("|").split("|")] == [
         "maximum probability", "per exit", "4.00", "33.3%", "1.50x", "-", "-", "-",
     ]  # fmt: skip
+
+
+def test_noise_is_no_figure():
+    noisy = replace(POINT, wall_clock_speedup=None, noisy_wall_clock_speedup=6.1)
+    row = operating_points_table([noisy], ["accuracy"]).splitlines()[-1]
+    assert [cell.strip() for cell in row.strip("|").split("|")][4:6] == ["2.00x", "noise"] and "6.1" not in row
 
 
 def test_matched_depths():

@@ -128,7 +128,7 @@ def test_thresholds_come_from_the_results(tmp_path):
     ("words", "message"),
     [
         (["--model", "no-such-folder"], "--model: no such folder"),
-        (["--model", ".", "--repeats", "0"], "--repeats must be at least 1; got 0"),
+        (["--model", ".", "--repeats", "0"], "--repeats must be at least 3; got 0"),
     ],
 )
 def test_bad_arguments(words, message, capsys):

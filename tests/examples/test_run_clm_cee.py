@@ -13,6 +13,7 @@ import run_clm_cee
 import torch
 import yaml
 from clm_arguments import GenerationArguments, LanguageModelArguments, parse_arguments
+from clocks import steady_clock
 from safetensors.torch import load_file
 from tiny_lm import WORDS, instructions, save_checkpoint
 
@@ -81,7 +82,9 @@ def run(checkpoint, rows, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     config = output / "config.yaml"
     config.write_text(yaml.safe_dump(make_options(checkpoint, rows, output) | {"seed": 1}))
-    run_clm_cee.main([str(config), "--seed", "2"])
+    with pytest.MonkeyPatch.context() as patch:
+        steady_clock(patch)
+        run_clm_cee.main([str(config), "--seed", "2"])
     return output, json.loads((output / "results.json").read_text())
 
 
@@ -147,6 +150,8 @@ def test_every_criterion_is_measured_at_several_depths(run):
             assert {"rouge1", "rouge2", "rougeL", "perplexity", "agreement", "identical"} == set(point["metrics"])
             assert list(point["speeds"]) == ["1", "2"]
             assert point["speeds"]["1"]["tokens_per_second"] > 0
+            assert point["wall_clock_speedup"] == point["speeds"]["1"]["speedup"]
+            assert point["wall_clock_spread"] == point["speeds"]["1"]["spreads"]["speedup"] == 0.0
             assert point["peak_memory_mb"] > 0
     assert "Timed on 2 prompts, batch size 1" in results["timing"]
 
@@ -261,20 +266,17 @@ def test_thresholds_hit_the_wanted_depths(run, rows):
     assert float(layers.float().mean()) == pytest.approx(3.0, abs=0.35)
 
 
-def test_generate_demo_numbers_the_layers(run, capsys):
+def test_generate_demo_numbers_the_layers(run, capsys, monkeypatch):
+    steady_clock(monkeypatch)
     output, _ = run
-    generate_demo.main(
-        ["--model", str(output), "--prompt", "name two cats .", "--max_new_tokens", "4", "--repeats", "1"]
-    )
+    generate_demo.main(["--model", str(output), "--prompt", "name two cats .", "--max_new_tokens", "4"])
     printed = capsys.readouterr().out
     assert "> name two cats ." in printed
     assert "[number]: the layer at which the token left, of 4" in printed
-    assert "full depth: " in printed
-    assert "tokens/s, " in printed
+    assert "\nfull depth\n" in printed
+    assert " tokens/s ± 0.0; full depth in turn: " in printed
     assert "\x1b[" not in printed
-    generate_demo.main([
-        "--model", str(output), "--exit_criterion", "margin", "--exit_threshold", "0", "--repeats", "1",
-    ])  # fmt: skip
+    generate_demo.main(["--model", str(output), "--exit_criterion", "margin", "--exit_threshold", "0"])
     assert "margin > 0: depth" in capsys.readouterr().out
 
 

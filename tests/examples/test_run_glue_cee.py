@@ -12,6 +12,7 @@ import run_glue_cee
 import torch
 import yaml
 from arguments import EvaluationArguments, ModelArguments, parse_arguments
+from clocks import steady_clock
 from common import read_options
 from glue_data import DataArguments
 from tiny_bert import QUESTIONS, WORDS, make_options, save_checkpoint, write_questions
@@ -36,7 +37,9 @@ def run(checkpoint, questions, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     config = output / "config.yaml"
     config.write_text(yaml.safe_dump(make_options(checkpoint, questions, output) | {"seed": 1}))
-    run_glue_cee.main([str(config), "--seed", "2"])
+    with pytest.MonkeyPatch.context() as patch:
+        steady_clock(patch)
+        run_glue_cee.main([str(config), "--seed", "2"])
     return output, json.loads((output / "results.json").read_text())
 
 
@@ -62,11 +65,12 @@ def test_every_criterion_is_compared_on_test(run):
         for point in curve:
             assert 1.0 <= point["depth"] <= 3.0
             assert sum(point["exit_histogram"].values()) == 12
-            assert point["wall_clock_speedup"] > 0
+            assert (point["wall_clock_speedup"], point["wall_clock_spread"]) == (1.0, 0.0)
     assert 0.5 in [point["exit_threshold"] for point in test["curves"]["policy"]]
     assert test["full"]["depth"] == 3.0
     assert test["oracle"]["metrics"]["accuracy"] >= max(point["metrics"]["accuracy"] for point in test["exits"])
     assert set(results["executed"]) == {"4", "1"}
+    assert results["environment"]["device"] == "cpu"
     assert len(results["executed"]["1"]) == len(test["curves"]["policy"])
 
 
@@ -78,6 +82,7 @@ def test_pictures_and_card(run):
     assert "a tiny BERT" in card
     assert "ConsistentEE (policy)" in card
     assert "no test split: 12 of 60" in card
+    assert "1.00x ± 0.00" in card and "`noise` stands where" in card
 
 
 def test_saved_folder_loads_through_the_auto_classes(run):

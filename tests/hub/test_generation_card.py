@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from transformers_cee.evaluation.generation import GenerationPoint, Speed
+from transformers_cee.evaluation.generation import GenerationPoint
+from transformers_cee.evaluation.speeds import Speed
 from transformers_cee.hub.generation_card import GenerationCard
 
 
@@ -60,6 +61,16 @@ def test_what_the_card_says():
     ):
         assert part in text
     assert "memorized layer" not in text
+
+
+def test_noise_is_called_so():
+    noisy = make_point()
+    noisy.speeds["1"] = Speed(None, 25.0, 10.0, 12.5, None, 2.0, 4, {}, {"speedup": 6.1, "tokens_per_second": 61.0})
+    noisy.wall_clock = noisy.speeds["1"].figure("speedup")
+    text = make_card(curves={"policy": [noisy]}).render().content
+    assert "noise (10.0)" in text and "6.1" not in text and "61.0" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| ConsistentEE (policy) |       0.5")]
+    assert row.split("|")[6].strip() == "noise" and "`noise` stands where" in text
 
 
 def test_usage_of_a_budget():

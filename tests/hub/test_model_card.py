@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from tiny_models import run_python, tiny_tokenizer
 
 from transformers_cee import OperatingPoint
-from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
+from transformers_cee.evaluation.environment import installed_versions
+from transformers_cee.hub.model_card import EarlyExitCard
 
 
 def point(criterion="policy", threshold=0.5, depth=2.0, wall_clock=1.8, **metrics):
@@ -93,12 +94,24 @@ def test_table_has_both_speedups_of_every_point():
     assert points[3].split("|")[columns.index("wall-clock speed-up") + 1].strip() == "-"
 
 
+def test_noise_is_called_so():
+    noisy = point(wall_clock=None)
+    noisy.noisy_wall_clock_speedup, noisy.wall_clock_spread = 6.1, 0.4
+    calm = point(threshold=0.9)
+    calm.wall_clock_spread = 0.1
+    text = make(curves={"policy": [noisy, calm]}, full_depth=None).render().text
+    rows = [line for line in text.splitlines() if line.startswith("| ConsistentEE")]
+    assert [row.split("|")[6].strip() for row in rows] == ["noise", "1.80x ± 0.09"]
+    assert "6.1" not in text and "`noise` stands where" in text
+
+
 def test_least_card(tmp_path):
     card = make(figure=None, curves={"policy": [point(wall_clock=None)]}, base_model="../folder")
     path = card.save(tmp_path / "new")
     loaded = ModelCard.load(path)
     assert "model-index" not in loaded.data.to_dict() and "base_model" not in loaded.data.to_dict()
     assert "![" not in loaded.text and "an exit after every one" in loaded.text
+    assert "`noise` stands" not in loaded.text
     assert "The seed was not recorded." in loaded.text and "Not recorded." in loaded.text
     assert f"| {installed_versions()['torch']} |".replace(" ", "") in loaded.text.replace(" ", "")
 

@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from clocks import layer_clock
 from peft import PeftModel, get_peft_model
 from tiny import training_arguments
 from torch import nn
@@ -36,6 +37,7 @@ from transformers_cee import (
     load_exits,
     measured_exit_costs,
 )
+from transformers_cee.evaluation.timing import Timer
 from transformers_cee.training.parameters import freeze_for_model_step
 
 
@@ -234,8 +236,10 @@ class TestCosts:
         assert model.item_flops(32).layers == [layer] * 4
 
     def test_costs_are_measured(self):
-        times = measured_exit_costs(staged(ResNetForConsistentEE), [{"pixel_values": pixels(2)}], 1, disable_tqdm=True)
-        assert len(times) == 4 and min(times) > 0
+        model = staged(ResNetForConsistentEE)
+        timer = Timer(clock=layer_clock(model.layers))
+        times = measured_exit_costs(model, [{"pixel_values": pixels(2)}], timer, disable_tqdm=True)
+        assert times == [500.0, 1000.0, 1500.0, 2000.0]
 
 
 class TestNormsOverBatches:

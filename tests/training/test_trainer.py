@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from itertools import accumulate, count
 
 import pytest
 import torch
+from clocks import steady_clock
 from safetensors import safe_open
 from tiny import (
     accuracy,
@@ -34,6 +37,7 @@ from transformers import (
 )
 
 from transformers_cee import BertForConsistentEE, ConsistentEETrainer
+from transformers_cee.evaluation import timing
 from transformers_cee.exits.policy import all_features, exit_log_distribution
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.objectives import policy_exact
@@ -604,7 +608,8 @@ class TestStores:
 
 
 class TestEvaluate:
-    def test_keys_and_points(self, tmp_path):
+    def test_keys_and_points(self, tmp_path, monkeypatch):
+        steady_clock(monkeypatch)
         trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.3, 0.5, 0.6], eval_timing_rows=16)
         trainer.model.config.exit_threshold = 0.45
         metrics = trainer.evaluate()
@@ -615,9 +620,10 @@ class TestEvaluate:
             "eval_saved_layers",
             "eval_layer_speedup",
             "eval_wall_clock_speedup",
+            "eval_wall_clock_spread",
         }
         assert expected <= metrics.keys()
-        assert metrics["eval_wall_clock_speedup"] > 0
+        assert (metrics["eval_wall_clock_speedup"], metrics["eval_wall_clock_spread"]) == (1.0, 0.0)
         own, *points = (point.to_dict() for point in trainer.operating_points["eval"])
         assert [point["exit_threshold"] for point in points] == [0.3, 0.5, 0.6]
         batch = collate(list(trainer.eval_dataset))
@@ -647,8 +653,24 @@ class TestEvaluate:
             )
             loss = float(F.cross_entropy(output.logits, labels))
             assert point["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
-            assert point["wall_clock_speedup"] > 0
+            assert point["wall_clock_speedup"] == 1.0
         assert len(depths) >= 3
+
+    def test_noise_is_no_metric(self, tmp_path, monkeypatch, caplog):
+        """Every look at the clock is further from the one before: rounds that lie far apart."""
+        times = accumulate(2.0**number for number in count())
+        monkeypatch.setattr(timing, "perf_counter", lambda: next(times))
+        trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[], eval_timing_rows=8)
+        logger = logging.getLogger("transformers_cee.training.early_exit_trainer")
+        logger.addHandler(caplog.handler)
+        try:
+            metrics = trainer.evaluate()
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert any("The wall-clock speed-up is noise" in record.getMessage() for record in caplog.records)
+        assert not any("wall_clock" in name for name in metrics)
+        point = trainer.operating_points["eval"][0].to_dict()
+        assert point["wall_clock_speedup"] is None and point["noisy_wall_clock_speedup"] is not None
 
     def test_no_timing(self, tmp_path):
         trainer = tiny_trainer(tmp_path, eval_exit_thresholds=[0.5])

@@ -1,23 +1,17 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Answers of a language model: generated and timed, or known and fed token by token.
-
-Times are taken around `generate` itself.
-"""
+"""Answers of a language model: generated, or known and fed token by token."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from transformers_cee.evaluation.operating_points import FULL_DEPTH
-from transformers_cee.evaluation.timing import synchronize
 from transformers_cee.stores.filling import similar_length_batches
 
 
@@ -28,29 +22,19 @@ class Answers:
     Args:
         tokens (`LongTensor` of shape `(rows, new)`): new tokens, end-of-sequence included, padded.
         exit_layers (`LongTensor` of shape `(rows, new)`): their exit layers (1-based); 0 after a row has ended.
-        seconds (`float`): of the whole call.
-        first_seconds (`float`): until the first token of the batch.
     """
 
     tokens: Tensor
     exit_layers: Tensor
-    seconds: float
-    first_seconds: float
 
     @property
     def count(self) -> int:
         """New tokens of all rows."""
         return int((self.exit_layers > 0).sum())
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.count / self.seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Without prompts and first tokens; None when no answer is longer than one token."""
-        later = self.count - len(self.tokens)
-        return later / (self.seconds - self.first_seconds) if later else None
+    def after_first(self) -> Answers:
+        """Without the first token of each row, which always runs to the last layer."""
+        return Answers(self.tokens[:, 1:], self.exit_layers[:, 1:])
 
     def rows(self) -> list[tuple[list[int], list[int]]]:
         """Tokens and exit layers of each row, without padding."""
@@ -61,23 +45,6 @@ class Answers:
             )
             for tokens, layers in zip(self.tokens.tolist(), self.exit_layers.tolist(), strict=True)
         ]
-
-
-class FirstTokenClock(StoppingCriteria):
-    """Never stops; notes when the first token was there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.first = device, 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if not self.first:
-            self.first = _now(self.device)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dict[str, Tensor]:
@@ -93,7 +60,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> di
 def answer(
     model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad: int, **exit_arguments: Any
 ) -> Answers:
-    """Greedy answers to a batch of prompts (token ids), timed.
+    """Greedy answers to a batch of prompts (token ids).
 
     Args:
         model: an early-exit language model in evaluation mode.
@@ -102,10 +69,7 @@ def answer(
         pad: token id of padding.
         exit_arguments: `exit_threshold`, `exit_criterion` and others that `generate` takes.
     """
-    device = model.device
-    batch = pad_left(prompts, pad, device)
-    clock = FirstTokenClock(device)
-    start = _now(device)
+    batch = pad_left(prompts, pad, model.device)
     output = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
@@ -113,12 +77,10 @@ def answer(
         num_beams=1,
         pad_token_id=pad,
         return_dict_in_generate=True,
-        stopping_criteria=StoppingCriteriaList([clock]),
         **exit_arguments,
     )
-    seconds = _now(device) - start
     tokens = output.sequences[:, batch["input_ids"].shape[1] :]
-    return Answers(tokens.cpu(), output.exit_layers.cpu(), seconds, clock.first - start)
+    return Answers(tokens.cpu(), output.exit_layers.cpu())
 
 
 @dataclass

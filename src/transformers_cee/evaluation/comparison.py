@@ -25,10 +25,10 @@ from transformers_cee.evaluation.operating_points import (
     metric_at_depth,
     oracle_point,
 )
-from transformers_cee.evaluation.timing import measure_wall_clock
+from transformers_cee.evaluation.timing import Timer
+from transformers_cee.evaluation.wall_clock import measure_wall_clock
 from transformers_cee.exits.criteria import CriterionSettings
 from transformers_cee.exits.deciding import price_of_budget
-from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.stores.scoring import score_exits, thresholds_for_depths
 
 
@@ -232,9 +232,11 @@ def exit_points(store: ExitStore, metrics: Metrics) -> list[OperatingPoint]:
     return points
 
 
-@torch.no_grad()
 def time_points(
-    model: nn.Module, batches: Sequence[dict[str, Tensor]], points: Sequence[OperatingPoint]
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    points: Sequence[OperatingPoint],
+    timer: Timer | None = None,
 ) -> list[OperatingPoint]:
     """The same operating points as executed on `batches`: depth, exit histogram and wall-clock speed-up, no metrics.
 
@@ -242,26 +244,23 @@ def time_points(
         model: an early-exit model.
         batches: tokenised inputs without labels, on the model's device.
         points: which criteria and thresholds.
+        timer (*optional*): as in `measure_wall_clock`.
 
     Raises:
         ValueError: no batches.
     """
     settings = [point.exit_arguments for point in points]
     timed = []
-    for point, speedup in zip(points, measure_wall_clock(model, batches, settings), strict=True):
-        with evaluating(model):
-            outputs = [model(**batch, **point.exit_arguments) for batch in batches]
-        layers = torch.cat([output.exit_layers for output in outputs])
-        figures = depth_figures(layers, model.config.num_hidden_layers)
-        histogram = exit_histogram(layers, model.config.exit_layer_numbers)
-        timed.append(
-            OperatingPoint(
-                point.criterion,
-                point.exit_threshold,
-                **figures,
-                wall_clock_speedup=speedup,
-                exit_histogram=histogram,
-                exit_budget=point.exit_budget,
-            )
+    for point, executed in zip(points, measure_wall_clock(model, batches, settings, timer), strict=True):
+        figures = depth_figures(executed.exit_layers, model.config.num_hidden_layers)
+        histogram = exit_histogram(executed.exit_layers, model.config.exit_layer_numbers)
+        found = OperatingPoint(
+            point.criterion,
+            point.exit_threshold,
+            **figures,
+            exit_histogram=histogram,
+            exit_budget=point.exit_budget,
         )
+        found.wall_clock = executed.speedup.reported
+        timed.append(found)
     return timed

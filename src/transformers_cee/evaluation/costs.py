@@ -12,22 +12,21 @@ exit taken only.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from transformers_cee.evaluation.timing import synchronize
+from transformers_cee.evaluation.timing import Figure, Prepared, Timer
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.modeling.flops import ItemFlops
 
 
-__all__ = ["exit_costs", "measured_exit_costs"]
+__all__ = ["exit_cost_figures", "exit_costs", "measured_exit_costs"]
 
 UNITS = ("layers", "flops")
 # Closed to everybody, but asked: exits whose threshold is 1 may be passed without a look.
@@ -80,43 +79,56 @@ def exit_costs(
     return [float(cost) for cost in costs]
 
 
-@torch.no_grad()
 def measured_exit_costs(
-    model: nn.Module, batches: Sequence[dict[str, Tensor]], repeats: int = 3, disable_tqdm: bool = False
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], timer: Timer | None = None, disable_tqdm: bool = False
 ) -> list[float]:
     """Milliseconds per row of stopping at each exit, in order of the exits: really executed, every row of a batch
     sent to the same exit by thresholds of the policy criterion, policies asked on the way.
 
     Of an encoder a forward pass is timed; of a decoder one step that adds one token to each of the batch's rows, which
     have been run at full depth before; an exit that `min_exit_layer` closes is timed as the first one to leave at.
-    Exits take turns on the same batch, upwards and downwards, so that a machine that slows down slows all of them.
 
     Args:
         model: an early-exit model; its device is synchronised around everything that is timed.
         batches: tokenised inputs without labels, on the model's device.
-        repeats: passes over all batches.
+        timer (*optional*): how often; five rounds and three attempts by default.
         disable_tqdm: no progress bar.
 
     Returns:
-        `list[float]`: per exit, the median over batches and passes.
+        `list[float]`: per exit, the median over rounds of all batches.
 
     Raises:
-        ValueError: no batches, or fewer than one pass.
-        RuntimeError: a row did not leave at the exit that it was sent to.
+        ValueError: no batches.
+        RuntimeError: a row did not leave at the exit that it was sent to, or a cost stayed noise in all attempts.
     """
-    if not batches or repeats < 1:
-        raise ValueError(f"`batches` ({len(batches)}) and `repeats` ({repeats}) must both be at least 1.")
-    exits = list(range(len(model.layer_numbers)))
-    times: list[list[float]] = [[] for _ in exits]
+    costs = exit_cost_figures(model, batches, timer, disable_tqdm)
+    noisy = [layer for layer, figure in costs.items() if figure.is_noise]
+    if noisy:
+        raise RuntimeError(
+            f"Costs of exits at layers {noisy} are noise: rounds lie too far apart. Measure again while the machine "
+            "does nothing else, or with more batches."
+        )
+    return [figure.median for figure in costs.values()]
+
+
+@torch.no_grad()
+def exit_cost_figures(
+    model: Any, batches: Sequence[dict[str, Tensor]], timer: Timer | None = None, disable_tqdm: bool = False
+) -> dict[int, Figure]:
+    """The same with the spread of each cost, by exit layer (1-based); what is noise says so itself, see `Figure`."""
+    if not batches:
+        raise ValueError(f"`batches` ({len(batches)}) must be at least 1.")
     with evaluating(model):
         runs = [_Run(model, batch) for batch in batches]
-        for index in exits:
-            runs[0].milliseconds(index)  # warm-up
-        for number in tqdm(range(repeats * len(runs)), desc="Exit costs", disable=disable_tqdm):
-            run = runs[number % len(runs)]
-            for index in exits if number % 2 == 0 else reversed(exits):
-                times[index].append(run.milliseconds(index))
-    return [statistics.median(values) for values in times]
+        variants = {
+            str(layer): [Prepared(run.inputs, partial(run.stop_at, index)) for run in runs]
+            for index, layer in enumerate(model.layer_numbers)
+        }
+        bar = partial(tqdm, desc="Exit costs", disable=disable_tqdm)
+        found = (timer or Timer()).time(variants, device=model.device, progress=bar)
+    # Rows as what left: known once a run has run.
+    scale = 1000 / sum(run.rows for run in runs)
+    return {layer: found.seconds[str(layer)].times(scale) for layer in model.layer_numbers}
 
 
 class _Run:
@@ -124,19 +136,16 @@ class _Run:
 
     def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
         self.model, self.inputs = model, model.step_inputs(batch)
+        self.rows = 0
 
-    def milliseconds(self, index: int) -> float:
-        """Time per row until all of them have left at exit `index` (0-based)."""
-        numbers, device = self.model.layer_numbers, self.model.device
+    def stop_at(self, index: int, inputs: dict[str, Any]) -> None:
+        """Runs until all rows have left at exit `index` (0-based)."""
+        numbers = self.model.layer_numbers
         thresholds = [_CLOSED] * index + [0.0] * (len(numbers) - index)
-        inputs, first_layer = self.inputs(), self.model.config.min_exit_layer
+        first_layer = self.model.config.min_exit_layer
         if first_layer is not None:
             inputs = {**inputs, "min_exit_layer": min(first_layer, numbers[index])}
-        synchronize(device)
-        start = time.perf_counter()
         output = self.model(**inputs, exit_criterion="policy", exit_threshold=thresholds)
-        synchronize(device)
-        seconds = time.perf_counter() - start
+        self.rows = len(output.exit_layers)
         if not bool((output.exit_layers == numbers[index]).all()):
             raise RuntimeError(f"Rows sent to layer {numbers[index]} left at layers {output.exit_layers.tolist()}.")
-        return 1000 * seconds / len(output.exit_layers)

@@ -69,7 +69,9 @@ def _costs(curve: Sequence[OperatingPoint], x: str, exit_costs: Sequence[float] 
     if x == "wall_clock":
         untimed = [point.depth for point in curve if point.wall_clock_speedup is None]
         if untimed:
-            raise ValueError(f"`x`='wall_clock' needs points that were timed; those at depths {untimed} were not.")
+            raise ValueError(
+                f"`x`='wall_clock' needs points that were timed; those at depths {untimed} were not, or are noise."
+            )
         return np.array([1 / point.wall_clock_speedup for point in curve if point.wall_clock_speedup], dtype=float)
     if exit_costs is None:
         raise ValueError("`x`='flops' needs `exit_costs`, one number per exit; got None.")

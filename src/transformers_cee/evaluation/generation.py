@@ -2,13 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What a language model writes at which depth and speed: greedy answers with exits against full depth in the same run.
 
-The full model answers the same prompts in turn with every operating point, so that both meet the same machine; each
-figure of time is the median over the timed batches.
+The full model answers the same prompts in turn with every operating point, so that both meet the same machine; figures
+of time are medians over rounds, see `speeds` and `timing`.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,8 @@ from tqdm.auto import tqdm
 from transformers_cee.evaluation.answers import FULL_DEPTH, answer, teacher_forced
 from transformers_cee.evaluation.memory import PeakMemory
 from transformers_cee.evaluation.operating_points import OperatingPoint, depth_figures, exit_histogram
+from transformers_cee.evaluation.speeds import Speed, measure_speed
+from transformers_cee.evaluation.timing import Timer
 from transformers_cee.exits.criteria import Thresholds, check_thresholds
 from transformers_cee.exits.deciding import price_of_budget, resolve_decision
 from transformers_cee.exits.numbers import plain
@@ -27,27 +28,6 @@ from transformers_cee.stores.filling import similar_length_batches
 
 
 TextMetrics = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
-
-
-@dataclass
-class Speed:
-    """Median figures of timed batches, exits against full depth on the same prompts.
-
-    Args:
-        tokens_per_second (`float`): new tokens over the time of the whole call, prompt included.
-        decode_tokens_per_second (`float`): new tokens after the first of each row over the time after the first.
-        full_tokens_per_second, full_decode_tokens_per_second (`float`): the same at full depth.
-        speedup, decode_speedup (`float`): medians of the batches' ratios.
-        prompts (`int`): how many were timed.
-    """
-
-    tokens_per_second: float
-    decode_tokens_per_second: float
-    full_tokens_per_second: float
-    full_decode_tokens_per_second: float
-    speedup: float
-    decode_speedup: float
-    prompts: int
 
 
 @dataclass
@@ -88,6 +68,7 @@ class GenerationBenchmark:
         timing_prompts: prompts on which time is taken.
         perplexity_tokens: tokens of each reference whose perplexity is taken; None for all, 0 for no perplexity.
         pad: token id of padding.
+        timer: how often the timed prompts are answered; three rounds and two attempts by default.
         disable_tqdm: no progress bars.
 
     Raises:
@@ -107,8 +88,9 @@ class GenerationBenchmark:
         max_new_tokens: int = 128,
         batch_size: int = 8,
         timing_batch_sizes: Sequence[int] = (1,),
-        timing_prompts: int = 8,
+        timing_prompts: int = 4,
         perplexity_tokens: int | None = None,
+        timer: Timer | None = None,
         disable_tqdm: bool = False,
     ) -> None:
         if not prompts or len(prompts) != len(answers):
@@ -129,6 +111,8 @@ class GenerationBenchmark:
         self.text_metrics = text_metrics or (lambda answers, references: {})
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.timing_batch_sizes, self.disable_tqdm = timing_batch_sizes, disable_tqdm
+        # Answers take long.
+        self.timer = timer or Timer(rounds=3, attempts=2)
         # Spread over the prompts, which may be sorted.
         step = max(1, len(prompts) // timing_prompts)
         self.timed = list(range(0, len(prompts), step))[:timing_prompts]
@@ -192,7 +176,8 @@ class GenerationBenchmark:
             point.metrics["agreement"] = own.agreement
         point.metrics["identical"] = sum(same) / len(same)
         point.speeds = {str(size): self._speed(size, settings) for size in self.timing_batch_sizes}
-        point.wall_clock_speedup = next((speed.speedup for speed in point.speeds.values()), None)
+        for speed in list(point.speeds.values())[:1]:
+            point.wall_clock = speed.figure("speedup")
         return point
 
     def _decides_alike(self, settings: dict[str, Any]) -> bool:
@@ -253,37 +238,14 @@ class GenerationBenchmark:
         return {"perplexity": reference.perplexity}
 
     def _speed(self, batch_size: int, settings: dict[str, Any]) -> Speed:
-        """Times the batches of `timed` prompts, exits and full depth in turn; who goes first changes."""
-        batches = [self.timed[at : at + batch_size] for at in range(0, len(self.timed), batch_size)]
-        first = [self.prompts[row] for row in batches[0]]
-        for warm_up in (FULL_DEPTH, settings):
-            answer(self.model, first, 2, self.pad, **warm_up)
-        pairs = []
-        for number, batch in enumerate(self._bar(f"Time, batch size {batch_size}")(batches)):
-            prompts = [self.prompts[row] for row in batch]
-            order = (FULL_DEPTH, settings) if number % 2 == 0 else (settings, FULL_DEPTH)
-            made = [answer(self.model, prompts, self.max_new_tokens, self.pad, **one) for one in order]
-            pairs.append(tuple(made) if number % 2 == 0 else (made[1], made[0]))
-        whole = [(full.tokens_per_second, early.tokens_per_second) for full, early in pairs]
-        decode = [(full.decode_tokens_per_second, early.decode_tokens_per_second) for full, early in pairs]
-        decode = [(full, early) for full, early in decode if full and early]
-        return Speed(
-            tokens_per_second=_median(early for _, early in whole),
-            decode_tokens_per_second=_median(early for _, early in decode),
-            full_tokens_per_second=_median(full for full, _ in whole),
-            full_decode_tokens_per_second=_median(full for full, _ in decode),
-            speedup=_median(early / full for full, early in whole),
-            decode_speedup=_median(early / full for full, early in decode),
-            prompts=len(self.timed),
-        )
+        """Times the batches of `timed` prompts, exits and full depth in turn."""
+        prompts = [self.prompts[row] for row in self.timed]
+        batches = [prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size)]
+        bar = self._bar(f"Time, batch size {batch_size}")
+        return measure_speed(self.model, batches, settings, self.max_new_tokens, self.pad, self.timer, bar)
 
     def _bar(self, name: str) -> Callable[[Any], Any]:
         return lambda batches: tqdm(batches, desc=name, disable=self.disable_tqdm, leave=False)
 
 
-def _median(values: Any) -> float:
-    found = list(values)
-    return statistics.median(found) if found else float("nan")
-
-
-__all__ = ["GenerationBenchmark", "GenerationPoint", "Speed"]
+__all__ = ["GenerationBenchmark", "GenerationPoint"]

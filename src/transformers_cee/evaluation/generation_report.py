@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers_cee.evaluation import plots
 from transformers_cee.evaluation.report import (
@@ -21,6 +21,7 @@ from transformers_cee.exits.criteria import CRITERIA
 
 if TYPE_CHECKING:
     from transformers_cee.evaluation.generation import GenerationPoint
+    from transformers_cee.evaluation.speeds import Speed
 
 __all__ = ["generation_table", "plot_generation", "setting_name", "speed_table"]
 
@@ -57,15 +58,21 @@ def speed_table(points: Sequence[GenerationPoint]) -> str:
             escape_markdown(method_name(point.criterion)),
             size,
             f"{point.depth:.2f}",
-            f"{speed.tokens_per_second:.1f} ({speed.full_tokens_per_second:.1f})",
-            f"{speed.speedup:.2f}x",
-            f"{speed.decode_tokens_per_second:.1f} ({speed.full_decode_tokens_per_second:.1f})",
-            f"{speed.decode_speedup:.2f}x",
+            _beside_full(speed, "tokens_per_second"),
+            speed.figure("speedup").text(),
+            _beside_full(speed, "decode_tokens_per_second"),
+            speed.figure("decode_speedup").text(),
         ]
         for point in points
         for size, speed in point.speeds.items()
     ]
     return markdown_table(header, rows)
+
+
+def _beside_full(speed: Speed, name: str) -> str:
+    """Tokens per second, and those of full depth in brackets."""
+    own, full = (speed.figure(one).text(unit="", digits=1) for one in (name, f"full_{name}"))
+    return f"{own} ({full})"
 
 
 def plot_generation(
@@ -79,7 +86,7 @@ def plot_generation(
 
     Args:
         curves: operating points per method, in any order. The right panels show those that were timed, at the first
-            batch size.
+            batch size, but for noise.
         metrics: keys into the points' `metrics`; one row of panels each.
         path: where to write; the suffix chooses the format (png, svg, pdf).
         full: the model with exits off.
@@ -100,14 +107,15 @@ def plot_generation(
         for index, (method, curve) in enumerate(curves.items()):
             style = plots.curve_style(index, method)
             plots.draw_curve(by_depth, [(point.depth, point.metrics[metric]) for point in curve], style)
-            timed = [(_first(point).tokens_per_second, point.metrics[metric]) for point in curve if point.speeds]
-            plots.draw_curve(by_speed, timed, style)
+            timed = [(_first_speed(point, "tokens_per_second"), point.metrics[metric]) for point in curve]
+            plots.draw_curve(by_speed, [(speed, value) for speed, value in timed if speed is not None], style)
         for axis in (by_depth, by_speed):
             axis.axhline(
                 full.metrics[metric], color=plots.REFERENCE_COLOR, linewidth=1, linestyle=(0, (5, 3)), zorder=1
             )
         by_depth.plot(full.depth, full.metrics[metric], "x", color=plots.REFERENCE_COLOR, label="full depth")
-        speeds = sorted(_first(point).full_tokens_per_second for point in points if point.speeds)
+        found = [_first_speed(point, "full_tokens_per_second") for point in points]
+        speeds = sorted(speed for speed in found if speed is not None)
         if speeds:
             by_speed.plot(speeds[len(speeds) // 2], full.metrics[metric], "x", color=plots.REFERENCE_COLOR)
         by_depth.set_ylabel(metric)
@@ -116,6 +124,6 @@ def plot_generation(
     return plots.save_figure(figure, panels[0], path, title)
 
 
-def _first(point: GenerationPoint) -> Any:
-    """Speed at the first batch size."""
-    return next(iter(point.speeds.values()))
+def _first_speed(point: GenerationPoint, name: str) -> float | None:
+    """A figure at the first batch size; None without one, and of noise."""
+    return next((getattr(speed, name) for speed in point.speeds.values()), None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from transformers_cee.evaluation.timing import Reported
 from transformers_cee.exits.criteria import Thresholds
 from transformers_cee.exits.numbers import plain
 from transformers_cee.stores.scoring import exits_taken
@@ -35,10 +36,14 @@ class OperatingPoint:
         depth (`float`): mean exit layer.
         saved_layers (`float`): `1 − depth/L`.
         layer_speedup (`float`): `L/depth`.
-        wall_clock_speedup (`float`, *optional*): time at full depth over time with exits, same run; None if not timed.
+        wall_clock_speedup (`float`, *optional*):
+            Time at full depth over time with exits, same run; None if not timed, or if noise.
         metrics (`dict[str, float]`): the task's metrics.
         exit_histogram (`dict[str, int]`): rows, or tokens that may leave, per exit layer.
         exit_budget (`float`, *optional*): budget that conditioned policies were asked for, instead of the threshold.
+        wall_clock_spread (`float`, *optional*): interquartile range of the timed rounds over their median.
+        noisy_wall_clock_speedup (`float`, *optional*):
+            What was measured where it is noise, see `timing.Figure`; kept for the record, and shown nowhere.
     """
 
     criterion: str
@@ -50,6 +55,18 @@ class OperatingPoint:
     metrics: dict[str, float] = field(default_factory=dict)
     exit_histogram: dict[str, int] = field(default_factory=dict)
     exit_budget: float | None = None
+    wall_clock_spread: float | None = None
+    noisy_wall_clock_speedup: float | None = None
+
+    @property
+    def wall_clock(self) -> Reported:
+        """The three fields of wall-clock time, as a timer reports them."""
+        return Reported(self.wall_clock_speedup, self.wall_clock_spread, self.noisy_wall_clock_speedup)
+
+    @wall_clock.setter
+    def wall_clock(self, found: Reported) -> None:
+        self.wall_clock_speedup, self.wall_clock_spread = found.value, found.spread
+        self.noisy_wall_clock_speedup = found.noisy_value
 
     @property
     def exit_arguments(self) -> dict[str, Any]:

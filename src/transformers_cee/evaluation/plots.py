@@ -49,7 +49,7 @@ def plot_curves(
     """Draws `metric` against depth (left) and against wall-clock speed-up (right) and saves the picture.
 
     Args:
-        curves: operating points per method, in any order. The right panel shows those that were timed
+        curves: operating points per method, in any order. The right panel shows those that were timed, but for noise
             (`wall_clock_speedup` is not None).
         metric: key into each point's `metrics`.
         path: where to write; the suffix chooses the format (png, svg, pdf).
@@ -84,7 +84,7 @@ def plot_curves(
         at = oracle.depth, oracle.metrics[metric]
         by_depth.plot(*at, "*", color="black", markersize=11, label=ORACLE_LABEL)
     if not any(point.wall_clock_speedup is not None for curve in curves.values() for point in curve):
-        by_time.text(0.5, 0.5, "no point was timed", ha="center", va="center", transform=by_time.transAxes)
+        by_time.text(0.5, 0.5, "no wall-clock figures", ha="center", va="center", transform=by_time.transAxes)
     by_depth.set_xlabel("depth (mean exit layer)")
     by_time.set_xlabel("wall-clock speed-up over full depth")
     by_depth.set_ylabel(metric.replace("_", " "))
@@ -110,7 +110,7 @@ def plot_seeds(
         metric: key into each point's `metrics`.
         path: where to write; the suffix chooses the format.
         axes: what stands on the horizontal axes: `"depth"`, `"flops"`, `"wall_clock"`. Methods with a point that was
-            not timed are left out of `"wall_clock"`.
+            not timed, or is noise, are left out of `"wall_clock"`.
         exit_costs: cost of one inference that stops at each exit, for `"flops"`; see `costs.exit_costs`.
         full: the model with exits off, of each seed; a horizontal line at their mean.
         oracle: the first correct exit of each seed; a star at their mean, where the axis is depth.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .operating_points import OperatingPoint
 
 __all__ = [
+    "WALL_CLOCK_NOTE",
     "escape_markdown",
     "markdown_table",
     "matched_depth_table",
@@ -60,11 +61,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (header, rule, *rows))
 
 
+# What tables of wall-clock figures are read with.
+WALL_CLOCK_NOTE = (
+    "Wall-clock figures are medians over rounds in which everything that is compared runs in turn, ± half of the "
+    "rounds' interquartile range; `noise` stands where that range was above 15 % of the median, or the speed above "
+    "what the saved layers allow."
+)
+
+
 def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[str]) -> str:
     """One row per operating point: criterion, threshold or budget, depth, saved layers, both speed-ups, metrics.
 
     Args:
-        points: in the order of the rows. `-` stands where a point was not timed.
+        points: in the order of the rows. Wall-clock figures as in `timing.Reported`.
         metrics: keys into each point's `metrics`.
     """
     header = ["criterion", "threshold", "depth", "saved layers", "layer speed-up", "wall-clock speed-up", *metrics]
@@ -75,7 +84,7 @@ def operating_points_table(points: Sequence[OperatingPoint], metrics: Sequence[s
             f"{point.depth:.2f}",
             f"{point.saved_layers:.1%}",
             f"{point.layer_speedup:.2f}x",
-            "-" if point.wall_clock_speedup is None else f"{point.wall_clock_speedup:.2f}x",
+            point.wall_clock.text(),
             *(_number(point.metrics.get(metric)) for metric in metrics),
         ]
         for point in points

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from transformers_cee.evaluation.environment import installed_versions
 from transformers_cee.evaluation.generation_report import generation_table, speed_table
 from transformers_cee.evaluation.report import escape_markdown
 from transformers_cee.hub import model_card
-from transformers_cee.hub.model_card import EarlyExitCard, installed_versions
+from transformers_cee.hub.model_card import EarlyExitCard
 
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class GenerationCard(EarlyExitCard):
             points_sentence=self._points_sentence(),
             points_table=self._tables(generation_table),  # type: ignore[arg-type]
             speeds_table=speed_table(timed) if timed else "",  # type: ignore[arg-type]
-            timing=self.timing and escape_markdown(self.timing),
+            timing=self._timing_sentences(),
             figure=self.figure,
             arguments_table=model_card._two_columns("argument", self.training_arguments) or "Not recorded.",
             seeds_sentence=model_card._sentence(

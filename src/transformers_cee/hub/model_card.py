@@ -5,16 +5,21 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from transformers_cee.evaluation.report import escape_markdown, markdown_table, method_name, operating_points_table
+from transformers_cee.evaluation.environment import installed_versions
+from transformers_cee.evaluation.report import (
+    WALL_CLOCK_NOTE,
+    escape_markdown,
+    markdown_table,
+    method_name,
+    operating_points_table,
+)
 from transformers_cee.files import replacing
 
 
@@ -22,7 +27,6 @@ if TYPE_CHECKING:
     from transformers_cee.evaluation.operating_points import OperatingPoint
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-LIBRARIES = ("transformers-cee", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 PHASE_SENTENCES = {
     "heads": "Every exit head learned the task together with the encoder.",
     "hardness": "For each training input, the first layer from which all exit heads are right was recorded (its "
@@ -186,7 +190,7 @@ class EarlyExitCard:
             points_table=self._tables(lambda points: operating_points_table(points, names)),
             metric_name=escape_markdown(self.metric_name),
             figure=self.figure,
-            timing=self.timing and escape_markdown(self.timing),
+            timing=self._timing_sentences(),
             arguments_table=_two_columns("argument", self.training_arguments) or "Not recorded.",
             seeds_sentence=_sentence("Seeds: {}.", ", ".join(map(str, self.seeds)), "The seed was not recorded."),
             limits="\n".join(f"- {limit}" for limit in (*self.limits, *GENERAL_LIMITS)),
@@ -217,6 +221,12 @@ class EarlyExitCard:
         phases = self.training_arguments.get("phases") or tuple(PHASE_SENTENCES)
         return " ".join(PHASE_SENTENCES[phase] for phase in PHASE_SENTENCES if phase in phases)
 
+    def _timing_sentences(self) -> str:
+        """How wall-clock figures are read, and what they were measured on; nothing if none was."""
+        shown = [*self.points, *(point for points in self.other_sets.values() for point in points)]
+        is_timed = any(point.wall_clock.text() != "-" for point in shown)
+        return " ".join(filter(None, [WALL_CLOCK_NOTE if is_timed else "", escape_markdown(self.timing or "")]))
+
     def _points_sentence(self) -> str:
         methods = _and([escape_markdown(method_name(method)) for method in self.curves])
         shared = ", all on the exits and heads of this model" if len(self.curves) > 1 else ""
@@ -238,17 +248,6 @@ class EarlyExitCard:
                 metric_value=point.metrics[self.metric_name],
             )
         ]
-
-
-def installed_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
-    """Versions of Python and of those libraries that are installed."""
-    versions = {"Python": platform.python_version()}
-    for library in libraries:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _is_hub_name(name: str | None) -> bool:
@@ -273,4 +272,4 @@ def _and(items: Sequence[Any]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-__all__ = ["EarlyExitCard", "installed_versions"]
+__all__ = ["EarlyExitCard"]

@@ -14,7 +14,8 @@ from transformers.trainer_utils import default_compute_objective, has_length, sp
 from transformers.utils import logging
 
 from transformers_cee.evaluation.operating_points import FULL_DEPTH, OperatingPoint, depth_figures, exit_histogram
-from transformers_cee.evaluation.timing import measure_wall_clock
+from transformers_cee.evaluation.timing import Timer
+from transformers_cee.evaluation.wall_clock import measure_wall_clock
 from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.training.accepted import check_model, checked_arguments
 from transformers_cee.training.exit_evaluation import ExitEvaluationTrainer, ExitLoopOutput
@@ -29,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 # What `evaluate` adds to the metrics of the task.
 EXIT_FIGURES = ("depth", "saved_layers", "layer_speedup")
+TIME_FIGURES = ("wall_clock_speedup", "wall_clock_spread")
 # What it adds of time and progress.
 RUN_FIGURES = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
 
@@ -121,17 +123,19 @@ class EarlyExitTrainer(PublishingTrainer, ExitEvaluationTrainer):
         always judges by it.
 
         Of an encoder, the wall-clock speed-up over full depth is taken in the same run, on up to
-        `args.eval_timing_rows` rows. A decoder is run on known text, where all layers are executed whatever the exits,
-        so there is no time to take: that is a matter of `generate`. Its depth and its exit histogram are those of the
-        counted tokens that may leave early; the last token of a prompt may not, as in generation.
+        `args.eval_timing_rows` rows, in several rounds; noise (see `timing.Figure`) is no metric. A decoder is run on
+        known text, where all layers are executed whatever the exits, so there is no time to take: that is a matter of
+        `generate`. Its depth and its exit histogram are those of the counted tokens that may leave early; the last
+        token of a prompt may not, as in generation.
 
         Several evaluation sets are run one after the other, each behind its name. Inside a phase `exit_loss` is there
         without a name, too: its mean over the sets.
 
         Returns:
             `dict[str, float]`: Trainer's metrics, and with the prefix `depth`, `saved_layers` and `layer_speedup`; of
-            an encoder `wall_clock_speedup`, if it was taken; of a decoder `loss`, `perplexity` and `token_accuracy`
-            over all counted tokens, and `agreement` with the last exit over those that may leave. A set without rows
+            an encoder `wall_clock_speedup` and `wall_clock_spread`, if they were taken; of a decoder `loss`,
+            `perplexity` and `token_accuracy` over all counted tokens, and `agreement` with the last exit over those
+            that may leave. A set without rows
             gives none of them. `operating_points[prefix]` then holds the [`OperatingPoint`] of the config, those of
             `args.eval_exit_thresholds` in their order, and of a decoder that without exits, its criterion
             "full depth".
@@ -156,7 +160,7 @@ class EarlyExitTrainer(PublishingTrainer, ExitEvaluationTrainer):
                 points += self._run_at("policy", threshold, *run, text)[0]
             if self.items.is_timed and self.args.eval_timing_rows > 0:
                 self._time_points(loader, points)
-                metrics[f"{metric_key_prefix}_wall_clock_speedup"] = points[0].wall_clock_speedup
+                metrics |= _wall_clock_metrics(points[0], metric_key_prefix)
             self.operating_points = {metric_key_prefix: points + full}
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
@@ -258,12 +262,26 @@ class EarlyExitTrainer(PublishingTrainer, ExitEvaluationTrainer):
             if rows >= self.args.eval_timing_rows:
                 break
         settings = [point.exit_arguments for point in points]
-        speedups = measure_wall_clock(self.accelerator.unwrap_model(self.model), batches, settings)
-        for point, speedup in zip(points, speedups, strict=True):
-            point.wall_clock_speedup = speedup
+        # Processes that share one model must run it equally often.
+        timer = Timer(attempts=1) if self._splits_model else Timer()
+        timed = measure_wall_clock(self.accelerator.unwrap_model(self.model), batches, settings, timer)
+        for point, executed in zip(points, timed, strict=True):
+            point.wall_clock = executed.speedup.reported
+
+
+def _wall_clock_metrics(point: OperatingPoint, prefix: str) -> dict[str, float]:
+    """What `evaluate` says of a point's time; nothing of noise."""
+    speedup, spread = point.wall_clock_speedup, point.wall_clock_spread
+    if speedup is None or spread is None:
+        logger.warning(
+            "The wall-clock speed-up is noise, so it is no metric: rounds lie too far apart, or show more speed than "
+            "the saved layers allow. Measure again while the machine does nothing else."
+        )
+        return {}
+    return {f"{prefix}_wall_clock_speedup": speedup, f"{prefix}_wall_clock_spread": spread}
 
 
 def _objective(metrics: dict[str, float]) -> float:
     """Transformers' default of a search, of the task's own metrics."""
-    figures = (*EXIT_FIGURES, "wall_clock_speedup", "perplexity", "token_accuracy", "agreement", "preparation_time")
+    figures = (*EXIT_FIGURES, *TIME_FIGURES, "perplexity", "token_accuracy", "agreement", "preparation_time")
     return default_compute_objective({name: value for name, value in metrics.items() if not name.endswith(figures)})
