@@ -125,6 +125,46 @@ def test_any_pattern(lengths, side, extra, form, exits, data):
     assert toy.calls[-1][0] == max(exits[index] for index in plan)
 
 
+@settings(max_examples=60)
+@given(plan=st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=6), data=st.data())
+def test_rows_may_stay(plan, data):
+    """Whether rows that left go or stay changes what runs, and nothing that comes out."""
+    hidden = torch.randn(len(plan), 2, HIDDEN, generator=torch.Generator().manual_seed(len(plan)))
+    toy, told, asked, kept = Toy([1, 2, 3, 4, 5]), {}, [], []
+    pays = data.draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))
+
+    def drops(rows, staying):
+        asked.append((rows, staying))
+        return pays[len(asked) - 1]
+
+    def leaving(rows, states, layer):
+        told.update({row: (layer, state) for row, state in zip(rows.tolist(), states, strict=True)})
+
+    layers = [lambda batch, one=one: (kept.append(batch.left), one(batch))[1] for one in toy.layers()]
+    run = run_exits(RowBatch(hidden), layers, toy, Planned(plan, 5), leaving=leaving, drops=drops)
+    usual = run_exits(RowBatch(hidden), toy.layers(), toy, Planned(plan, 5))
+    assert torch.equal(run.exit_layers, usual.exit_layers)
+    torch.testing.assert_close(run.logits, usual.logits)
+    torch.testing.assert_close(run.scores, usual.scores, equal_nan=True)
+    # Every exit at which some leave and some do not is asked about, and `left` tells the layers of what came of it.
+    remaining = [sum(exit >= layer for exit in plan) for layer in range(LAYERS + 1)]
+    mixed = [layer for layer in range(1, LAYERS) if 0 < remaining[layer] < remaining[layer - 1]]
+    assert [staying for _, staying in asked] == [remaining[layer] for layer in mixed]
+    size, gone = len(plan), {}
+    for layer in range(1, max(plan) + 2):
+        left = kept[layer - 1]
+        assert toy.calls[layer - 1][1] == size
+        assert size - (0 if left is None else int(left.sum())) == remaining[layer - 1]
+        if layer in mixed and pays[mixed.index(layer)]:
+            gone |= {row: layer for row, exit in enumerate(plan) if exit < layer and row not in gone}
+            size = remaining[layer]
+    if max(plan) < LAYERS - 1:
+        gone |= {row: max(plan) + 1 for row in range(len(plan)) if row not in gone}
+    assert {row: layer for row, (layer, _) in told.items()} == gone
+    for row, (layer, state) in told.items():
+        torch.testing.assert_close(state, toy.reference(hidden[row])[layer - 1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("plan", [[2, 0, 1], [0, 0, 0], [4, 4, 4], [4, 0, 0]])
 def test_without_masks(plan):
     toy = Toy([1, 2, 3, 4, 5])

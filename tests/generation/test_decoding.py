@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slow_llama import SlowModel, SlowRow, check_against_slow, prompts, spreading
 from tiny import tiny_llama
 from transformers import AttentionInterface, DynamicCache
@@ -16,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers_cee import EarlyExitCache
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, register_criterion
+from transformers_cee.generation import decoding
 
 
 @contextmanager
@@ -74,6 +79,12 @@ def generate(model, steps, skipped_kv, rows=3, **options):
     return calls[4:], output
 
 
+@pytest.fixture
+def dropping(monkeypatch):
+    """Rows that left are dropped at once."""
+    monkeypatch.setattr(decoding, "drop_pays", lambda *_: True)
+
+
 class TestWhatRuns:
     @pytest.mark.parametrize("skipped_kv", ["copy", "deferred"])
     @pytest.mark.parametrize("exit_number", [0, 1, 2, 3])
@@ -82,16 +93,21 @@ class TestWhatRuns:
         assert calls == [(layer, 3, 1) for layer in range(1, exit_number + 2)] * 4
 
     @pytest.mark.parametrize("plan", [[0, 2, 1], [3, 0, 0], [1, 1, 3], [2, 2, 0]])
-    def test_rows_that_left_are_gone(self, plan):
+    def test_rows_that_left_stay_while_others_go_on(self, plan):
+        calls, _ = generate(tiny_llama(), [plan] * 3, "copy")
+        assert calls == [(layer, 3, 1) for layer in range(1, max(plan) + 2)] * 3
+
+    @pytest.mark.parametrize("plan", [[0, 2, 1], [3, 0, 0], [1, 1, 3], [2, 2, 0]])
+    def test_rows_that_left_are_gone(self, dropping, plan):
         calls, _ = generate(tiny_llama(), [plan] * 3, "copy")
         step = [(layer, rows, 1) for layer in range(1, 5) if (rows := sum(exit >= layer - 1 for exit in plan))]
         assert calls == step * 3
 
-    def test_exits_between_layers_only(self):
+    def test_exits_between_layers_only(self, dropping):
         calls, _ = generate(tiny_llama(exit_layers=[2]), [[0, 1, 0]] * 2, "copy")
         assert calls == [(1, 3, 1), (2, 3, 1), (3, 1, 1), (4, 1, 1)] * 2
 
-    def test_waiting_tokens_come_along(self):
+    def test_waiting_tokens_come_along(self, dropping):
         """Row 0 waits three times at layer 2 and then goes to the end; row 1 never waits; row 2 goes on with it."""
         steps = [[0, 3, 1], [0, 3, 1], [0, 3, 2], [3, 3, 3]]
         calls, _ = generate(tiny_llama(), steps, "deferred")
@@ -103,7 +119,7 @@ class TestWhatRuns:
             *[(1, 3, 1), (2, 3, 4), (3, 3, 4), (4, 3, 4)],
         ]
 
-    def test_returned_caches_are_completed(self):
+    def test_returned_caches_are_completed(self, dropping):
         """What still waits at the end runs once, and only if somebody gets the cache."""
         steps = [[0, 1, 3]] * 3
         calls, _ = generate(tiny_llama(), steps, "deferred")
@@ -133,6 +149,47 @@ class TestWhatRuns:
             head.register_forward_hook(lambda _, inputs, output, index=index: seen.append((index, len(inputs[0]))))
         generate(model, [[0, 2, 2], [3, 3, 3]], "copy")
         assert seen == [(3, 3), (0, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("skipped_kv", ["copy", "deferred"])
+@settings(max_examples=25)
+@given(data=st.data(), rows=st.integers(2, 5), head=st.sampled_from(["shared", "untied"]))
+def test_whether_rows_are_dropped_is_not_seen(skipped_kv, data, rows, head):
+    """Tokens, exits, states, keys and values are the same whichever rows layers run for."""
+    steps = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=rows, max_size=rows), min_size=1, max_size=6))
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=rows, max_size=rows))
+    model = tiny_llama(exit_head=head, eos_token_id=None)
+    choices = random.Random(rows)
+    outputs = []
+    for drop_pays in (lambda *_: True, lambda *_: False, lambda *_: choices.random() < 0.5):
+        with planned(steps) as name, mock.patch.object(decoding, "drop_pays", drop_pays):
+            outputs.append(
+                model.generate(
+                    **prompts(lengths),
+                    max_new_tokens=len(steps) + 1,
+                    exit_criterion=name,
+                    exit_threshold=0.5,
+                    skipped_kv=skipped_kv,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                    output_hidden_states=True,
+                )
+            )
+    first, *others = outputs
+    assert first.exit_layers[:, 1:].T.tolist() == [[exit + 1 for exit in step] for step in steps]
+    for other in others:
+        assert torch.equal(other.sequences, first.sequences)
+        assert torch.equal(other.exit_layers, first.exit_layers)
+        torch.testing.assert_close(other.logits, first.logits, rtol=1e-4, atol=1e-4)
+        for one, same in zip(other.hidden_states, first.hidden_states, strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-4, equal_nan=True)
+        real = prompts(lengths)["attention_mask"].bool()
+        for layer, same in zip(other.past_key_values.layers, first.past_key_values.layers, strict=True):
+            for one, like in ((layer.keys, same.keys), (layer.values, same.values)):
+                assert one.shape[2] == real.shape[1] + len(steps)
+                tokens = torch.nn.functional.pad(real, (0, len(steps)), value=True)
+                one, like = one.transpose(1, 2)[tokens], like.transpose(1, 2)[tokens]
+                torch.testing.assert_close(one, like, rtol=1e-4, atol=1e-4)
 
 
 class TestSharedHead:

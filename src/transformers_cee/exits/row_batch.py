@@ -32,6 +32,8 @@ class RowBatch:
         rotary (mapping of layer types, *optional*): cosines and sines, both (1 or rows, time, head size).
         relative (`Tensor` of shape `(1, …, query, key)`, *optional*):
             What lies between two columns, the same in every row: their distance, or what attention adds for it.
+        left (`BoolTensor` of shape `(rows,)`, *optional*):
+            On the host: rows that left and stay in the batch, where dropping them does not pay; none where it is None.
     """
 
     hidden_states: Tensor
@@ -42,6 +44,7 @@ class RowBatch:
     start: int = 0
     rotary: Mapping[str, Rotary] | None = None
     relative: Tensor | None = None
+    left: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -54,8 +57,8 @@ class RowBatch:
         return masks if masks is None or isinstance(masks, Tensor) else masks[layer_type]
 
     def select(self, kept: Tensor, columns: slice = slice(0, None), dense: bool = False) -> "RowBatch":
-        """Rows `kept` (remaining rows,) and token positions `columns`, by default all; without masks when no padding
-        is left, but for those that also hide what is far away."""
+        """Rows `kept` (remaining rows,), of which none has left, and token positions `columns`, by default all;
+        without masks when no padding is left, but for those that also hide what is far away."""
         padding_mask, masks, rotary = None, self.attention_mask, self.rotary
         if not dense and self.padding_mask is not None:
             padding_mask = self.padding_mask.index_select(0, kept)[:, columns]

@@ -45,6 +45,7 @@ class ExitRun:
 
 Layer = Callable[[RowBatch], Tensor]
 Leaving = Callable[[Tensor, Tensor, int], None]
+Drops = Callable[[int, int], bool]
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -104,11 +105,13 @@ def run_exits(
     score_closed: bool = True,
     places: list[Place] | None = None,
     head_state: Callable[[Tensor, int], Tensor] | None = None,
+    drops: Drops | None = None,
 ) -> ExitRun:
     """Walks the layers and lets rows leave where the criterion says so.
 
-    The remaining rows are gathered and their padding trimmed. One host synchronisation per exit at which a row could
-    leave; none with all exits off, when internal exits are not looked at and the walk costs what the plain stack does.
+    The remaining rows are gathered and their padding trimmed, unless `drops` says that this does not pay. One host
+    synchronisation per exit at which a row could leave; none with all exits off, when internal exits are not looked at
+    and the walk costs what the plain stack does.
 
     Args:
         batch (`RowBatch`): embedded rows and their masks.
@@ -117,13 +120,17 @@ def run_exits(
         criterion (`ExitCriterion`): a fresh criterion object.
         first_exit (`int`): exit (0-based) before which no row leaves.
         leaving (`Callable`, *optional*):
-            Told of rows that leave before the last exit: their numbers (rows,), hidden states (rows, time, hidden) and
+            Told of rows that no further layer sees: their numbers (rows,), hidden states (rows, time, hidden) and
             layer (1-based).
         score_closed (`bool`): also ask for scores at exits that a threshold closes, unless all exits are closed.
         places (`list[Place]`, *optional*): gets, for each layer that runs, where its rows stand in the batch.
         head_state (`Callable`, *optional*):
             Of exits that share one head, which the caller asks once for all rows: maps states (rows, hidden) of an
             exit (0-based) to what that head takes. The walk then gives these instead of logits.
+        drops (`Callable`, *optional*):
+            From the rows of the batch and those of them that have not left: are these to go on alone? Always, by
+            default. Otherwise all stay in the batch, with those that left told in its `left`: the next layers run for
+            them, too, but nobody asks for what these give.
     """
     rows, last = batch.size, len(exits.layer_numbers) - 1
     device = batch.hidden_states.device
@@ -146,12 +153,12 @@ def run_exits(
         state = exits.state(batch.hidden_states, batch.padding_mask, index)
         step = ExitStep(index, state, partial(exits.logits, index=index), batch.index)
         if index == last:
-            record.leave(batch.index, step, number)
+            record.leave_all(batch, step, number)
             break
         scores = criterion.score(step)
-        record.keep_scores(batch.index, index, scores.detach())
+        record.keep_scores(batch, index, scores.detach())
         if may_leave:
-            rest = _compact(batch, step, criterion, scores, number, record, leaving)
+            rest = _compact(batch, step, criterion, scores, number, record, leaving, drops)
             if rest is None:
                 break
             batch = rest
@@ -184,32 +191,39 @@ def _compact(
     number: int,
     record: "_Record",
     leaving_to: Leaving | None,
+    drops: Drops | None,
 ) -> RowBatch | None:
     """Lets the rows out that pass, and returns the rest; `None` when nobody is left."""
     passed = criterion.passes(scores, criterion.thresholds[step.index])
     # The one synchronisation: who leaves and how long each row is, in one transfer.
     host = passed.cpu() if batch.spans is None else torch.cat((passed.unsqueeze(1), batch.spans), dim=1).cpu()
     leaves = host if batch.spans is None else host[:, 0].bool()
-    count = int(leaves.sum())
-    if count == 0:
+    left = leaves
+    if batch.left is not None:
+        left, leaves = leaves | batch.left, leaves & ~batch.left
+    if not leaves.any():
         return batch
-    if count == len(leaves):
-        record.leave(batch.index, step, number)
+    assert batch.index is not None
+    staying = len(left) - int(left.sum())
+    if staying == 0:
+        record.leave_all(batch, step, number)
         if leaving_to is not None:
             leaving_to(batch.index, batch.hidden_states, number)
         return None
     device = batch.hidden_states.device
     leaving = leaves.nonzero().squeeze(1).to(device, non_blocking=True)
-    kept = (~leaves).nonzero().squeeze(1).to(device, non_blocking=True)
-    assert batch.index is not None
-    numbers = batch.index.index_select(0, leaving)
-    record.leave(numbers, step, number, leaving)
+    record.leave(batch.index.index_select(0, leaving), step, number, leaving)
+    if drops is not None and not drops(len(left), staying):
+        return replace(batch, left=left)
+    kept = (~left).nonzero().squeeze(1).to(device, non_blocking=True)
     if leaving_to is not None:
-        leaving_to(numbers, batch.hidden_states.index_select(0, leaving), number)
+        gone = leaving if left is leaves else left.nonzero().squeeze(1).to(device, non_blocking=True)
+        numbers = batch.index.index_select(0, gone)
+        leaving_to(numbers, batch.hidden_states.index_select(0, gone), number)
     criterion.select(kept)
     if batch.spans is None:
         return batch.select(kept)
-    return batch.select(kept, *_trim(host[~leaves]))
+    return batch.select(kept, *_trim(host[~left]))
 
 
 def _trim(host: Tensor) -> tuple[slice, bool]:
@@ -238,12 +252,24 @@ class _Record:
         self.rows: list[Tensor] = []
         self.taken: list[Tensor] = []
 
-    def keep_scores(self, rows: Tensor, exit_index: int, scores: Tensor) -> None:
-        if rows.shape[0] == self.shape[0]:
+    def keep_scores(self, batch: RowBatch, exit_index: int, scores: Tensor) -> None:
+        if batch.left is not None:
+            scores = scores.masked_fill(batch.left.to(scores.device), float("nan"))
+        if batch.size == self.shape[0]:
             self.columns.append(scores)
             self.whole.append(exit_index)
         else:
-            self.scores.append((rows, exit_index, scores))
+            assert batch.index is not None
+            self.scores.append((batch.index, exit_index, scores))
+
+    def leave_all(self, batch: RowBatch, step: ExitStep, layer: int) -> None:
+        """Notes that all rows leave that have not yet."""
+        assert batch.index is not None
+        if batch.left is None:
+            self.leave(batch.index, step, layer)
+        else:
+            leaving = (~batch.left).nonzero().squeeze(1).to(batch.index.device)
+            self.leave(batch.index.index_select(0, leaving), step, layer, leaving)
 
     def leave(self, rows: Tensor, step: ExitStep, layer: int, leaving: Tensor | None = None) -> None:
         """Notes rows that leave behind a layer (1-based): all of the step, or those that `leaving` counts."""

@@ -10,6 +10,7 @@ projects a state to a layer's keys and values.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def decode_step(
     places: list[Place] | None = None,
     head_state: Callable[[Tensor, int], Tensor] | None = None,
 ) -> ExitRun:
-    """Runs one token per row until it leaves, without gradients. Rows that left are gone from the deeper layers.
+    """Runs one token per row until all have left, without gradients.
 
     Args:
         hidden_states (`Tensor` of shape `(rows, 1, hidden)`): embedded tokens.
@@ -92,10 +93,26 @@ def decode_step(
         score_closed=False,
         places=places,
         head_state=head_state,
+        drops=partial(drop_pays, hidden_states.device.type),
     )
     step.finish(run)
     cache.note_exits(run.exit_layers.unsqueeze(1))
     return run
+
+
+def drop_pays(device: str, rows: int, staying: int) -> bool:
+    """Does a layer become cheaper if those rows go on alone which have not left?
+
+    A layer on one token per row waits for its weights, which are read once for all rows; what the rows that left add
+    to that is less than what it takes to gather keys and values of the others. On a CPU, where arithmetic soon takes
+    longer than reading, it is more as soon as most rows have left.
+
+    Args:
+        device (`str`): type of the device that the layers run on.
+        rows (`int`): rows of the batch.
+        staying (`int`): those of them that have not left.
+    """
+    return device == "cpu" and 4 * staying <= rows
 
 
 @torch.no_grad()
@@ -132,7 +149,7 @@ class _Step(ABC):
         self.left: list[tuple[Tensor, Tensor, int]] = []
 
     def leave(self, rows: Tensor, hidden_states: Tensor, layer: int) -> None:
-        """Notes rows that leave behind a layer (1-based)."""
+        """Notes rows that no layer behind this one (1-based) sees."""
         self.left.append((rows, hidden_states, layer))
 
     def rows_of(self, batch: RowBatch) -> Tensor | None:
@@ -173,8 +190,23 @@ class _CopyStep(_Step):
     """Skipped layers take a token's keys and values from its exit state (Elbayad et al. 2020; CALM, Schuster et al.
     2022)."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.left_of: Tensor | None = None
+
     def bind(self, index: int) -> Layer:
-        return lambda batch: self.run_token(index, batch)
+        return lambda batch: self.advance(index, batch)
+
+    def advance(self, index: int, batch: RowBatch) -> Tensor:
+        """The layer on the batch's new tokens. Those that left keep the states of their exits, of which the next
+        layers make keys and values as they do of any."""
+        after = self.run_token(index, batch)
+        if batch.left is None:
+            return after
+        if batch.left is not self.left_of:
+            self.left_of = batch.left
+            self.frozen = batch.left.to(after.device)[:, None, None]
+        return torch.where(self.frozen, batch.hidden_states, after)
 
     def finish(self, run: ExitRun) -> None:
         """Fills the skipped layers, those between two exits in one go for all rows that skipped them."""

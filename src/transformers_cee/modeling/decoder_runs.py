@@ -247,10 +247,15 @@ class DecoderRuns(EarlyExitModel):
         if "hidden_states" in captured:
             *states, last = captured["hidden_states"]
             captured["hidden_states"] = (*states, self.model.norm(last))
+        exit_layers = run.exit_layers.unsqueeze(1)
+        for first, name in enumerate(("hidden_states", "attentions")):
+            if name in captured:
+                # Layers may have run for rows that left.
+                captured[name] = hide_left(captured[name], exit_layers, first)
         logits = self.lm_head(run.states) if one_head else run.logits
         return ExitCausalLMOutput(
             logits=logits.unsqueeze(1),
-            exit_layers=run.exit_layers.unsqueeze(1),
+            exit_layers=exit_layers,
             exit_probabilities=run.scores.unsqueeze(1),
             **captured,
             **{CACHE_NAME: cache},
