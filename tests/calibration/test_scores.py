@@ -19,6 +19,7 @@ from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.budget import calibrate_budget
 from transformers_cee.calibration.risk import calibrate_risk
 from transformers_cee.calibration.scores import (
+    ExitScores,
     boldest_threshold,
     excess_risk,
     just_below,
@@ -283,3 +284,31 @@ class TestOtherExits:
         policies = tiny_model(num_hidden_layers=4).exit_policies
         with pytest.raises(ValueError, match=r"`policies` decide at 3 exits; `store` has 1 before its last one"):
             score_exits("policy", store, policies)
+
+
+def test_scores_at_some_layers():
+    scores = replace(population(9, 4), layers=torch.tensor([2, 4, 5, 8]), alpha=0.5)
+    some = scores.at_layers([4, 8])
+    assert torch.equal(some.scores, scores.scores[:, 1:2]) and some.layers.tolist() == [4, 8] and some.alpha == 0.5
+    for name in ("disagrees", "losses"):
+        assert torch.equal(getattr(some, name), getattr(scores, name)[:, [1, 3]])
+    assert torch.equal(some.last_scores, scores.last_scores) and isinstance(some, ExitScores)
+    for layers in ([4], [3, 8], [8, 4], [4, 4, 8], []):
+        with pytest.raises(ValueError, match="`layers`="):
+            scores.at_layers(layers)
+
+
+def test_scores_know_whether_they_have_memory():
+    scores = population(4, 4)
+    assert scores.has_memory is False and replace(scores, has_memory=True).select(torch.arange(2)).has_memory
+    patience = ExitScores("patience", scores.scores, scores.layers, scores.disagrees, scores.losses)
+    assert patience.has_memory is True
+
+
+@pytest.mark.parametrize(("inputs", "has_memory"), [("state", False), ("both", True)])
+def test_policies_that_look_at_confidences_have_memory(inputs, has_memory):
+    model = tiny_llama(policy_inputs=inputs)
+    store = store_of(model, instructions(6, seed=1), collate_text)
+    assert score_store(store, "policy", model).has_memory is has_memory
+    assert score_store(store, "exit_cdf", model).has_memory is True
+    assert score_store(store, "margin", model).has_memory is False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.evaluating import evaluating
+from transformers_cee.exits.numbers import plain
 from transformers_cee.exits.policy import confidence_scores
 from transformers_cee.stores.scoring import score_exits
 from transformers_cee.stores.store import ExitStore
@@ -44,6 +45,9 @@ class ExitScores:
             their tokens, and a certificate counts texts.
         last_scores (`Tensor` of shape `(rows,)`, *optional*): the score at the last exit, to reject rows there.
         alpha (`float`, *optional*): price of one layer that the scores' policies were asked for.
+        has_memory (`bool`, *optional*):
+            Does a score depend on which exits were asked before? By default what the criterion says; policies that
+            look at confidences look back, too.
 
     Raises:
         ValueError: an unknown criterion, shapes that do not fit, no rows, or a score that is not a number.
@@ -58,9 +62,12 @@ class ExitScores:
     groups: Tensor | None = None
     last_scores: Tensor | None = None
     alpha: float | None = None
+    has_memory: bool | None = None
 
     def __post_init__(self) -> None:
-        CRITERIA.find(self.criterion, "criterion")
+        criterion = CRITERIA.find(self.criterion, "criterion")
+        if self.has_memory is None:
+            self.has_memory = criterion.has_memory is True
         self.layers = torch.as_tensor(self.layers)
         if self.scores.dim() != 2 or len(self.scores) == 0:
             raise ValueError(f"`scores` of shape {tuple(self.scores.shape)} must be (rows, exits − 1), rows above 0.")
@@ -91,6 +98,24 @@ class ExitScores:
         names = ("scores", "disagrees", "losses", "groups", "last_scores")
         kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
         return replace(self, **{name: value[rows] for name, value in kept.items() if value is not None})
+
+    def at_layers(self, layers: Sequence[int]) -> "ExitScores":
+        """Scores of some exits only, as they are when all are asked.
+
+        Args:
+            layers (sequence of `int`): layers (1-based, ascending) of exits, the last one included.
+
+        Raises:
+            ValueError: layers that are not those of exits, or without the last one.
+        """
+        known = self.layers.tolist()
+        wanted = [int(layer) for layer in plain(layers)]
+        if not {*wanted} <= {*known} or wanted != sorted({*wanted, known[-1]}):
+            raise ValueError(f"`layers`={wanted} must be ascending ones of {known}, the last one included.")
+        places = torch.tensor([known.index(layer) for layer in wanted])
+        parts = {"layers": self.layers, "disagrees": self.disagrees, "losses": self.losses}
+        kept = {name: value[..., places] for name, value in parts.items()}
+        return replace(self, scores=self.scores[:, places[:-1]], **kept)
 
     def mean(self, values: Tensor) -> float:
         """Mean of values (rows,): over rows, or over groups of means within groups."""
@@ -155,6 +180,7 @@ def score_store(
     if not isinstance(losses, Tensor) or losses.shape != store.disagrees.shape:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"`risk` gave {shape}; needed are losses (entries, exits) = {tuple(store.disagrees.shape)}.")
+    asks_policies = "policy" in CRITERIA[criterion].looks_at
     last_scores = None
     if criterion in CONFIDENCE_FEATURES and store.logits is not None:
         last_scores = confidence_scores(store.logits[:, -1], store.problem_type)[CONFIDENCE_FEATURES[criterion]]
@@ -168,6 +194,7 @@ def score_store(
         groups=None if store.logits is not None else store.rows[deciding],
         last_scores=None if last_scores is None else last_scores[deciding],
         alpha=None if settings is None else settings.alpha,
+        has_memory=True if asks_policies and policies is not None and policies.needs_logits else None,
     )
 
 
