@@ -210,6 +210,28 @@ def test_derived_figures(machine):
     assert found.derived == {"later": Figure(2.0, 0.0), "share": Figure(0.2, 0.0, 0.5)}
 
 
+def test_derived_figures_are_those_of_one_attempt(machine):
+    """Two of three figures are noise in the first attempt, and two others in the second; in the third none is."""
+    variants = {
+        "a": machine.variant("a", *[4.0] * 3, *[1.0, 2.0, 4.0], 8.0),
+        "b": machine.variant("b", *[1.0, 2.0, 4.0], 2.0),
+    }
+    derived = {
+        "a": Derived(lambda seconds: seconds["a"]),
+        "b": Derived(lambda seconds: seconds["b"]),
+        "ratio": Derived(lambda seconds: seconds["a"] / seconds["b"], allowed=5.0),
+    }
+    found = machine.time(variants, derived=derived).derived
+    assert found == {"a": Figure(8.0, 0.0), "b": Figure(2.0, 0.0), "ratio": Figure(4.0, 0.0, 5.0)}
+    again = Machine()
+    variants = {
+        "a": again.variant("a", *[4.0] * 3, *[1.0, 2.0, 4.0], 8.0),
+        "b": again.variant("b", *[1.0, 2.0, 4.0], 2.0),
+    }
+    found = again.time(variants, derived=derived, attempts=2).derived
+    assert found["a"] == Figure(4.0, 0.0) and found["b"].median == 2.0 and found["b"].is_noise
+
+
 def test_by_default_time_is_the_performance_counter(monkeypatch, machine):
     monkeypatch.setattr(timing, "perf_counter", machine.clock)
     assert Timer().time({"a": machine.variant("a", 0.5)}).seconds["a"] == Figure(0.5, 0.0)
