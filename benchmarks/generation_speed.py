@@ -28,7 +28,7 @@ from transformers.utils import logging
 from transformers_cee import LlamaForConsistentEECausalLM
 from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import markdown_table, write_results
-from transformers_cee.evaluation.timing import Derived, Figure, Reported, Timer
+from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Derived, Figure, Reported, Timer
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, ExitStep, register_criterion
 from transformers_cee.files import write_text
@@ -57,7 +57,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--settings", nargs="+", help='only these, such as "exits off" and "exit 15, copy"')
     parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeats < FEWEST_ROUNDS:
+        parser.error(f"--repeats must be at least {FEWEST_ROUNDS}; got {args.repeats}")
+    return args
 
 
 def load_models(args: argparse.Namespace) -> tuple[LlamaForCausalLM, LlamaForConsistentEECausalLM]:

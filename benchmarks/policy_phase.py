@@ -52,6 +52,7 @@ def read_rows(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
 
 def main() -> None:
     args = parse_arguments()
+    timer = Timer(rounds=args.repeats)
     model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
     rows = read_rows(args, model.config.label2id)
     collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(args.model))
@@ -87,7 +88,7 @@ def main() -> None:
             features = all_features(output.all_exit_logits) if policies.needs_logits else None
             update(output.all_exit_states, rewards, features)
 
-    found = Timer(rounds=args.repeats).time(
+    found = timer.time(
         {"stored": stored_epoch, "backbone": backbone_epoch, "fill": fill},
         derived={"times_faster": Derived(lambda seconds: seconds["backbone"] / seconds["stored"])},
     )

@@ -45,6 +45,13 @@ def test_speedups_are_those_of_what_ran(batches):
         assert executed.speedup.spread == 0.0
 
 
+def test_models_that_return_tuples_are_timed_too(batches):
+    model, tuples = tiny_model(), tiny_model()
+    tuples.config.return_dict = False
+    found, wanted = measure(tuples, batches, SETTINGS[:2]), measure(model, batches, SETTINGS[:2])
+    assert [one.exit_layers.tolist() for one in found] == [one.exit_layers.tolist() for one in wanted]
+
+
 def test_all_run_in_turn_without_dropout(batches):
     model, seen = tiny_model().train(), []
     model.register_forward_pre_hook(
