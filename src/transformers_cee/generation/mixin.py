@@ -16,9 +16,10 @@ from transformers.utils import ModelOutput
 
 from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, rename_cache
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
-from transformers_cee.exits.criteria import CRITERIA, Thresholds
+from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, Thresholds
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.numbers import plain
+from transformers_cee.generation.account import ExitAccount, open_account
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
 
@@ -30,6 +31,7 @@ EXIT_ARGUMENTS = (
     "min_exit_layer",
     "skipped_kv",
     "exit_threshold_decay",
+    "exits_must_pay",
 )
 # Fields that make generation check several drafted tokens at once, which is not a decode step.
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -48,6 +50,7 @@ class ExitTrace:
         prompt_length, max_length (`int`): tokens of the prompt, and at most in all.
         pads_ended (`bool`): does a row that ended get padding?
         cache (`EarlyExitCache`, *optional*): the cache in use.
+        account (`ExitAccount`, *optional*): what exits cost and save, where they must pay.
     """
 
     settings: dict[str, Any] | None = None
@@ -58,6 +61,7 @@ class ExitTrace:
     max_length: int = 0
     pads_ended: bool = False
     cache: EarlyExitCache | None = None
+    account: ExitAccount | None = None
 
 
 # Of the innermost call of `generate`. As an argument it would also reach models that assist this one and know nothing
@@ -75,6 +79,9 @@ class EarlyExitGenerationMixin(GenerationMixin):
       `exit_threshold` may also be the name of one of `config.exit_operating_points`.
     - `exit_threshold_decay` (`float`): τ of CALM's decaying threshold `0.9·λ + 0.1·exp(−τ·t/N)`, clipped to [0, 1], at
       the t-th of at most N new tokens: the first tokens leave later, since errors there spoil all that follows.
+    - `exits_must_pay` (`bool`, defaults to False): a step runs without exits while asking them has cost this call more
+      layers than it saved, see [`ExitAccount`]. The call is then slower than without exits by what they cost in two
+      steps and a hundredth at most; but where a token leaves depends on the rows beside it and the tokens before it.
 
     With `return_dict_in_generate=True` the output also has `exit_layers` (rows, new tokens): the layer (1-based) of
     each new token; the first comes from the prompt's pass at full depth; 0 behind the end of a row.
@@ -112,6 +119,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
             trace.decay = settings.get("exit_threshold_decay")
             trace.settings = {name: settings.get(name) for name in ("min_exit_layer", "skipped_kv")}
             trace.settings["exit_threshold"] = replace(decision, is_checked=True)
+            if settings.get("exits_must_pay"):
+                trace.account = self._open_account(decision, settings.get("min_exit_layer"))
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
         outer = _TRACE.set(trace)
@@ -147,6 +156,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         trace = _TRACE.get()
         if trace is not None and outputs.get("exit_layers") is not None:
+            if trace.account is not None:
+                trace.account.note(outputs["exit_layers"][:, -1])
             # Several at once where drafts were checked.
             trace.exit_layers += [outputs["exit_layers"][:, -1]] * int(num_new_tokens)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
@@ -178,7 +189,10 @@ class EarlyExitGenerationMixin(GenerationMixin):
         # Older versions of transformers do not tell chunks of a prompt from decode steps.
         elif trace is not None and trace.settings is not None and trace.exit_layers:
             inputs.update(trace.settings)
-            if trace.decay is not None:
+            if trace.account is not None and not trace.account.ask():
+                decision = trace.settings["exit_threshold"]
+                inputs["exit_threshold"] = replace(decision, threshold=CRITERIA[decision.criterion].off)
+            elif trace.decay is not None:
                 new = len(trace.exit_layers)
                 most = max(1, trace.max_length - trace.prompt_length)
                 decision = trace.settings["exit_threshold"]
@@ -225,10 +239,11 @@ class EarlyExitGenerationMixin(GenerationMixin):
     def _decision(self, settings: dict[str, Any]) -> ExitDecision | None:
         """Checks the settings, before any layer runs, and decides for all steps; None if no token could leave."""
         asked = {name: settings.get(name) for name in ("exit_threshold", "exit_criterion", "exit_budget")}
-        # The tokens of the steps are not known yet.
-        no_tokens = torch.empty(0, 1, dtype=torch.long, device=self.device)
         decision = resolve_decision(self.config, **asked)
-        criterion = model_criterion(self, decision, input_ids=no_tokens)
+        criterion = self._criterion(decision)
+        must_pay = settings.get("exits_must_pay", False)
+        if not isinstance(must_pay, bool):
+            raise ValueError(f"`exits_must_pay`={must_pay!r} must be True or False.")
         check_skipped_kv(settings["skipped_kv"])
         check_min_exit_layer(settings.get("min_exit_layer"), self.config.num_hidden_layers)
         decay = settings.get("exit_threshold_decay")
@@ -237,6 +252,14 @@ class EarlyExitGenerationMixin(GenerationMixin):
             if asked["exit_budget"] is not None or isinstance(asked["exit_threshold"], str):
                 raise ValueError("`exit_threshold_decay` needs `exit_threshold` as a number or a list of numbers.")
         return None if criterion.is_off else decision
+
+    def _criterion(self, decision: ExitDecision) -> ExitCriterion:
+        # The tokens of the steps are not known yet.
+        no_tokens = torch.empty(0, 1, dtype=torch.long, device=self.device)
+        return model_criterion(self, decision, input_ids=no_tokens)
+
+    def _open_account(self, decision: ExitDecision, min_exit_layer: int | None) -> ExitAccount:
+        return open_account(self, self._criterion(decision), self.first_exit(min_exit_layer))
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`; exit arguments in the generation config are saved with it."""
