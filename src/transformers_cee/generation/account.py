@@ -18,8 +18,8 @@ from transformers_cee.exits.criteria import ExitCriterion
 _ALLOWANCE = 0.01
 # What the keys and values of a skipped layer cost, in layers: at most so much of a layer's weights project them.
 _PROJECTION = 0.15
-# What an exit costs beside an LM head, in layers, by type of device: its norm and score, and that the host waits, while
-# which a GPU gets no work.
+# What an exit costs beside an LM head, in layers, by type of device: its norm and score, and that the host waits;
+# meanwhile a GPU gets no work.
 _ASKING = {"cpu": 0.2}
 _ASKING_ELSEWHERE = 1.0
 
