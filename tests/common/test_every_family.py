@@ -66,7 +66,7 @@ def test_entry(model_type):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_saved_and_loaded_bit_by_bit(model_type, tmp_path):
+def test_saved_and_loaded(model_type, tmp_path):
     model = families.model(model_type, exit_layers=[1, 3], exit_threshold=[0.2, 0.3, 1.0])
     model.save_pretrained(tmp_path)
     entry, weights = MODELS[model_type], model.state_dict()
@@ -82,7 +82,11 @@ def test_saved_and_loaded_bit_by_bit(model_type, tmp_path):
     assert config.exit_threshold == [0.2, 0.3, 1.0]
     assert type(autos[1].from_config(config)) is type(model)
     inputs = labelled(model_type)
-    assert all(map(torch.equal, everything(model_type, again.eval(), inputs), everything(model_type, model, inputs)))
+    for mine, theirs in zip(
+        everything(model_type, again.eval(), inputs), everything(model_type, model, inputs), strict=True
+    ):
+        # Equal weights that lie elsewhere in memory may be multiplied by other instructions.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

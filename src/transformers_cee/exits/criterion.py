@@ -36,6 +36,8 @@ class ExitStep:
         features (`Tensor` of shape `(rows, 5)`, *optional*):
             Confidence features, where they are known without logits; see `ExitHistory.features`.
         predicted (`LongTensor` of shape `(rows,)`, *optional*): predicted classes, where known without logits.
+        score (`Tensor` of shape `(rows,)`, *optional*): the walk's criterion's, where the graph of a block gives it.
+        logits_ (`Tensor` of shape `(rows, labels)`, *optional*): logits, where they are known without the head.
     """
 
     index: int
@@ -44,18 +46,19 @@ class ExitStep:
     rows: Tensor | None = None
     features: Tensor | None = None
     predicted: Tensor | None = None
-    _logits: Tensor | None = field(default=None, repr=False)
+    score: Tensor | None = None
+    logits_: Tensor | None = field(default=None, repr=False)
 
     @property
     def logits(self) -> Tensor:
         """Logits (rows, labels) of the exit head for all remaining rows, computed once."""
-        if self._logits is None:
-            self._logits = self.head(self.state)
-        return self._logits
+        if self.logits_ is None:
+            self.logits_ = self.head(self.state)
+        return self.logits_
 
     def logits_of(self, rows: Tensor) -> Tensor:
         """Logits of some rows only; cheaper while nobody has asked for all."""
-        return self.head(self.state[rows]) if self._logits is None else self._logits[rows]
+        return self.head(self.state[rows]) if self.logits_ is None else self.logits_[rows]
 
     def confidence(self, problem_type: str) -> tuple[Tensor, ...]:
         """Maximum probability, margin and entropy over its maximum, each (rows,); see `confidence_scores`."""

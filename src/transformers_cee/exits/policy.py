@@ -63,7 +63,9 @@ def _confidence_columns(logits: Tensor, problem_type: str) -> tuple[Tensor, Tens
     probabilities = class_probabilities(logits, problem_type)
     top = probabilities.topk(2, dim=-1).values
     maximum = top[..., :1]
-    entropy = torch.special.entr(probabilities).sum(-1, keepdim=True) / math.log(probabilities.shape[-1])
+    # Written out: exporters know no `entr`. A probability of 0 adds nothing.
+    logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+    entropy = (probabilities * logs).sum(-1, keepdim=True) / -math.log(probabilities.shape[-1])
     columns = (maximum, maximum - top[..., 1:], entropy)
     if problem_type == "multi_label_classification":
         return columns[0].mean(-2), columns[1].mean(-2), columns[2].mean(-2)

@@ -16,6 +16,21 @@ SLIDING = "sliding_attention"
 
 
 @dataclass
+class AtExit:
+    """What a graph found at the exit behind its last layer, beside the hidden states.
+
+    Args:
+        logits (`Tensor` of shape `(rows, labels)`): of the exit's head.
+        state (`Tensor` of shape `(rows, hidden)`, *optional*): exit state, where the graph gives it.
+        score (`Tensor` of shape `(rows,)`, *optional*): of the walk's criterion, where it is part of the graph.
+    """
+
+    logits: Tensor
+    state: Tensor | None = None
+    score: Tensor | None = None
+
+
+@dataclass
 class RowBatch:
     """The rows still on their way, with everything that must follow them.
 
@@ -34,6 +49,7 @@ class RowBatch:
             What lies between two columns, the same in every row: their distance, or what attention adds for it.
         left (`BoolTensor` of shape `(rows,)`, *optional*):
             On the host: rows that left and stay in the batch, where dropping them does not pay; none where it is None.
+        at_exit (`AtExit`, *optional*): what the graph that made the hidden states found at its exit, too.
     """
 
     hidden_states: Tensor
@@ -45,6 +61,7 @@ class RowBatch:
     rotary: Mapping[str, Rotary] | None = None
     relative: Tensor | None = None
     left: Tensor | None = None
+    at_exit: AtExit | None = None
 
     @property
     def size(self) -> int:

@@ -44,6 +44,8 @@ class ExitRun:
 
 
 Layer = Callable[[RowBatch], Tensor]
+# A block of layers gives the batch behind them, and with it what its graph found at the exit there.
+Block = Callable[[RowBatch], RowBatch]
 Leaving = Callable[[Tensor, Tensor, int], None]
 Drops = Callable[[int, int], bool]
 
@@ -61,43 +63,79 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
+def _behind(layer: Layer | Block, batch: RowBatch) -> RowBatch:
+    """The batch behind a layer or a block of layers."""
+    made = layer(batch)
+    return made if isinstance(made, RowBatch) else replace(batch, hidden_states=made)
+
+
+def _exit_step(batch: RowBatch, exits: Exits, index: int) -> ExitStep:
+    """What is known of a batch at exit `index` (0-based): asked of the model, or found by the block before it."""
+    found = batch.at_exit
+    if found is None:
+        state = exits.state(batch.hidden_states, batch.padding_mask, index)
+        return ExitStep(index, state, partial(exits.logits, index=index), batch.index)
+    # A graph that gives no state has no criterion that asks for one.
+    state = found.logits if found.state is None else found.state
+    head = partial(exits.logits, index=index)
+    return ExitStep(index, state, head, batch.index, score=found.score, logits_=found.logits)
+
+
 def collect_states(
     batch: RowBatch, layers: Sequence[Layer], exits: Exits, gradient_equilibrium: bool = False
 ) -> list[Tensor]:
-    """Walks all layers with the criterion off and returns every exit's state.
+    """The state of every exit, see `collect_steps`."""
+    return [step.state for step in collect_steps(batch, layers, exits, gradient_equilibrium)]
+
+
+def collect_steps(
+    batch: RowBatch,
+    layers: Sequence[Layer | Block],
+    exits: Exits,
+    gradient_equilibrium: bool = False,
+    ends: Sequence[int] | None = None,
+) -> list[ExitStep]:
+    """Walks all layers with the criterion off and returns what is known at every exit.
 
     Args:
+        ends (sequence of `int`, *optional*): as in `run_exits`.
         gradient_equilibrium (`bool`):
             What comes back to the hidden states of exit i (0-based, of n) is `g_i / (n − i)` from its own head and
             `(n − i − 1) / (n − i)` of what the deeper layers send, so that every layer gets the mean of the gradients
             of the exits behind it, not their sum (Li et al. 2019; ElasticBERT, Liu et al. 2022). States stay the same.
     """
-    states: list[Tensor] = []
-    for number, layer in enumerate(layers, start=1):
-        seen = onward = layer(batch)
-        if number in exits.layer_numbers:
-            if gradient_equilibrium:
-                left = len(exits.layer_numbers) - len(states)
-                seen, onward = (_ScaleGradient.apply(seen, share / left) for share in (1, left - 1))
-            states.append(exits.state(seen, batch.padding_mask, len(states)))
-        batch = replace(batch, hidden_states=onward)
-    return states
+    steps: list[ExitStep] = []
+    for number, layer in zip(ends or range(1, len(layers) + 1), layers, strict=True):
+        batch = _behind(layer, batch)
+        if number not in exits.layer_numbers:
+            continue
+        seen = batch
+        if gradient_equilibrium:
+            left = len(exits.layer_numbers) - len(steps)
+            parts = (_ScaleGradient.apply(batch.hidden_states, share / left) for share in (1, left - 1))
+            seen, batch = (replace(batch, hidden_states=part) for part in parts)
+        steps.append(_exit_step(seen, exits, len(steps)))
+    return steps
 
 
 def run_all_exits(
-    batch: RowBatch, layers: Sequence[Layer], exits: Exits, gradient_equilibrium: bool = False
+    batch: RowBatch,
+    layers: Sequence[Layer | Block],
+    exits: Exits,
+    gradient_equilibrium: bool = False,
+    ends: Sequence[int] | None = None,
 ) -> ExitRun:
-    """`collect_states`, and every exit head asked: one pass gives all exits' logits."""
-    states = collect_states(batch, layers, exits, gradient_equilibrium)
-    logits = [exits.logits(state, index) for index, state in enumerate(states)]
-    run = _full_depth(logits[-1], batch.size, exits)
-    run.all_logits, run.all_states = torch.stack(logits, dim=1), torch.stack(states, dim=1)
+    """`collect_steps`, and every exit head asked: one pass gives all exits' logits."""
+    steps = collect_steps(batch, layers, exits, gradient_equilibrium, ends)
+    run = _full_depth(steps[-1].logits, batch.size, exits)
+    run.all_logits = torch.stack([step.logits for step in steps], dim=1)
+    run.all_states = torch.stack([step.state for step in steps], dim=1)
     return run
 
 
 def run_exits(
     batch: RowBatch,
-    layers: Sequence[Layer],
+    layers: Sequence[Layer | Block],
     exits: Exits,
     criterion: ExitCriterion,
     first_exit: int = 0,
@@ -106,6 +144,7 @@ def run_exits(
     places: list[Place] | None = None,
     head_state: Callable[[Tensor, int], Tensor] | None = None,
     drops: Drops | None = None,
+    ends: Sequence[int] | None = None,
 ) -> ExitRun:
     """Walks the layers and lets rows leave where the criterion says so.
 
@@ -115,7 +154,8 @@ def run_exits(
 
     Args:
         batch (`RowBatch`): embedded rows and their masks.
-        layers (sequence of callables): each maps the batch to its next hidden states (rows, time, hidden).
+        layers (sequence of callables): each maps the batch to its next hidden states (rows, time, hidden), or to the
+            batch behind a block of layers.
         exits (`Exits`): states and heads of the exits.
         criterion (`ExitCriterion`): a fresh criterion object.
         first_exit (`int`): exit (0-based) before which no row leaves.
@@ -131,6 +171,9 @@ def run_exits(
             From the rows of the batch and those of them that have not left: are these to go on alone? Always, by
             default. Otherwise all stay in the batch, with those that left told in its `left`: the next layers run for
             them, too, but nobody asks for what these give.
+        ends (sequence of `int`, *optional*):
+            Layer (1-based) behind which each of `layers` ends, where these are blocks of several; exits inside of
+            blocks are not asked. By default 1, 2, ….
     """
     rows, last = batch.size, len(exits.layer_numbers) - 1
     device = batch.hidden_states.device
@@ -139,10 +182,10 @@ def run_exits(
     batch = replace(batch, index=torch.arange(rows, device=device), spans=token_spans(batch.padding_mask))
     record = _Record(rows, last + 1, device, head_state)
     exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
-    for number, layer in enumerate(layers, start=1):
+    for number, layer in zip(ends or range(1, len(layers) + 1), layers, strict=True):
         if places is not None:
             places.append(Place(None if batch.size == rows else batch.index, batch.start))
-        batch = replace(batch, hidden_states=layer(batch))
+        batch = _behind(layer, batch)
         index = exit_of.get(number)
         if index is None:
             continue
@@ -150,12 +193,11 @@ def run_exits(
         unasked = index < first_exit or not score_closed
         if not may_leave and unasked and not criterion.has_memory:
             continue
-        state = exits.state(batch.hidden_states, batch.padding_mask, index)
-        step = ExitStep(index, state, partial(exits.logits, index=index), batch.index)
+        step = _exit_step(batch, exits, index)
         if index == last:
             record.leave_all(batch, step, number)
             break
-        scores = criterion.score(step)
+        scores = criterion.score(step) if step.score is None else step.score
         record.keep_scores(batch, index, scores.detach())
         if may_leave:
             rest = _compact(batch, step, criterion, scores, number, record, leaving, drops)
@@ -167,7 +209,7 @@ def run_exits(
 
 def _run_whole(
     batch: RowBatch,
-    layers: Sequence[Layer],
+    layers: Sequence[Layer | Block],
     exits: Exits,
     places: list[Place] | None,
     head_state: Callable[[Tensor, int], Tensor] | None,
@@ -176,11 +218,13 @@ def _run_whole(
     for layer in layers:
         if places is not None:
             places.append(Place())
-        batch = replace(batch, hidden_states=layer(batch))
+        batch = _behind(layer, batch)
     last = len(exits.layer_numbers) - 1
-    state = exits.state(batch.hidden_states, batch.padding_mask, last)
-    run = _full_depth((head_state or exits.logits)(state, last), batch.size, exits)
-    return run if head_state is None else replace(run, logits=None, states=run.logits)
+    step = _exit_step(batch, exits, last)
+    if head_state is None:
+        return _full_depth(step.logits, batch.size, exits)
+    states = head_state(step.state, last)
+    return replace(_full_depth(states, batch.size, exits), logits=None, states=states)
 
 
 def _compact(

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from transformers_cee.exits.criteria import check_thresholds
+from transformers_cee.exits.criteria import ExitCriterion, check_thresholds
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.entries import ExitEntries, row_entries
 from transformers_cee.exits.heads import ExitHeads, ExitNorms
@@ -28,13 +28,26 @@ from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.policy import all_features
 from transformers_cee.exits.recording import Place, restore_attentions, restore_states
 from transformers_cee.exits.row_batch import RowBatch
-from transformers_cee.exits.runner import ExitRun, Layer, run_all_exits, run_exits
+from transformers_cee.exits.runner import Block, ExitRun, Layer, run_all_exits, run_exits
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.modeling.base import EarlyExitModel
 
 
-# A walk over the layers: the batch, the layers, and what the caller hands on to them.
-Walk = Callable[[RowBatch, list[Layer], dict[str, Any]], dict[str, Any]]
+# A walk over the layers: the batch, and what the caller hands on to them.
+Walk = Callable[[RowBatch, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class Stack:
+    """What a walk runs.
+
+    Args:
+        layers (sequence of callables): layers, or blocks of layers, in order.
+        ends (sequence of `int`, *optional*): layer (1-based) behind which each block ends; None of single layers.
+    """
+
+    layers: Sequence[Layer | Block]
+    ends: Sequence[int] | None = None
 
 
 @dataclass
@@ -109,6 +122,19 @@ class EarlyExitClassifier(EarlyExitModel):
         """The layer `index` (0-based) as a function of the batch; `arguments` are those that the caller hands on."""
         raise NotImplementedError
 
+    def stack(
+        self, batch: RowBatch, arguments: dict[str, Any], criterion: ExitCriterion | None = None, first_exit: int = 0
+    ) -> Stack:
+        """What a walk of a batch runs.
+
+        Args:
+            batch (`RowBatch`): the embedded batch.
+            arguments (`dict`): those that the caller hands on to the layers.
+            criterion (`ExitCriterion`, *optional*): of a walk in which rows leave; None of a walk to all exits.
+            first_exit (`int`): exit (0-based) before which no row leaves.
+        """
+        return Stack([self.bind(index, layer, arguments) for index, layer in enumerate(self.layers)])
+
     def logits(self, state: Tensor, index: int) -> Tensor:
         """Logits (rows, labels) of exit `index` from its state (rows, hidden)."""
         return self.classify(state) if index == self.last_exit else self.exit_heads(state, index)
@@ -160,8 +186,7 @@ class EarlyExitClassifier(EarlyExitModel):
             walk = self._to_all_exits(asked, options)
         else:
             walk = self._leaving(asked, problem_type)
-        batch = embed()
-        found = walk(batch, [self.bind(index, layer, arguments) for index, layer in enumerate(self.layers)], arguments)
+        found = walk(embed(), arguments)
         run: ExitRun = found["run"]
         losses = None
         if all_exits and labels is not None:
@@ -192,9 +217,12 @@ class EarlyExitClassifier(EarlyExitModel):
         check_thresholds(decision.criterion, decision.threshold, len(self.layer_numbers))
         self.check_walk(rows_leave=False)
 
-        def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
+        def walk(batch: RowBatch, arguments: dict[str, Any]) -> dict[str, Any]:
+            stack = self.stack(batch, arguments)
             return self.walked(
-                lambda layers: run_all_exits(batch, layers, self, options.gradient_equilibrium), layers, arguments
+                lambda layers: run_all_exits(batch, layers, self, options.gradient_equilibrium, stack.ends),
+                stack.layers,
+                arguments,
             )
 
         return walk
@@ -208,9 +236,12 @@ class EarlyExitClassifier(EarlyExitModel):
         self.check_walk(rows_leave=not criterion.is_off)
         places: list[Place] = []
 
-        def walk(batch: RowBatch, layers: list[Layer], arguments: dict[str, Any]) -> dict[str, Any]:
+        def walk(batch: RowBatch, arguments: dict[str, Any]) -> dict[str, Any]:
+            stack = self.stack(batch, arguments, criterion, first_exit)
             found = self.walked(
-                lambda layers: run_exits(batch, layers, self, criterion, first_exit, places=places), layers, arguments
+                lambda layers: run_exits(batch, layers, self, criterion, first_exit, places=places, ends=stack.ends),
+                stack.layers,
+                arguments,
             )
             for name, restore in (("hidden_states", restore_states), ("attentions", restore_attentions)):
                 if name in found:
@@ -239,4 +270,4 @@ class EarlyExitClassifier(EarlyExitModel):
         return layer_weighted(losses.sum(0, keepdim=True)) * (labels.numel() // len(losses)) / items
 
 
-__all__ = ["Asked", "EarlyExitClassifier"]
+__all__ = ["Asked", "EarlyExitClassifier", "Stack"]

@@ -5,6 +5,7 @@ refused."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Collection, Container, Iterable
@@ -31,6 +32,8 @@ _BY_POSITION = re.compile(
     r"^(exit_(heads|norms|policies)\.\w+|exit_estimators\.\w+\.(linears|projections))\.\d+\.|\.log_temperatures$"
 )
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
+# Fields of a config that say that a folder is loaded elsewhere, and by what.
+_ELSEWHERE = {"exit_engine": "transformers_cee.engines.loading.load_exported"}
 
 
 @dataclass
@@ -81,6 +84,11 @@ class EarlyExitLoadingMixin(ExitSetsMixin):
             check_config_class(config, cls)
         own = isinstance(config, PreTrainedConfig) and (source is None or config.name_or_path == str(source))
         values = vars(config) if own else config_values(source, kwargs) or {}
+        for record, full_name in _ELSEWHERE.items():
+            if record in values and source is not None:
+                module, _, name = full_name.rpartition(".")
+                model = getattr(importlib.import_module(module), name)(source, **kwargs)
+                return (model, {}) if output_loading_info else model
         if RECORD in values and source is not None:
             if isinstance(config, str | os.PathLike):
                 config = cls.config_class.from_pretrained(config)  # type: ignore[attr-defined]

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from functools import partial
 from typing import Any
 
@@ -61,7 +63,8 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             attention_mask (`BoolTensor` of shape `(rows, time)`, *optional*): true at tokens.
             given: `input_ids`, `token_type_ids`, `position_ids` (rows, time) and `inputs_embeds` (rows, time, hidden).
         """
-        return self.masked(self.embedded(**self.placed(given, attention_mask)), attention_mask)
+        placed = self.placed(given, attention_mask)
+        return self.masked(self.embedded(**placed), attention_mask, placed["position_ids"])
 
     def placed(self, given: dict[str, Tensor | None], attention_mask: Tensor | None) -> dict[str, Tensor | None]:
         """What is embedded, with position ids."""
@@ -78,8 +81,11 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         """Embeddings (rows, time, hidden) of tokens, token types and positions."""
         return self.body.embeddings(**given)
 
-    def masked(self, hidden_states: Tensor, attention_mask: Tensor | None) -> RowBatch:
-        """Embedded rows (rows, time, hidden) whose tokens see each other."""
+    def masked(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> RowBatch:
+        """Rows (rows, time, hidden) whose tokens see each other, with what layers need to know of columns. Nothing of
+        that depends on what the hidden states hold, but on their shape, type and device."""
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -111,6 +117,38 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         else:
             pooled = self.pool(self.finished(first_token(hidden_states, padding_mask)))
         return self.exit_norms(pooled, index)
+
+    def export(self, output: str | os.PathLike[str], **options: Any) -> Any:
+        """Exports the model to an engine: a folder that loads without the original weights, and with `from_pretrained`
+        of this class or of an Auto class gives an object that pipelines, trainers' `evaluate`, calibration and
+        benchmarks take like the model.
+
+        The layers become blocks between exits, whose graphs also give logits and the criterion's score. Budgets and
+        operating points are fitted anew on the engine, from the calibration texts; what cannot be is dropped, with a
+        message.
+
+        Args:
+            output (`str` or `os.PathLike`): the folder; it is made, and must be empty where it exists.
+            engine (`str`, *optional*, defaults to `"openvino"`): a name of `transformers_cee.engines.ENGINES`.
+            precision (`str`, *optional*, defaults to `"int8"`): `"float32"`, `"bfloat16"` or `"int8"`.
+            calibration_texts (sequence of `str`, *optional*):
+                Texts that the model is for, without labels; some hundred give the scales of int8, some thousand
+                certify an agreement of 0.99.
+            processing_class (*optional*): the tokenizer; by default that of the checkpoint the model came from.
+            exit_criterion (`str`, *optional*, defaults to the config's):
+                Criterion whose score becomes part of the graphs. Others are asked outside, which takes longer.
+            batch_size (`int`, *optional*, defaults to 32): rows per batch of the calibration.
+
+        Returns:
+            [`ExportedSequenceClassifier`]: the exported model, loaded.
+
+        Raises:
+            ImportError: the engine is not installed; the message says what installs it.
+            ValueError: an unknown engine or criterion, a precision that the engine lacks or that takes texts, no
+                tokenizer, adapters that are not merged, or a folder that is not empty. Nothing is written by then.
+        """
+        module = importlib.import_module("transformers_cee.engines.exporting")
+        return module.export_model(self, output, **options)
 
     def item_flops(self, length: int) -> ItemFlops:
         config, exits = self.config, range(len(self.layer_numbers))

@@ -52,8 +52,16 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
         given: float | None = getattr(config, "cls_dropout", None)
         return config.hidden_dropout_prob if given is None else given
 
-    def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
-        hidden_states = self.deberta.embeddings(mask=attention_mask, **self.placed(given, attention_mask))
+    def placed(self, given: dict[str, Tensor | None], attention_mask: Tensor | None) -> dict[str, Tensor | None]:
+        # Embeddings are zero at padding.
+        return {**super().placed(given, attention_mask), "mask": attention_mask}
+
+    def embedded(self, **given: Tensor | None) -> Tensor:
+        return self.deberta.embeddings(**given)
+
+    def masked(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> RowBatch:
         # Layers make their mask of that of the padding.
         return RowBatch(hidden_states, None, attention_mask, relative=self.deberta.encoder.get_rel_pos(hidden_states))
 

@@ -56,11 +56,18 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
-    def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
-        hidden_states = self.model.embeddings(input_ids=given["input_ids"], inputs_embeds=given["inputs_embeds"])
+    def positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         # Only distances between positions count, wherever the padding stands.
+        return None
+
+    def embedded(self, **given: Tensor | None) -> Tensor:
+        return self.model.embeddings(input_ids=given["input_ids"], inputs_embeds=given["inputs_embeds"])
+
+    def masked(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> RowBatch:
         columns = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        positions = columns if given["position_ids"] is None else given["position_ids"]
+        positions = columns if position_ids is None else position_ids
         seen = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
         masks = {name: make(**seen) for name, make in _MASKS.items()}
         rotary = {name: self.model.rotary_emb(hidden_states, positions, name) for name in set(self.config.layer_types)}

@@ -1,0 +1,180 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A classifier is exported: its graphs are written for an engine, and its promises are fitted anew there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers.utils import logging
+
+from transformers_cee.engines.engine import ENGINES, Engine, Written
+from transformers_cee.engines.graphs import fits_graph, token_inputs
+from transformers_cee.engines.loading import EXITS, GRAPHS, RECORD, load_exported
+from transformers_cee.engines.model import ExportedSequenceClassifier
+from transformers_cee.engines.promises import fit_promises
+from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.evaluating import evaluating
+from transformers_cee.modeling.exits_saving import check_no_adapters
+from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
+from transformers_cee.stores.filling import similar_length_batches
+
+
+logger = logging.get_logger(__name__)
+
+# Texts that static scales are taken from, and rows of a batch of them.
+SCALE_TEXTS, SCALE_ROWS = 256, 8
+
+
+def export_model(
+    model: EarlyExitSequenceClassifier,
+    output: str | os.PathLike[str],
+    *,
+    engine: str = "openvino",
+    precision: str = "int8",
+    calibration_texts: Sequence[str] | None = None,
+    processing_class: Any = None,
+    exit_criterion: str | None = None,
+    batch_size: int = 32,
+) -> ExportedSequenceClassifier:
+    """Exports a classifier, see [`~EarlyExitSequenceClassifier.export`]."""
+    made = ENGINES.find(engine)
+    made.require()
+    made.check_precision(precision)
+    criterion = _check_model(model, exit_criterion)
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"`output`={os.fspath(output)!r} exists and is no empty folder; give another name.")
+    texts = _check_texts(calibration_texts, made, precision)
+    if texts and processing_class is None:
+        processing_class = _tokenizer_of(model)
+    rows = None if not texts else _tokens(texts, processing_class)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved at the end: whatever is at `output` is whole.
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        exported = _write(model, beside, made, precision, criterion, rows, processing_class, batch_size)
+        if target.exists():
+            target.rmdir()
+        os.replace(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return load_exported(target, threads=exported.engine.threads)
+
+
+def _check_model(model: Any, criterion: str | None) -> str | None:
+    """The criterion whose score becomes part of the graphs, if one can; raises what stands in the way of an export."""
+    if not isinstance(model, EarlyExitSequenceClassifier) or isinstance(model, ExportedSequenceClassifier):
+        raise TypeError(f"`model` of type {type(model).__name__} must be a classifier of texts with exits.")
+    check_no_adapters(model)
+    asked = model.config.exit_criterion if criterion is None else criterion
+    if fits_graph(CRITERIA.find(asked), model.exit_policies):
+        return asked
+    if criterion is not None:
+        accepted = sorted(name for name, cls in CRITERIA.items() if fits_graph(cls, model.exit_policies))
+        raise ValueError(
+            f"`exit_criterion`={criterion!r} cannot be part of a graph; accepted are {', '.join(accepted)}. "
+            "Others are asked outside of it, whatever the export was made for."
+        )
+    return None
+
+
+def _check_texts(texts: Sequence[str] | None, engine: type[Engine], precision: str) -> list[str]:
+    if texts is None:
+        if precision in engine.calibrated:
+            raise ValueError(
+                f"`calibration_texts`=None, but `precision`={precision!r} of {engine.name!r} takes its scales from "
+                "texts: give some hundred of those that the model is for, without labels."
+            )
+        return []
+    given = [texts] if isinstance(texts, str) else list(texts)
+    wrong = next((text for text in given if not isinstance(text, str) or not text.strip()), None)
+    if isinstance(texts, str) or not given or wrong is not None:
+        raise ValueError(f"`calibration_texts` must be a list of texts, none of them empty; got {wrong or texts!r}.")
+    return given
+
+
+def _tokenizer_of(model: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`processing_class`=None, and {model.name_or_path!r}, from which the model came, has no tokenizer; give "
+            "the one that reads `calibration_texts`."
+        ) from error
+
+
+def _tokens(texts: Sequence[str], tokenizer: Any) -> Dataset:
+    made = tokenizer(list(texts), truncation=True)
+    return Dataset.from_dict({name: made[name] for name in made})
+
+
+def _write(
+    model: Any,
+    folder: Path,
+    engine: type[Engine],
+    precision: str,
+    criterion: str | None,
+    rows: Dataset | None,
+    processing_class: Any,
+    batch_size: int,
+) -> ExportedSequenceClassifier:
+    config = copy.deepcopy(model.config)
+    config.exit_layers = list(model.layer_numbers)
+    graphs = folder / GRAPHS
+    graphs.mkdir()
+    samples = [] if rows is None else _samples(rows, processing_class, token_inputs(config))
+    with evaluating(model):
+        frozen = copy.deepcopy(model).float().cpu().requires_grad_(False)
+        engine.write(Written(frozen, precision, criterion, samples), graphs)
+    own = {name: value for name, value in frozen.state_dict().items() if name.startswith(_KEPT)}
+    save_file({name: value.contiguous() for name, value in own.items()}, folder / EXITS)
+    files = sorted(f"{GRAPHS}/{path.name}" for path in graphs.iterdir())
+    setattr(config, RECORD, {"engine": engine.name, "precision": precision, "criterion": criterion, "files": files})
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+    config.save_pretrained(folder)
+    exported = load_exported(folder)
+    fit_promises(exported, rows, processing_class, batch_size)
+    exported.config.save_pretrained(folder)
+    return exported
+
+
+# Of the exits, what calibration asks outside of the graphs.
+_KEPT = ("exit_policies.", "exit_estimators.")
+
+
+def _samples(rows: Dataset, processing_class: Any, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Batches of rows of similar length, evenly taken from all."""
+    step = max(1, len(rows) // SCALE_TEXTS)
+    taken = rows.select(range(0, len(rows), step)).select_columns(
+        [name for name in names if name in rows.column_names]
+    )
+    lengths = [len(ids) for ids in taken["input_ids"]]
+    collate = DataCollatorWithPadding(processing_class)
+    batches = [
+        collate([taken[row] for row in some])
+        for some in similar_length_batches(range(len(taken)), lengths, SCALE_ROWS)
+    ]
+    return [_named(batch, names) for batch in batches]
+
+
+def _named(batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """A batch with all that the first layer takes, masks as truth values."""
+    given = {name: batch[name] for name in names if name in batch}
+    given["attention_mask"] = given["attention_mask"] != 0
+    if "token_type_ids" in names:
+        given.setdefault("token_type_ids", torch.zeros_like(given["input_ids"]))
+    return given

@@ -1,0 +1,198 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""An exported classifier: the same walk, over blocks that an engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from transformers_cee.engines.engine import Engine, Run
+from transformers_cee.engines.graphs import (
+    ALPHA,
+    HIDDEN,
+    HISTORY,
+    LOGITS,
+    MARGIN,
+    MASK,
+    PREDICTIONS,
+    SCORE,
+    STATE,
+    Cut,
+    token_inputs,
+)
+from transformers_cee.exits.criteria import ExitCriterion
+from transformers_cee.exits.recording import wants_states
+from transformers_cee.exits.row_batch import AtExit, RowBatch
+from transformers_cee.modeling.classification import Stack
+from transformers_cee.modeling.flops import ItemFlops
+from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
+
+
+@dataclass
+class TokenBatch(RowBatch):
+    """Rows before the first block, which takes tokens.
+
+    Args:
+        tokens (`dict[str, Tensor]`): what the first block takes beside the mask, each (rows, time).
+    """
+
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
+    """A classifier with exits on an engine, as [`~EarlyExitSequenceClassifier.export`] writes it. Arguments and
+    results of `forward` are those of the model it was made of, in evaluation; it cannot be trained, has no embeddings,
+    and gives neither hidden states nor attentions.
+
+    Args:
+        config (`PreTrainedConfig`): that of the model, with the record `exit_engine`.
+        engine ([`Engine`]): runs the blocks.
+    """
+
+    config_class = PreTrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: Any, engine: Engine) -> None:
+        super().__init__(config)
+        self.engine = engine
+        # Blocks are made when they are first run.
+        self.blocks: dict[Cut, Run] = {}
+        self.inputs = token_inputs(config)
+        self.eval()
+
+    def add_stock(self, config: Any) -> None:
+        """Nothing: the layers are the engine's."""
+
+    def add_heads(self, config: Any) -> None:
+        """Nothing: heads are part of the engine's graphs."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: weights are loaded."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the export has noted, see `exit_engine` of the config."""
+        record: dict[str, Any] = self.config.exit_engine
+        return record
+
+    def train(self, mode: bool = True) -> ExportedSequenceClassifier:
+        """Raises `ValueError` for the training mode."""
+        if mode:
+            raise ValueError(f"A model exported to {self.record['engine']!r} cannot be trained; train the original.")
+        return super().train(False)
+
+    def item_flops(self, length: int) -> ItemFlops:
+        raise ValueError("FLOPs of an exported model are not counted; ask the model that it was exported from.")
+
+    def check_walk(self, rows_leave: bool) -> None:
+        """Blocks run for any rows."""
+
+    def walked(self, walk: Any, layers: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        asked = [name for name, wanted in wants_states(self.config, arguments).items() if wanted]
+        if asked:
+            raise ValueError(f"`{asked[0]}`=True: an exported model does not give them; ask the original.")
+        return {"run": walk(layers)}
+
+    def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
+        ids = given.pop("input_ids")
+        for name in ("inputs_embeds", "position_ids"):
+            if given[name] is not None:
+                raise ValueError(f"`{name}` is not taken by an exported model; give `input_ids` alone.")
+        assert ids is not None
+        tokens = {"input_ids": ids}
+        if "token_type_ids" in self.inputs:
+            types = given["token_type_ids"]
+            tokens["token_type_ids"] = torch.zeros_like(ids) if types is None else types
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        return TokenBatch(ids, padding_mask=attention_mask, tokens=tokens)
+
+    def stack(
+        self, batch: RowBatch, arguments: dict[str, Any], criterion: ExitCriterion | None = None, first_exit: int = 0
+    ) -> Stack:
+        if criterion is None:
+            return self._stack(range(self.last_exit), None, {STATE, LOGITS}, {STATE, LOGITS})
+        asked = self.asked(batch, criterion, first_exit)
+        gives, at_last = {STATE, LOGITS}, {LOGITS}
+        in_graph = criterion.name == self.record["criterion"]
+        if in_graph:
+            gives = {LOGITS, SCORE}
+            if criterion.has_memory:
+                gives |= set(HISTORY)
+        return self._stack(asked, criterion if in_graph else None, gives, at_last)
+
+    def asked(self, batch: RowBatch, criterion: ExitCriterion, first_exit: int) -> Sequence[int]:
+        """Internal exits (0-based) that a walk asks: those where rows may leave, and where the criterion remembers
+        what it saw there."""
+        if criterion.is_off or first_exit >= self.last_exit:
+            return ()
+        return [
+            index
+            for index in range(self.last_exit)
+            if criterion.has_memory or (index >= first_exit and criterion.can_exit(index))
+        ]
+
+    def _stack(
+        self, asked: Sequence[int], criterion: ExitCriterion | None, gives: set[str], at_last: set[str]
+    ) -> Stack:
+        blocks: list[Callable[[RowBatch], RowBatch]] = []
+        start = 0
+        for index in (*asked, self.last_exit):
+            stop = self.layer_numbers[index]
+            is_last = index == self.last_exit
+            looks_back = criterion is not None and criterion.has_memory and bool(blocks) and not is_last
+            cut = Cut(start, stop, frozenset(at_last if is_last else {HIDDEN, *gives}), looks_back)
+            blocks.append(_Step(self.block(cut), cut, None if is_last else criterion))
+            start = stop
+        return Stack(blocks, [*(self.layer_numbers[index] for index in asked), start])
+
+    def block(self, cut: Cut) -> Run:
+        """A block, made when it is first asked for."""
+        run = self.blocks.get(cut)
+        if run is None:
+            run = self.blocks[cut] = self.engine.block(cut)
+        return run
+
+
+class _Step:
+    """One block of one walk.
+
+    Args:
+        run: the block.
+        cut (`Cut`): what it is.
+        criterion (`ExitCriterion`, *optional*): whose score its graph gives, and which remembers what was seen.
+    """
+
+    def __init__(self, run: Run, cut: Cut, criterion: ExitCriterion | None) -> None:
+        self.run, self.cut, self.criterion = run, cut, criterion
+
+    def __call__(self, batch: RowBatch) -> RowBatch:
+        mask = batch.padding_mask
+        if mask is None:
+            mask = torch.ones(batch.hidden_states.shape[:2], dtype=torch.bool, device=batch.hidden_states.device)
+        given = {MASK: mask}
+        if isinstance(batch, TokenBatch) and self.cut.start == 0:
+            given |= batch.tokens
+        else:
+            given[HIDDEN] = batch.hidden_states
+        criterion: Any = self.criterion
+        if criterion is not None and criterion.name == "policy":
+            if criterion.networks.is_conditioned:
+                alpha = criterion.networks.default_alpha if criterion.alpha is None else criterion.alpha
+                given[ALPHA] = torch.tensor([alpha], dtype=torch.float32)
+            if self.cut.has_history:
+                given[MARGIN], given[PREDICTIONS] = criterion.history.margin, criterion.history.predictions
+        found = self.run(given)
+        if MARGIN in found:
+            criterion.history.margin, criterion.history.predictions = found[MARGIN], found[PREDICTIONS]
+        at_exit = AtExit(found[LOGITS], found.get(STATE), found.get(SCORE))
+        return replace(batch, hidden_states=found.get(HIDDEN, batch.hidden_states), at_exit=at_exit)
