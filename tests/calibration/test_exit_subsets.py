@@ -12,6 +12,7 @@ import pytest
 from cost_tables import cost_table
 from hypothesis import given
 from hypothesis import strategies as st
+from populations import population
 from slow_batches import all_subsets, slow_loss, slow_seconds
 
 from transformers_cee.calibration import exit_subsets
@@ -207,6 +208,21 @@ class TestManyExits:
         assert least * (1 - 1e-9) <= found.seconds <= full * (1 + 1e-9)
         assert limit is None or not found.is_exact
         check_honest(case, found, limit)
+
+    @pytest.mark.parametrize("of_any", [None, False, True])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_next_to_the_best_elsewhere(self, of_any, seed, monkeypatch):
+        population_, table = population(200, 8, seed=seed), cost_table(check=0.1 * 4**seed)
+        scores = population_.scores.double().numpy()
+        seconds = expected_seconds(table.at(4, LENGTH), range(1, 9), 200)
+        limit = None
+        if of_any is not None:
+            limit = Limit(population_.disagrees.double().numpy(), np.ones(200), 20.0, of_any)
+        thresholds = np.array([0.7]) if limit is None else np.unique(scores)
+        found = find_exits(scores, thresholds, seconds, limit)
+        monkeypatch.setattr(exit_subsets, "MAX_EXACT_EXITS", 7)
+        best = find_exits(scores, thresholds, seconds, limit)
+        assert best.exits and best.seconds <= found.seconds <= 1.02 * best.seconds
 
     def test_some_populations_are_not_nested(self):
         case = ([[0.75, 0.0], [0.0, 0.75]], [[0.0] * 3] * 2, [2, 4, 6], cost_table(layers=6), 1)

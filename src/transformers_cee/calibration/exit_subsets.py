@@ -17,7 +17,7 @@ transform) tell how many come past every subset of exits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +31,8 @@ from transformers_cee.calibration.cost_table import BatchCosts
 MAX_EXACT_EXITS = 14
 # Times and losses that differ by less are equal: sums in another order.
 SLACK = 1e-9
+# Thresholds from whose subsets a search within a limit starts.
+_STARTS = 64
 # Numbers at once in the largest arrays.
 _CHUNK = 2**21
 
@@ -155,10 +157,10 @@ def find_exits(
 ) -> FoundExits:
     """The internal exits to ask, and the threshold they share, with the least expected time of a batch.
 
-    Up to `MAX_EXACT_EXITS` internal exits, all subsets with all thresholds are looked at. With more of them, the best
-    subset of each threshold is found as if asking more exits before did not change who comes past an exit, and without
-    the limit; all subsets found so are then looked at with all thresholds as they are. That is exact when nobody is
-    less sure at a deeper exit and nothing is limited.
+    Up to `MAX_EXACT_EXITS` internal exits, all subsets with all thresholds are looked at. With more of them, a good
+    subset of each threshold is found by dynamic programming over the last exit that was asked. That is exact when
+    nobody is less sure at a deeper exit and nothing is limited. Within a limit, subsets that differ from the best one
+    by one exit are looked at, too, until none is better, and those of dynamic programming for some thresholds only.
 
     Args:
         scores (array of shape `(rows, exits − 1)`): oriented scores.
@@ -169,30 +171,51 @@ def find_exits(
     """
     internal = scores.shape[1]
     ordered = np.sort(thresholds)[::-1]
-    at_once = max(1, _CHUNK // max(len(scores), 2 ** min(internal, MAX_EXACT_EXITS)))
-    chunks = np.split(ordered, range(at_once, len(ordered), at_once))
     if subsets is None and internal <= MAX_EXACT_EXITS:
-        return _find_among_all(scores, chunks, seconds, limit)
-    is_exact = subsets is not None or (limit is None and bool((scores[:, 1:] >= scores[:, :-1]).all()))
-    if subsets is None:
-        subsets = sorted({subset for chunk in chunks for subset in _as_if_nested(scores, chunk, seconds)})
-    best, exits = _Best(seconds.full), []
-    for subset in filter(len, subsets):
-        times = times_of_exits(scores, subset, ordered, seconds, limit)
-        if best.look(times[:, None], ordered, np.array([len(subset)])):
-            exits = list(subset)
-    return FoundExits(exits, best.threshold, best.seconds, is_exact, best.next_best)
+        return _find_among_all(scores, ordered, seconds, limit)
+    best = _Best(seconds.full)
+
+    def look(tries: Iterable[Sequence[int]]) -> bool:
+        """Is one of these subsets the best so far?"""
+        seconds_before = best.seconds
+        for subset in filter(len, tries):
+            times = times_of_exits(scores, subset, ordered, seconds, limit)
+            if best.look(times[:, None], ordered, np.array([len(subset)])):
+                best.exits = list(subset)
+        return best.seconds < seconds_before
+
+    if subsets is not None:
+        look(subsets)
+        return FoundExits(best.exits, best.threshold, best.seconds, True, best.next_best)
+    starts = ordered if limit is None else ordered[:: -(-len(ordered) // _STARTS)]
+    found = {_by_last_exit(scores, threshold, seconds) for threshold in starts.tolist()}
+    # From single exits on, then from what was found without the limit, if that is better.
+    for tries in (_neighbours([], internal) if limit is not None else [], sorted(found)):
+        is_better = look(tries)
+        while is_better and limit is not None:
+            is_better = look(_neighbours(best.exits, internal))
+    is_exact = limit is None and bool((scores[:, 1:] >= scores[:, :-1]).all())
+    return FoundExits(best.exits, best.threshold, best.seconds, is_exact, best.next_best)
+
+
+def _neighbours(exits: Sequence[int], internal: int) -> list[tuple[int, ...]]:
+    """Subsets with one exit more or less, or with one moved by a place."""
+    asked = {*exits}
+    moved = [asked - {index} | {index + step} for index in exits for step in (-1, 1) if 0 <= index + step < internal]
+    changed = [asked ^ {index} for index in range(internal)]
+    return [tuple(sorted(subset)) for subset in (*changed, *moved)]
 
 
 def _find_among_all(
-    scores: np.ndarray, chunks: Sequence[np.ndarray], seconds: ExpectedSeconds, limit: Limit | None
+    scores: np.ndarray, thresholds: np.ndarray, seconds: ExpectedSeconds, limit: Limit | None
 ) -> FoundExits:
     best, internal = _Best(seconds.full), scores.shape[1]
+    at_once = max(1, _CHUNK // max(len(scores), 2**internal))
     sizes = np.array([subset.bit_count() for subset in range(2**internal)])
-    for chunk in chunks:
-        best.look(times_of_subsets(scores, chunk, seconds, limit), chunk, sizes)
-    exits = [index for index in range(internal) if best.subset >> index & 1]
-    return FoundExits(exits, best.threshold, best.seconds, True, best.next_best)
+    for chunk in np.split(thresholds, range(at_once, len(thresholds), at_once)):
+        if best.look(times_of_subsets(scores, chunk, seconds, limit), chunk, sizes):
+            best.exits = [index for index in range(internal) if best.subset >> index & 1]
+    return FoundExits(best.exits, best.threshold, best.seconds, True, best.next_best)
 
 
 def prefixes(internal: int) -> list[list[int]]:
@@ -206,6 +229,7 @@ class _Best:
     def __init__(self, full: float) -> None:
         self.seconds, self.next_best, self.threshold = full, math.inf, math.inf
         self.subset = 0
+        self.exits: list[int] = []
 
     def look(self, times: np.ndarray, thresholds: np.ndarray, sizes: np.ndarray) -> bool:
         """Looks at times (steps, subsets), by falling threshold, of subsets with so many exits (subsets,); is one of
@@ -300,25 +324,25 @@ def _seconds_of_subsets(survivors: np.ndarray, seconds: ExpectedSeconds) -> np.n
     return sums + seconds.reach[-1, survivors]
 
 
-def _as_if_nested(scores: np.ndarray, thresholds: np.ndarray, seconds: ExpectedSeconds) -> set[tuple[int, ...]]:
-    """The best subset of each threshold, by dynamic programming over the last exit that was asked."""
-    internal, steps = scores.shape[1], np.arange(len(thresholds))
+def _by_last_exit(scores: np.ndarray, threshold: float, seconds: ExpectedSeconds) -> tuple[int, ...]:
+    """A good subset for one threshold, by dynamic programming: of all subsets with the same last exit, the best so far
+    goes on. The best one, where they all leave the same rows."""
+    rows, internal = scores.shape
+    stays = scores <= threshold
     # Place 0 is the beginning, place i + 1 the internal exit i.
-    left = np.full((internal + 1, len(thresholds)), len(scores))
-    least, came_from = np.zeros((internal + 1, len(thresholds))), np.zeros((internal + 1, len(thresholds)), dtype=int)
+    here, left = np.ones((internal + 1, rows), dtype=bool), np.full(internal + 1, rows)
+    spent = np.zeros(internal + 1)
+    subsets: list[tuple[int, ...]] = [()]
     for index in range(internal):
-        left[index + 1] = np.searchsorted(np.sort(scores[:, index]), thresholds, side="right")
         before = left[: index + 1]
-        after = np.minimum(before, left[index + 1])
-        tries = least[: index + 1] + seconds.reach[index, before] + seconds.dropping(before, after)
-        came_from[index + 1] = tries.argmin(0)
-        least[index + 1] = tries.min(0) - seconds.upto[index + 1, left[index + 1]]
-    place = (least + seconds.reach[-1, left]).argmin(0)
-    asked = np.zeros((len(thresholds), internal + 1), dtype=bool)
-    for _ in range(internal):
-        asked[steps, place] = True
-        place = came_from[place, steps]
-    return {tuple(int(index) for index in row.nonzero()[0]) for row in np.unique(asked[:, 1:], axis=0)}
+        after = (here[: index + 1] & stays[:, index]).sum(1)
+        tries = spent[: index + 1] + seconds.reach[index, before] + seconds.dropping(before, after)
+        tries -= seconds.upto[index + 1, after]
+        best = int((tries + seconds.reach[-1, after]).argmin())
+        spent[index + 1], left[index + 1] = tries[best], after[best]
+        here[index + 1] = here[best] & stays[:, index]
+        subsets.append((*subsets[best], index))
+    return subsets[int((spent + seconds.reach[-1, left]).argmin())]
 
 
 def _come_past(scores: np.ndarray, exits: Sequence[int], thresholds: np.ndarray) -> list[np.ndarray]:
