@@ -86,10 +86,12 @@ class ExitCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """`put`, then all keys and values of these rows."""
         self.put(key_states, value_states, rows, only)
-        assert self.keys is not None and self.values is not None
+        assert self._keys is not None and self._values is not None
+        # Called for every layer of every step: single tokens feel each view that is made.
+        keys, values = self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
         if rows is None:
-            return self.keys, self.values
-        return self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            return keys, values
+        return keys.index_select(0, rows), values.index_select(0, rows)
 
     def reserve(self, columns: int) -> None:
         """Adds columns, which hold nothing meaningful until they are written."""
@@ -111,10 +113,11 @@ class ExitCacheLayer(CacheLayerMixin):
             rows (`LongTensor` of shape `(rows,)`, *optional*): rows of the cache; None stands for all in order.
             only (`BoolTensor` of shape `(rows, columns)`, *optional*): what is False keeps its old content.
         """
-        start = self.length - key_states.shape[-2]
+        columns = key_states.shape[-2]
+        start = self.length - columns
         for buffer, new in ((self._keys, key_states), (self._values, value_states)):
             assert buffer is not None
-            place, new = buffer[:, :, start : self.length], new.to(buffer.dtype)
+            place, new = buffer.narrow(2, start, columns), new.to(buffer.dtype)
             if only is not None:
                 old = place if rows is None else place.index_select(0, rows)
                 new = torch.where(only[:, None, :, None], new, old)
