@@ -62,6 +62,7 @@ _BATCH_FIELDS = {
     "check_seconds": _by_layer,
     "compaction_seconds": _seconds,
 }
+_rows, _length = number(0, MAX_SIZE), number(0, MAX_SIZE, above=True)
 _TABLE_FIELDS = {
     "engine": text,
     "precision": text,
@@ -258,8 +259,8 @@ class CostTable:
         Raises:
             ValueError: rows below 0, a length that is not above 0, or layers that are not 0 ≤ start < stop ≤ L.
         """
-        check_field("rows", plain(rows), number(0, MAX_SIZE))
-        check_field("length", plain(length), number(0, MAX_SIZE, above=True))
+        check_field("rows", plain(rows), _rows)
+        check_field("length", plain(length), _length)
         if not (is_whole(start) and is_whole(stop) and 0 <= start < stop <= self.num_layers):
             raise ValueError(
                 f"`start`={shown(start)} and `stop`={shown(stop)} must be layers with 0 <= start < stop <= "
@@ -340,8 +341,8 @@ class CostTable:
 
 def check_batch(batch_size: Any, length: Any) -> None:
     """Raises `ValueError` unless these are the size of a batch and its length."""
-    check_field("batch_size", without_point(batch_size), whole(1))
-    check_field("length", plain(length), number(0, MAX_SIZE, above=True))
+    check_field("batch_size", without_point(batch_size), _BATCH_FIELDS["batch_size"])
+    check_field("length", plain(length), _length)
 
 
 def _shares(points: np.ndarray, at: np.ndarray) -> np.ndarray:
