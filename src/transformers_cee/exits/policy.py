@@ -108,6 +108,23 @@ class ExitHistory:
         self.margin = margin
         return torch.cat((maximum, margin, entropy, previous, agreement), dim=-1)
 
+    @classmethod
+    def joined(cls, histories: Sequence["ExitHistory"]) -> "ExitHistory":
+        """That of the rows of several ones, which have seen the same exits."""
+        made = cls()
+        margins = [one.margin for one in histories if one.margin is not None]
+        predictions = [one.predictions for one in histories if one.predictions is not None]
+        if margins:
+            made.margin, made.predictions = torch.cat(margins), torch.cat(predictions)
+        return made
+
+    def of(self, rows: slice) -> "ExitHistory":
+        """That of some rows."""
+        part = ExitHistory()
+        if self.margin is not None and self.predictions is not None:
+            part.margin, part.predictions = self.margin[rows], self.predictions[rows]
+        return part
+
     def select(self, kept: Tensor) -> None:
         """Keeps the rows of `kept` (remaining rows,)."""
         if self.margin is not None and self.predictions is not None:

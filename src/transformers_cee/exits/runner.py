@@ -176,35 +176,78 @@ def run_exits(
             blocks are not asked. By default 1, 2, ….
     """
     rows, last = batch.size, len(exits.layer_numbers) - 1
-    device = batch.hidden_states.device
     if criterion.is_off or first_exit >= last:
         return _run_whole(batch, layers, exits, places, head_state)
+    device = batch.hidden_states.device
     batch = replace(batch, index=torch.arange(rows, device=device), spans=token_spans(batch.padding_mask))
-    record = _Record(rows, last + 1, device, head_state)
-    exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
+    walk = ExitWalk(rows, device, exits, criterion, first_exit, leaving, score_closed, head_state, drops)
     for number, layer in zip(ends or range(1, len(layers) + 1), layers, strict=True):
         if places is not None:
             places.append(Place(None if batch.size == rows else batch.index, batch.start))
-        batch = _behind(layer, batch)
-        index = exit_of.get(number)
-        if index is None:
-            continue
-        may_leave = index == last or (index >= first_exit and criterion.can_exit(index))
-        unasked = index < first_exit or not score_closed
-        if not may_leave and unasked and not criterion.has_memory:
-            continue
-        step = _exit_step(batch, exits, index)
-        if index == last:
-            record.leave_all(batch, step, number)
+        rest = walk.advance(batch, layer, number)
+        if rest is None:
             break
-        scores = criterion.score(step) if step.score is None else step.score
-        record.keep_scores(batch, index, scores.detach())
-        if may_leave:
-            rest = _compact(batch, step, criterion, scores, number, record, leaving, drops)
-            if rest is None:
-                break
-            batch = rest
-    return record.finish()
+        batch = rest
+    return walk.finish()
+
+
+class ExitWalk:
+    """A walk in which rows leave, moved on by its caller: one batch behind one layer, or behind one block of layers,
+    at a time. Rows of several batches may be on one walk, as long as `RowBatch.index` tells them apart.
+
+    Args:
+        rows (`int`): of all batches together.
+        device (`torch.device`): of the rows.
+        exits, criterion, first_exit, leaving, score_closed, head_state, drops: as in `run_exits`. What the criterion
+            remembers must be of the batch that is moved.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        device: torch.device,
+        exits: Exits,
+        criterion: ExitCriterion,
+        first_exit: int = 0,
+        leaving: Leaving | None = None,
+        score_closed: bool = True,
+        head_state: Callable[[Tensor, int], Tensor] | None = None,
+        drops: Drops | None = None,
+    ) -> None:
+        self.exits, self.criterion, self.first_exit = exits, criterion, first_exit
+        self.leaving, self.score_closed, self.drops = leaving, score_closed, drops
+        self.last = len(exits.layer_numbers) - 1
+        self.exit_of = {number: index for index, number in enumerate(exits.layer_numbers)}
+        self.record = _Record(rows, self.last + 1, device, head_state)
+
+    def may_leave(self, index: int) -> bool:
+        """May rows leave at exit `index` (0-based)? At the last one they must."""
+        return index == self.last or (index >= self.first_exit and self.criterion.can_exit(index))
+
+    def advance(self, batch: RowBatch, layer: Layer | Block, number: int) -> RowBatch | None:
+        """The rows of a batch that stay behind a layer, or behind a block that ends with the layer `number` (1-based);
+        `None` when all have left."""
+        batch = _behind(layer, batch)
+        index = self.exit_of.get(number)
+        if index is None:
+            return batch
+        may_leave = self.may_leave(index)
+        unasked = index < self.first_exit or not self.score_closed
+        if not may_leave and unasked and not self.criterion.has_memory:
+            return batch
+        step = _exit_step(batch, self.exits, index)
+        if index == self.last:
+            self.record.leave_all(batch, step, number)
+            return None
+        scores = self.criterion.score(step) if step.score is None else step.score
+        self.record.keep_scores(batch, index, scores.detach())
+        if not may_leave:
+            return batch
+        return _compact(batch, step, self.criterion, scores, number, self.record, self.leaving, self.drops)
+
+    def finish(self) -> ExitRun:
+        """What the rows left with, when all have."""
+        return self.record.finish()
 
 
 def _run_whole(
