@@ -31,7 +31,7 @@ def texts():
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     def make(**fields):
         torch.manual_seed(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging
 
+from transformers_cee.engines.costs import measure_costs
 from transformers_cee.engines.engine import ENGINES, Engine, Written
 from transformers_cee.engines.graphs import fits_graph, token_inputs
 from transformers_cee.engines.loading import EXITS, GRAPHS, RECORD, load_exported
 from transformers_cee.engines.model import ExportedSequenceClassifier
-from transformers_cee.engines.promises import fit_promises
+from transformers_cee.engines.promises import exits_of, fit_promises
+from transformers_cee.engines.serving import choose, keep_layers, of_layers, rates_of, save_serving, subset
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
+from transformers_cee.exits.numbers import share
 from transformers_cee.modeling.exits_saving import check_no_adapters
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.stores.filling import similar_length_batches
@@ -46,7 +50,10 @@ def export_model(
     calibration_texts: Sequence[str] | None = None,
     processing_class: Any = None,
     exit_criterion: str | None = None,
+    exit_layers: str | None = None,
+    agreement: float = 0.99,
     batch_size: int = 32,
+    measure: bool = True,
 ) -> ExportedSequenceClassifier:
     """Exports a classifier, see [`~EarlyExitSequenceClassifier.export`]."""
     made = ENGINES.find(engine)
@@ -57,6 +64,16 @@ def export_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output`={os.fspath(output)!r} exists and is no empty folder; give another name.")
     texts = _check_texts(calibration_texts, made, precision)
+    if exit_layers not in (None, "auto"):
+        raise ValueError(
+            f"`exit_layers`={exit_layers!r} must be 'auto', or None for all exits of the model. Others are chosen "
+            "when it is loaded: `from_pretrained(..., exit_layers=[...])`."
+        )
+    share("agreement", agreement)
+    if exit_layers == "auto" and not (texts and measure):
+        raise ValueError(
+            "`exit_layers`='auto' takes `calibration_texts` and `measure`=True: exits are chosen by both."
+        )
     if texts and processing_class is None:
         processing_class = _tokenizer_of(model)
     rows = None if not texts else _tokens(texts, processing_class)
@@ -64,7 +81,8 @@ def export_model(
     # Written beside and moved at the end: whatever is at `output` is whole.
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        exported = _write(model, beside, made, precision, criterion, rows, processing_class, batch_size)
+        exported = _write(model, beside, made, precision, criterion, rows, processing_class)
+        _prepare(exported, beside, rows, processing_class, exit_layers, agreement, batch_size, measure)
         if target.exists():
             target.rmdir()
         os.replace(beside, target)
@@ -129,7 +147,6 @@ def _write(
     criterion: str | None,
     rows: Dataset | None,
     processing_class: Any,
-    batch_size: int,
 ) -> ExportedSequenceClassifier:
     config = copy.deepcopy(model.config)
     config.exit_layers = list(model.layer_numbers)
@@ -146,10 +163,36 @@ def _write(
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     config.save_pretrained(folder)
-    exported = load_exported(folder)
-    fit_promises(exported, rows, processing_class, batch_size)
+    return load_exported(folder)
+
+
+def _prepare(
+    exported: ExportedSequenceClassifier,
+    folder: Path,
+    rows: Dataset | None,
+    processing_class: Any,
+    exit_layers: str | None,
+    agreement: float,
+    batch_size: int,
+    measure: bool,
+) -> None:
+    """Fits promises, measures costs and chooses exits, on the engine itself."""
+    store = None if rows is None else exits_of(exported, rows, processing_class, batch_size)
+    fit_promises(exported, store)
+    if store is not None and measure and exported.record["criterion"] is not None and exported.last_exit:
+        exported.costs = measure_costs(exported)
+        if exit_layers == "auto":
+            lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
+            found = choose(exported, store, exported.costs, agreement, batch_size, statistics.median(lengths))
+            places = torch.tensor([store.layers.tolist().index(layer) for layer in found.exit_layers])
+            store, exported = subset(store, places), of_layers(exported, found.exit_layers)
+            keep_layers(folder, EXITS, found.exit_layers)
+            name = f"agreement-{agreement:g}"
+            found.point.save_to(exported, name)
+            exported.config.exit_threshold = name
+        exported.rates = rates_of(exported, store)
+    exported.record["files"] += save_serving(exported, folder)
     exported.config.save_pretrained(folder)
-    return exported
 
 
 # Of the exits, what calibration asks outside of the graphs.

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from transformers_cee.engines.engine import ENGINES
 from transformers_cee.engines.model import ExportedSequenceClassifier
+from transformers_cee.engines.serving import is_of, load_serving
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.fields import Kind, check_fields, choice, listed, text
 
@@ -51,7 +52,8 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
         source (`str` or `os.PathLike`): the folder or its name on the Hub.
         config (`PreTrainedConfig`, *optional*): of the folder.
         kwargs: `threads` (`int`), by default as many as torch uses; `device` (`str`), where the engine has others than
-            the CPU; and those of `from_pretrained` that say where to find a file, such as `revision`.
+            the CPU; those of `from_pretrained` that say where to find a file, such as `revision`; and fields of the
+            config, among them `exit_layers`, of which the folder has the exits.
 
     Raises:
         ImportError: the engine is not installed.
@@ -62,7 +64,7 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     threads, device = kwargs.pop("threads", None), str(kwargs.pop("device", "cpu"))
     kwargs.pop("dtype", None)
     if config is None:
-        config = AutoConfig.from_pretrained(source, **hub)
+        config = AutoConfig.from_pretrained(source, **hub, **kwargs)
     record = getattr(config, RECORD)
     check_fields(record, _FIELDS, list(_FIELDS), RECORD)
     engine = ENGINES.find(record["engine"])
@@ -71,12 +73,15 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     paths = {name: Path(str(cached_file(source, name, **hub))) for name in record["files"]}
     weights = Path(str(cached_file(source, EXITS, **hub)))
     made = engine(weights.parent / GRAPHS, config, record["precision"], threads or torch.get_num_threads(), device)
-    missing = [name for name, path in paths.items() if path.parent.parent != weights.parent]
+    places = (weights.parent, weights.parent / GRAPHS)
+    missing = [name for name, path in paths.items() if path.parent not in places]
     if missing:
         raise ValueError(
             f"`{RECORD}.files` of {source}: {missing[0]!r} lies elsewhere; accepted are files of `{GRAPHS}`."
         )
     model = ExportedSequenceClassifier(config, made)
-    model.load_state_dict(load_file(weights))
+    kept = {name: value for name, value in load_file(weights).items() if is_of(name, model.layer_numbers)}
+    model.load_state_dict(kept)
     model.name_or_path = str(source)
+    load_serving(model, weights.parent)
     return model

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_cee.calibration.cost_table import CostTable
+from transformers_cee.calibration.exit_plans import ExitRates, plan_exits
 from transformers_cee.engines.engine import Engine, Run
 from transformers_cee.engines.graphs import (
     ALPHA,
@@ -32,6 +35,10 @@ from transformers_cee.exits.row_batch import AtExit, RowBatch
 from transformers_cee.modeling.classification import Stack
 from transformers_cee.modeling.flops import ItemFlops
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
+
+
+# Columns up to a multiple of this are planned alike.
+PLANNED_COLUMNS = 16
 
 
 @dataclass
@@ -56,6 +63,10 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
     """
 
     config_class = PreTrainedConfig
+    # What layers and checks cost here, and how many rows come past the exits: with both, exits that cannot pay for
+    # the size of a batch are not asked.
+    costs: CostTable | None = None
+    rates: Sequence[ExitRates] = ()
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -135,11 +146,28 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         what it saw there."""
         if criterion.is_off or first_exit >= self.last_exit:
             return ()
-        return [
+        asked = [
             index
             for index in range(self.last_exit)
             if criterion.has_memory or (index >= first_exit and criterion.can_exit(index))
         ]
+        rates = self._rates_of(criterion)
+        if self.costs is None or rates is None:
+            return asked
+        closed = [criterion.off] * first_exit
+        rows, columns = batch.hidden_states.shape[:2]
+        # Nearby lengths have one plan.
+        length = -(-columns // PLANNED_COLUMNS) * PLANNED_COLUMNS
+        plan = plan_exits(rates, [*closed, *criterion.thresholds[first_exit:]], self.costs, rows, length)
+        return [index for index in asked if self.layer_numbers[index] in plan.exit_layers]
+
+    def _rates_of(self, criterion: ExitCriterion) -> ExitRates | None:
+        """Rates of a criterion, at the price of a layer that is nearest to its own."""
+        found = [rates for rates in self.rates if rates.criterion == criterion.name]
+        alpha = criterion.settings.alpha
+        if alpha is None or len(found) < 2:
+            return found[0] if found else None
+        return min(found, key=lambda rates: abs(math.log((rates.alpha or alpha) / alpha)))
 
     def _stack(
         self, asked: Sequence[int], criterion: ExitCriterion | None, gives: set[str], at_last: set[str]

@@ -24,15 +24,13 @@ from transformers_cee.stores.store import ExitStore
 logger = logging.get_logger(__name__)
 
 
-def fit_promises(model: Any, rows: Any, processing_class: Any, batch_size: int = 32) -> None:
+def fit_promises(model: Any, store: ExitStore | None) -> None:
     """Fits the budgets and operating points of an exported model anew, on its own engine and precision; what cannot
     be fitted is dropped, with a message.
 
     Args:
         model ([`ExportedSequenceClassifier`]): its config is changed in place.
-        rows (`Dataset`, *optional*): tokens of texts without labels. Without any, all promises are dropped.
-        processing_class: pads them.
-        batch_size (`int`): rows per batch.
+        store (`ExitStore`, *optional*): its exits on texts, see `exits_of`. Without any, all promises are dropped.
     """
     config = model.config
     points, budgets = config.exit_operating_points, config.exit_budgets
@@ -41,12 +39,9 @@ def fit_promises(model: Any, rows: Any, processing_class: Any, batch_size: int =
     if isinstance(threshold, str):
         config.exit_threshold = None
     config.exit_budget = None
-    if rows is None:
+    if store is None:
         _say_dropped([*points, *(["exit_budgets"] if budgets else [])], "there are no `calibration_texts`")
         return
-    if not points and not budgets:
-        return
-    store = exits_of(model, rows, processing_class, batch_size)
     if budgets and model.exit_policies.is_conditioned:
         config.exit_budgets = fit_exit_budgets(model.exit_policies, store, min_exit_layer=config.min_exit_layer)
         config.exit_budget = budget if config.exit_budgets else None

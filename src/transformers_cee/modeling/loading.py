@@ -87,7 +87,8 @@ class EarlyExitLoadingMixin(ExitSetsMixin):
         for record, full_name in _ELSEWHERE.items():
             if record in values and source is not None:
                 module, _, name = full_name.rpartition(".")
-                model = getattr(importlib.import_module(module), name)(source, **kwargs)
+                given = config if isinstance(config, PreTrainedConfig) else None
+                model = getattr(importlib.import_module(module), name)(source, given, **kwargs)
                 return (model, {}) if output_loading_info else model
         if RECORD in values and source is not None:
             if isinstance(config, str | os.PathLike):

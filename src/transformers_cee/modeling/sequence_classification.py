@@ -137,7 +137,14 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             processing_class (*optional*): the tokenizer; by default that of the checkpoint the model came from.
             exit_criterion (`str`, *optional*, defaults to the config's):
                 Criterion whose score becomes part of the graphs. Others are asked outside, which takes longer.
-            batch_size (`int`, *optional*, defaults to 32): rows per batch of the calibration.
+            exit_layers (`str`, *optional*):
+                `"auto"` keeps those exits, at the threshold, with the least expected time of a batch for `agreement`,
+                by costs measured here; see `choose_exits`. None keeps all.
+            agreement (`float`, *optional*, defaults to 0.99): with full depth, certified, of `"auto"`.
+            batch_size (`int`, *optional*, defaults to 32): rows of a batch of the calibration, and in service.
+            measure (`bool`, *optional*, defaults to `True`):
+                Measure what layers and checks cost on this machine, which should be idle. Exits that cannot pay for
+                the size of a batch are then not asked. It takes `calibration_texts`.
 
         Returns:
             [`ExportedSequenceClassifier`]: the exported model, loaded.

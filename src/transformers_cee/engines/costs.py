@@ -1,0 +1,100 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What layers and checks of an exported model cost on this machine, measured."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
+from transformers_cee.calibration.scores import boldest_threshold
+from transformers_cee.evaluation.environment import processor_name
+from transformers_cee.evaluation.timing import Timer
+from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.row_batch import RowBatch
+
+
+BATCH_SIZES = (1, 8, 32)
+LENGTHS = (16, 64)
+
+
+@torch.no_grad()
+def measure_costs(
+    model: Any,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    lengths: Sequence[int] = LENGTHS,
+    timer: Timer | None = None,
+    disable_tqdm: bool = False,
+) -> CostTable:
+    """Measures what an exported model's layers and checks cost, on an idle machine.
+
+    Three walks in turn tell them apart: without exits, with every exit asked and nobody leaving, and with everybody
+    leaving halfway. A check is then all that a further exit takes: another call of the engine, head, score, decision.
+
+    Args:
+        model ([`ExportedSequenceClassifier`]): the model.
+        batch_sizes, lengths (sequences of `int`): rows of a batch and tokens of a row that are measured.
+        timer ([`Timer`], *optional*): takes the times.
+        disable_tqdm (`bool`): no progress bar.
+    """
+    if len(model.layer_numbers) == 1 or model.record["criterion"] is None:
+        raise ValueError(
+            f"The graphs of {model.name_or_path} have the exits {model.layer_numbers} and the criterion "
+            f"{model.record['criterion']!r}: there are no checks to measure."
+        )
+    timer = timer or Timer()
+    # Of a walk that asks every exit, whatever it costs.
+    bare = copy.copy(model)
+    bare.costs = None
+    sizes = [(rows, length) for length in lengths for rows in batch_sizes]
+    measured = [
+        _measured(bare, rows, length, timer) for rows, length in tqdm(sizes, desc="Costs", disable=disable_tqdm)
+    ]
+    record = model.record
+    return CostTable(record["engine"], record["precision"], processor_name(), model.engine.threads, measured)
+
+
+def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch:
+    numbers, last = model.layer_numbers, model.config.num_hidden_layers
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+    run = partial(model, input_ids=ids)
+    half = min(numbers[:-1], key=lambda layer: abs(layer - last / 2))
+    criterion = model.record["criterion"]
+    cls = CRITERIA[criterion]
+    # As near to where exits are closed as a number can be: they are asked, and no score passes.
+    nobody = math.nextafter(cls.off, 0.5)
+    everybody = boldest_threshold(criterion)
+    variants: dict[str, Callable[[], Any]] = {
+        "whole": partial(run, exit_criterion=criterion, exit_threshold=cls.off),
+        "asked": partial(run, exit_criterion=criterion, exit_threshold=nobody),
+        "half": partial(run, exit_criterion=criterion, exit_threshold=everybody, min_exit_layer=half),
+        "kept": _keeping(rows, length, model.config.hidden_size),
+    }
+    seconds = {name: figure.median for name, figure in timer.time(variants).seconds.items()}
+    checks = max(0.0, seconds["asked"] - seconds["whole"]) / (len(numbers) - 1)
+    # Exits before the first that may be left at are not asked, unless the criterion remembers them.
+    layer = max(0.0, seconds["whole"] - max(0.0, seconds["half"] - checks)) / (last - half)
+    first = max(0.0, seconds["whole"] - layer * (last - 1))
+    return MeasuredBatch(
+        rows,
+        length,
+        {1: first, **dict.fromkeys(range(2, last + 1), layer)},
+        0.0,
+        {number: 0.0 if number == last else checks for number in numbers},
+        seconds["kept"],
+    )
+
+
+def _keeping(rows: int, length: int, hidden: int) -> Callable[[], Any]:
+    """Keeps all but one of the rows of a batch."""
+    mask = torch.ones(rows + 1, length, dtype=torch.bool)
+    batch = RowBatch(torch.zeros(rows + 1, length, hidden), padding_mask=mask, index=torch.arange(rows + 1))
+    return partial(batch.select, torch.arange(rows))

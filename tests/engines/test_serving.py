@@ -1,0 +1,72 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+import pytest
+import torch
+
+from transformers_cee import BertForConsistentEE
+from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
+from transformers_cee.engines.costs import measure_costs
+
+
+def costs(check):
+    layers = dict.fromkeys(range(1, 5), 1.0)
+    checks = {1: check, 2: check, 3: check, 4: 0.0}
+    return CostTable("openvino", "float32", "a processor", 1, [MeasuredBatch(1, 16, layers, 0.0, checks, 0.0)])
+
+
+@pytest.fixture(scope="module")
+def exported(make_model, tokenizer, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    options = {"precision": "float32", "calibration_texts": texts, "processing_class": tokenizer}
+    return make_model(exit_criterion="max_probability").export(folder, **options)
+
+
+@torch.no_grad()
+def test_exits_that_cannot_pay_are_not_asked(exported, tokenizer, texts):
+    batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
+    middle = float(exported.rates[0].scores.median())
+    exported.costs = costs(0.0)
+    early = exported(**batch, exit_threshold=middle)
+    exported.costs = costs(10.0)
+    late = exported(**batch, exit_threshold=middle)
+    full = exported(**batch, exit_threshold=1.0)
+    assert early.exit_layers.float().mean() < 4 and late.exit_layers.tolist() == [4] * 12
+    torch.testing.assert_close(late.logits, full.logits)
+
+
+def test_costs_and_rates_are_kept(exported):
+    again = BertForConsistentEE.from_pretrained(exported.name_or_path)
+    assert again.costs.exit_layers == [1, 2, 3, 4] and again.costs.engine == "openvino"
+    torch.testing.assert_close(again.rates[0].scores, exported.rates[0].scores)
+    fewer = BertForConsistentEE.from_pretrained(exported.name_or_path, exit_layers=[2])
+    assert fewer.layer_numbers == [2, 4]
+    torch.testing.assert_close(fewer.rates[0].scores, exported.rates[0].scores[:, 1:2])
+
+
+@torch.no_grad()
+def test_fewer_exits_are_those_of_their_layers(exported, tokenizer, texts):
+    fewer = BertForConsistentEE.from_pretrained(exported.name_or_path, exit_layers=[2])
+    batch = tokenizer(texts[:6], padding=True, return_tensors="pt")
+    every, some = exported(**batch, output_all_exits=True), fewer(**batch, output_all_exits=True)
+    torch.testing.assert_close(some.all_exit_logits, every.all_exit_logits[:, [1, 3]], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_measure(exported):
+    last = BertForConsistentEE.from_pretrained(exported.name_or_path, exit_layers=[4])
+    with pytest.raises(ValueError, match="no checks to measure"):
+        measure_costs(last)
+
+
+@torch.no_grad()
+def test_exits_are_chosen_by_cost(make_model, tokenizer, texts, tmp_path):
+    model = make_model(exit_criterion="max_probability")
+    options = {"precision": "float32", "processing_class": tokenizer, "exit_layers": "auto"}
+    few = model.export(tmp_path / "few", calibration_texts=texts, agreement=0.999, **options)
+    assert few.layer_numbers == [4]
+    assert few.config.exit_operating_points["agreement-0.999"]["reason"]
+    loose = model.export(tmp_path / "loose", calibration_texts=texts * 8, agreement=0.05, **options)
+    assert loose.config.exit_threshold == "agreement-0.05"
+    batch = tokenizer(texts[:6], padding=True, return_tensors="pt")
+    assert set(loose(**batch).exit_layers.tolist()) <= set(loose.layer_numbers)
+    with pytest.raises(ValueError, match="`exit_layers`='auto' takes"):
+        model.export(tmp_path / "none", precision="float32", exit_layers="auto")
