@@ -48,7 +48,7 @@ class RowBatch:
         relative (`Tensor` of shape `(1, …, query, key)`, *optional*):
             What lies between two columns, the same in every row: their distance, or what attention adds for it.
         left (`BoolTensor` of shape `(rows,)`, *optional*):
-            On the host: rows that left and stay in the batch, where dropping them does not pay; none where it is None.
+            Rows that left and stay in the batch, where dropping them does not pay; none where it is None.
         at_exit (`AtExit`, *optional*): what the graph that made the hidden states found at its exit, too.
     """
 

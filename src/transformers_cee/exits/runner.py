@@ -286,8 +286,8 @@ def _compact(
     host = passed.cpu() if batch.spans is None else torch.cat((passed.unsqueeze(1), batch.spans), dim=1).cpu()
     leaves = host if batch.spans is None else host[:, 0].bool()
     left = leaves
-    if batch.left is not None:
-        left, leaves = leaves | batch.left, leaves & ~batch.left
+    if record.left is not None:
+        left, leaves = leaves | record.left, leaves & ~record.left
     if not leaves.any():
         return batch
     assert batch.index is not None
@@ -301,7 +301,9 @@ def _compact(
     leaving = leaves.nonzero().squeeze(1).to(device, non_blocking=True)
     record.leave(batch.index.index_select(0, leaving), step, number, leaving)
     if drops is not None and not drops(len(left), staying):
-        return replace(batch, left=left)
+        record.left = left
+        return replace(batch, left=passed if batch.left is None else passed | batch.left)
+    record.left = None
     kept = (~left).nonzero().squeeze(1).to(device, non_blocking=True)
     if leaving_to is not None:
         gone = leaving if left is leaves else left.nonzero().squeeze(1).to(device, non_blocking=True)
@@ -338,10 +340,12 @@ class _Record:
         self.scores: list[tuple[Tensor, int, Tensor]] = []
         self.rows: list[Tensor] = []
         self.taken: list[Tensor] = []
+        # On the host, what `left` of the batch is on the device: neither is moved to know the other.
+        self.left: Tensor | None = None
 
     def keep_scores(self, batch: RowBatch, exit_index: int, scores: Tensor) -> None:
         if batch.left is not None:
-            scores = scores.masked_fill(batch.left.to(scores.device), float("nan"))
+            scores = scores.masked_fill(batch.left, float("nan"))
         if batch.size == self.shape[0]:
             self.columns.append(scores)
             self.whole.append(exit_index)
@@ -352,10 +356,10 @@ class _Record:
     def leave_all(self, batch: RowBatch, step: ExitStep, layer: int) -> None:
         """Notes that all rows leave that have not yet."""
         assert batch.index is not None
-        if batch.left is None:
+        if self.left is None:
             self.leave(batch.index, step, layer)
         else:
-            leaving = (~batch.left).nonzero().squeeze(1).to(batch.index.device)
+            leaving = (~self.left).nonzero().squeeze(1).to(batch.index.device, non_blocking=True)
             self.leave(batch.index.index_select(0, leaving), step, layer, leaving)
 
     def leave(self, rows: Tensor, step: ExitStep, layer: int, leaving: Tensor | None = None) -> None:
@@ -363,7 +367,7 @@ class _Record:
         if rows.shape[0] == self.shape[0]:
             self.exit_layers.fill_(layer)
         else:
-            self.exit_layers[rows] = layer
+            self.exit_layers.index_fill_(0, rows, layer)
         self.rows.append(rows)
         if self.head_state is not None:
             self.taken.append(self.head_state(step.state if leaving is None else step.state[leaving], step.index))

@@ -190,10 +190,6 @@ class _CopyStep(_Step):
     """Skipped layers take a token's keys and values from its exit state (Elbayad et al. 2020; CALM, Schuster et al.
     2022)."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.left_of: Tensor | None = None
-
     def bind(self, index: int) -> Layer:
         return lambda batch: self.advance(index, batch)
 
@@ -203,10 +199,7 @@ class _CopyStep(_Step):
         after = self.run_token(index, batch)
         if batch.left is None:
             return after
-        if batch.left is not self.left_of:
-            self.left_of = batch.left
-            self.frozen = batch.left.to(after.device)[:, None, None]
-        return torch.where(self.frozen, batch.hidden_states, after)
+        return torch.where(batch.left[:, None, None], batch.hidden_states, after)
 
     def finish(self, run: ExitRun) -> None:
         """Fills the skipped layers, those between two exits in one go for all rows that skipped them."""
