@@ -61,6 +61,12 @@ def measure_costs(
     return CostTable(record["engine"], record["precision"], processor_name(), model.engine.threads, measured)
 
 
+def nobody_leaves(criterion: str) -> dict[str, Any]:
+    """Exit arguments with which every exit is asked and no row leaves: the threshold is as near to where exits are
+    closed as a number can be."""
+    return {"exit_criterion": criterion, "exit_threshold": math.nextafter(CRITERIA[criterion].off, 0.5)}
+
+
 def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch:
     numbers, last = model.layer_numbers, model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
@@ -69,12 +75,10 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     half = min(numbers[:-1], key=lambda layer: abs(layer - last / 2))
     criterion = model.record["criterion"]
     cls = CRITERIA[criterion]
-    # As near to where exits are closed as a number can be: they are asked, and no score passes.
-    nobody = math.nextafter(cls.off, 0.5)
     everybody = boldest_threshold(criterion)
     variants: dict[str, Callable[[], Any]] = {
         "whole": partial(run, exit_criterion=criterion, exit_threshold=cls.off),
-        "asked": partial(run, exit_criterion=criterion, exit_threshold=nobody),
+        "asked": partial(run, **nobody_leaves(criterion)),
         "half": partial(run, exit_criterion=criterion, exit_threshold=everybody, min_exit_layer=half),
         "kept": _keeping(rows, length, model.config.hidden_size),
     }
