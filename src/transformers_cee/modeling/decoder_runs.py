@@ -20,8 +20,9 @@ from transformers_cee.exits.losses import layer_weighted
 from transformers_cee.exits.outputs import ExitCausalLMOutput
 from transformers_cee.exits.recording import Place, hide_left, restore_step
 from transformers_cee.exits.row_batch import RowBatch
-from transformers_cee.exits.runner import Layer, TokenRun, collect_states, run_token_exits
+from transformers_cee.exits.runner import Layer, collect_states
 from transformers_cee.exits.token_losses import CrossEntropy, taken_exit_losses, token_exit_losses
+from transformers_cee.exits.token_runner import TokenRun, run_token_exits
 from transformers_cee.exits.token_targets import TokenTargets
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.generation.cache import EarlyExitCache

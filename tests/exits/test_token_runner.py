@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transformers_cee.exits.criteria import ExitCriterion
-from transformers_cee.exits.runner import RowBatch, run_token_exits
+from transformers_cee.exits.row_batch import RowBatch
+from transformers_cee.exits.token_runner import run_token_exits
 
 
 HIDDEN, LAYERS = 3, 5
