@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The walks over layers: to all exits, with exits at which rows leave the batch, and with exits of single tokens in a
-sequence that is known in advance. There are no other loops over layers in the project."""
+"""The walks over layers: to all exits, and with exits at which rows leave. There is one more loop over layers in the
+project, in which single tokens of a known sequence leave, see `token_runner`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
