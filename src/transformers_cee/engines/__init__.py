@@ -4,6 +4,7 @@
 
 from transformers_cee.engines.engine import ENGINES, Engine, register_engine
 from transformers_cee.engines.openvino import OpenVINOEngine
+from transformers_cee.engines.torch_engine import TorchEngine
 
 
-__all__ = ["ENGINES", "Engine", "OpenVINOEngine", "register_engine"]
+__all__ = ["ENGINES", "Engine", "OpenVINOEngine", "TorchEngine", "register_engine"]

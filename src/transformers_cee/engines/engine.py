@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from transformers_cee.engines.graphs import Cut
@@ -50,6 +51,7 @@ class Engine(ABC):
 
     Raises:
         ImportError: a package that it needs is not installed.
+        ValueError: a device that the engine does not have, or that is not there.
     """
 
     name: ClassVar[str]
@@ -59,11 +61,14 @@ class Engine(ABC):
     precisions: ClassVar[tuple[str, ...]]
     # Precisions that need texts to take scales from.
     calibrated: ClassVar[tuple[str, ...]] = ("int8",)
+    # Kinds of devices that it runs on, and further arguments of its own that `from_pretrained` hands on.
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path, config: Any, precision: str, threads: int, device: str = "cpu") -> None:
         self.require()
         self.folder, self.config, self.precision = folder, config, precision
-        self.threads, self.device = threads, device
+        self.threads, self.device = threads, self.checked_device(device)
 
     @classmethod
     def require(cls) -> None:
@@ -85,6 +90,18 @@ class Engine(ABC):
                 f"`precision`={precision!r} is none of the engine {cls.name!r}; accepted are "
                 f"{', '.join(map(repr, cls.precisions))}."
             )
+
+    @classmethod
+    def checked_device(cls, device: str) -> str:
+        """A device by its full name; raises `ValueError` for one that the engine does not have."""
+        if device.split(":")[0] not in cls.devices:
+            raise ValueError(
+                f"`device`={device!r} is none of the engine {cls.name!r}; accepted are "
+                f"{', '.join(map(repr, cls.devices))}."
+            )
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"`device`={device!r}: torch finds no GPU here; accepted is 'cpu'.")
+        return str(torch.empty(0, device=device).device)
 
     @classmethod
     @abstractmethod

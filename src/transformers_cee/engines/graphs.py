@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, ExitStep, Policy, build_criterion
 from transformers_cee.exits.deciding import criterion_settings
+from transformers_cee.exits.row_batch import RowBatch
 
 
 # Names of a graph's tensors: what the first layer takes, and what goes from block to block.
@@ -110,11 +111,15 @@ class LayerGraph(Graph):
         self.index = index
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor]:
-        model = self.model
-        batch = replace(model.masked(mask.unsqueeze(-1).to(hidden.dtype), mask), hidden_states=hidden)
-        after = model.bind(self.index, model.layers[self.index], {})(batch)
-        # A layer may give its attentions, too.
-        return (after[0] if isinstance(after, tuple) else after,)
+        batch = replace(self.model.masked(mask.unsqueeze(-1).to(hidden.dtype), mask), hidden_states=hidden)
+        return (_behind(self.model, self.index, batch),)
+
+
+def _behind(model: Any, index: int, batch: RowBatch) -> Tensor:
+    """Hidden states (rows, time, hidden) behind a layer (0-based)."""
+    after = model.bind(index, model.layers[index], {})(batch)
+    # A layer may give its attentions, too.
+    return after[0] if isinstance(after, tuple) else after
 
 
 class ExitGraph(Graph):
@@ -163,6 +168,43 @@ class ExitGraph(Graph):
             if self.looks_back:
                 found += [walk.history.margin, walk.history.predictions]
         return tuple(found)
+
+
+class BlockGraph(Graph):
+    """A block at once, for engines that run modules: masks and rotary tables are made once for all of its layers, and
+    the exit behind them computes in float32, whatever the layers' precision is.
+
+    Args:
+        model: the classifier.
+        cut (`Cut`): which layers, and what the graph gives, sorted by name.
+        criterion (`str`, *optional*): the criterion whose score the exit gives, where the cut asks for one.
+    """
+
+    def __init__(self, model: Any, cut: Cut, criterion: str | None = None) -> None:
+        super().__init__(model)
+        self.cut = cut
+        self.embeddings = None if cut.start else EmbeddingGraph(model)
+        self.exit = None
+        if cut.gives != {HIDDEN}:
+            index = model.layer_numbers.index(cut.stop)
+            self.exit = ExitGraph(model, index, criterion if SCORE in cut.gives else None, cut.has_history)
+        first = (HIDDEN, MASK) if self.embeddings is None else self.embeddings.inputs
+        more = () if self.exit is None else self.exit.inputs
+        self.inputs = (*first, *(name for name in more if name not in (HIDDEN, MASK)))
+        self.outputs = tuple(sorted(cut.gives))
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        known = dict(zip(self.inputs, given, strict=True))
+        if self.embeddings is not None:
+            (known[HIDDEN],) = self.embeddings(*(known[name] for name in self.embeddings.inputs))
+        batch = self.model.masked(known[HIDDEN], known[MASK])
+        for index in range(self.cut.start, self.cut.stop):
+            batch = replace(batch, hidden_states=_behind(self.model, index, batch))
+        found = {HIDDEN: batch.hidden_states}
+        if self.exit is not None:
+            known[HIDDEN] = batch.hidden_states.float()
+            found |= zip(self.exit.outputs, self.exit(*(known[name] for name in self.exit.inputs)), strict=True)
+        return tuple(found[name] for name in self.outputs)
 
 
 def exit_graphs(model: Any, criterion: str | None) -> dict[str, ExitGraph]:

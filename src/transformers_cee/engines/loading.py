@@ -52,17 +52,19 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
         source (`str` or `os.PathLike`): the folder or its name on the Hub.
         config (`PreTrainedConfig`, *optional*): of the folder.
         kwargs: `threads` (`int`), by default as many as torch uses; `device` (`str`), where the engine has others than
-            the CPU; those of `from_pretrained` that say where to find a file, such as `revision`; and fields of the
-            config, among them `exit_layers`, of which the folder has the exits.
+            the CPU; options of the engine, such as `compile` of `"torch"`; those of `from_pretrained` that say where
+            to find a file, such as `revision`; and fields of the config, among them `exit_layers`, of which the folder
+            has the exits.
 
     Raises:
         ImportError: the engine is not installed.
         OSError: there is no such folder, or it lacks a file.
-        ValueError: a record that is not of its kind, or an unknown engine.
+        ValueError: a record that is not of its kind, an unknown engine, or a device or option that it does not have.
     """
     hub = {name: kwargs.pop(name) for name in _OF_HUB if name in kwargs}
     threads, device = kwargs.pop("threads", None), str(kwargs.pop("device", "cpu"))
     kwargs.pop("dtype", None)
+    options = {name: kwargs.pop(name) for one in ENGINES.values() for name in one.options if name in kwargs}
     if config is None:
         config = AutoConfig.from_pretrained(source, **hub, **kwargs)
     record = getattr(config, RECORD)
@@ -70,9 +72,13 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     engine = ENGINES.find(record["engine"])
     engine.require()
     engine.check_precision(record["precision"])
+    unknown = sorted(options.keys() - set(engine.options))
+    if unknown:
+        raise ValueError(f"`{unknown[0]}`={options[unknown[0]]!r} is no option of the engine {engine.name!r}.")
     paths = {name: Path(str(cached_file(source, name, **hub))) for name in record["files"]}
     weights = Path(str(cached_file(source, EXITS, **hub)))
-    made = engine(weights.parent / GRAPHS, config, record["precision"], threads or torch.get_num_threads(), device)
+    threads = threads or torch.get_num_threads()
+    made = engine(weights.parent / GRAPHS, config, record["precision"], threads, device, **options)
     places = (weights.parent, weights.parent / GRAPHS)
     missing = [name for name, path in paths.items() if path.parent not in places]
     if missing:

@@ -30,9 +30,10 @@ from transformers_cee.engines.graphs import (
     token_inputs,
 )
 from transformers_cee.exits.criteria import ExitCriterion
+from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.recording import wants_states
 from transformers_cee.exits.row_batch import AtExit, RowBatch
-from transformers_cee.modeling.classification import Stack
+from transformers_cee.modeling.classification import Asked, Stack
 from transformers_cee.modeling.flops import ItemFlops
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 
@@ -55,7 +56,8 @@ class TokenBatch(RowBatch):
 class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
     """A classifier with exits on an engine, as [`~EarlyExitSequenceClassifier.export`] writes it. Arguments and
     results of `forward` are those of the model it was made of, in evaluation; it cannot be trained, has no embeddings,
-    and gives neither hidden states nor attentions.
+    and gives neither hidden states nor attentions. It stays on its engine's device, which `from_pretrained` is told,
+    and in its precision; inputs come to it, and results lie there.
 
     Args:
         config (`PreTrainedConfig`): that of the model, with the record `exit_engine`.
@@ -78,7 +80,17 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         # Blocks are made when they are first run.
         self.blocks: dict[Cut, Run] = {}
         self.inputs = token_inputs(config)
+        super().to(self.device)
         self.eval()
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the engine runs, and with it policies and estimators."""
+        return torch.device(self.engine.device)
+
+    def to(self, *args: Any, **kwargs: Any) -> ExportedSequenceClassifier:
+        """The model as it is: pipelines and trainers move what they are given."""
+        return self
 
     def add_stock(self, config: Any) -> None:
         """Nothing: the layers are the engine's."""
@@ -113,7 +125,15 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             raise ValueError(f"`{asked[0]}`=True: an exported model does not give them; ask the original.")
         return {"run": walk(layers)}
 
+    def classified(
+        self, asked: Asked, embed: Callable[[], RowBatch], arguments: dict[str, Any]
+    ) -> ExitClassifierOutput:
+        given = {name: getattr(asked, name) for name in ("labels", "input_ids", "attention_mask")}
+        here = {name: value.to(self.device) for name, value in given.items() if value is not None}
+        return super().classified(replace(asked, **here), embed, arguments)
+
     def embed(self, attention_mask: Tensor | None, **given: Tensor | None) -> RowBatch:
+        given = {name: None if value is None else value.to(self.device) for name, value in given.items()}
         ids = given.pop("input_ids")
         for name in ("inputs_embeds", "position_ids"):
             if given[name] is not None:
@@ -125,6 +145,8 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             tokens["token_type_ids"] = torch.zeros_like(ids) if types is None else types
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(self.device)
         return TokenBatch(ids, padding_mask=attention_mask, tokens=tokens)
 
     def stack(
@@ -216,7 +238,7 @@ class _Step:
         if criterion is not None and criterion.name == "policy":
             if criterion.networks.is_conditioned:
                 alpha = criterion.networks.default_alpha if criterion.alpha is None else criterion.alpha
-                given[ALPHA] = torch.tensor([alpha], dtype=torch.float32)
+                given[ALPHA] = torch.tensor([alpha], dtype=torch.float32, device=mask.device)
             if self.cut.has_history:
                 given[MARGIN], given[PREDICTIONS] = criterion.history.margin, criterion.history.predictions
         found = self.run(given)
