@@ -35,9 +35,14 @@ def texts():
 def make_model():
     def make(**fields):
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
         config = BertCeeConfig(
-            vocab_size=60, max_position_embeddings=64, num_labels=3, initializer_range=0.15, **sizes, **fields
+            vocab_size=60,
+            max_position_embeddings=64,
+            num_labels=3,
+            initializer_range=0.15,
+            **sizes,
+            **{"num_hidden_layers": 4, **fields},
         )
         return BertForConsistentEE(config).eval()
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,17 @@ class OpenVINOEngine(Engine):
         self.layers = self.core.read_model(self.folder / LAYERS)
 
     @classmethod
+    def require(cls) -> None:
+        with _without_statistics():
+            super().require()
+
+    @classmethod
     def write(cls, written: Written, folder: Path) -> None:
+        with _without_statistics():
+            cls._write(written, folder)
+
+    @classmethod
+    def _write(cls, written: Written, folder: Path) -> None:
         import openvino
 
         model = written.model
@@ -93,6 +105,23 @@ class OpenVINOEngine(Engine):
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bfloat16" else "f32",
         }
         return _Block(self.core.compile_model(block, "CPU", options), list(taken), sorted(cut.gives))
+
+
+@contextmanager
+def _without_statistics() -> Iterator[None]:
+    """OpenVINO's tools send statistics of their use to their makers, from a process of their own at every step, unless
+    they find themselves in continuous integration. Whoever exports a model here has not been asked."""
+    names = {"CI": "true", "NNCF_CI": "1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class _Block:
