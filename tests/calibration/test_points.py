@@ -18,6 +18,7 @@ from transformers_cee import CalibratedPoint, calibrate_agreement, calibrate_bud
 from transformers_cee.calibration.budget import with_rejection
 from transformers_cee.evaluation.operating_points import hindsight_point
 from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.store import ExitStore
 
 
 def stored(model, rows, collator):
@@ -142,6 +143,41 @@ class TestOperatingPoints:
         assert int(named.exit_layers[named.exit_layers > 0].min()) < 4
         with pytest.raises(ValueError, match=r"'budget-1'.*'budget-2.5'"):
             again.generate(**batch, exit_threshold="budget-1", **options)
+
+    @torch.no_grad()
+    def test_belongs_to_what_it_was_fitted_on(self, tmp_path):
+        model, rows, batch = tiny_model(num_hidden_layers=4), task(120, seed=1), pad(random_rows(3, seed=3))
+        own = calibrate_budget(score_store(stored(model, rows, collate), "margin", model), 3.0)
+        assert own.fitted_on is None and "fitted_on" not in own.to_dict()
+        own.save_to(model, "own")
+        # The same weights on an engine.
+        model.config.exit_engine = {"engine": "some", "precision": "int8"}
+        with pytest.raises(ValueError, match=r"'own' was fitted on the model itself.*the engine 'some int8'.*anew"):
+            model(**batch, exit_threshold="own")
+        with pytest.raises(ValueError, match="'again' was fitted on the model itself"):
+            own.save_to(model, "again")
+        store = stored(model, rows, collate)
+        store.save(tmp_path / "store")
+        store = ExitStore.load(tmp_path / "store").select(torch.arange(100))
+        scores = score_store(store, "margin", model).select(torch.arange(90))
+        points = [
+            calibrate_budget(scores, 3.0),
+            calibrate_budget(scores, 4.0),
+            calibrate_agreement(scores, 0.1),
+            calibrate_risk(scores, 0.99, grid=[1.0, 0.5]),
+        ]
+        assert [point.fitted_on for point in points] == ["some int8"] * 4
+        points[0].save_to(model, "there")
+        assert CalibratedPoint.from_dict(model.config.exit_operating_points["there"]) == points[0]
+        model(**batch, exit_threshold="there")
+        model.config.exit_engine = {"engine": "some", "precision": "float32"}
+        for refused in (lambda: model(**batch, exit_threshold="there"), lambda: score_store(store, "margin", model)):
+            with pytest.raises(ValueError, match=r"'some int8'.*'some float32'"):
+                refused()
+        del model.config.exit_engine
+        with pytest.raises(ValueError, match=r"'there' was fitted on the engine 'some int8'"):
+            model(**batch, exit_threshold="there")
+        model(**batch, exit_threshold="own")
 
     def test_errors(self):
         found = calibrate_agreement(population(400), 0.1)

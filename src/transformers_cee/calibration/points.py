@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformers_cee.calibration.scores import ExitScores, own_thresholds
 from transformers_cee.exits.criteria import CRITERIA, check_thresholds
-from transformers_cee.exits.saved_points import check_point
+from transformers_cee.exits.saved_points import check_fitted_on, check_point
 from transformers_cee.stores.scoring import exits_taken
 
 
@@ -36,6 +36,9 @@ class CalibratedPoint:
         alpha (`float`, *optional*): price of one layer that the policies are asked for.
         reason (`str`, *optional*): why the exits are off, if they are.
         held_out (`dict`, *optional*): figures of `check`; None until it was called.
+        fitted_on (`str`, *optional*):
+            Engine and precision of the model that gave the scores, such as `"openvino int8"`; None of a model in
+            torch. A model on anything else refuses the point: its exits say other things.
 
     Raises:
         ValueError: a field that is not of its kind, levels that the promise lacks, or thresholds that the criterion
@@ -51,6 +54,7 @@ class CalibratedPoint:
     alpha: float | None = None
     reason: str | None = None
     held_out: dict[str, Any] | None = field(default=None)
+    fitted_on: str | None = None
 
     def __post_init__(self) -> None:
         check_point(vars(self), [one.name for one in fields(self)], "CalibratedPoint")
@@ -70,7 +74,7 @@ class CalibratedPoint:
         if not isinstance(values, dict):
             raise ValueError(f"`values` of type {type(values).__name__} must be a dictionary, as `to_dict` gives it.")
         names = {one.name for one in fields(cls)}
-        needed = names - {"alpha", "reason", "held_out"}
+        needed = names - {"alpha", "reason", "held_out", "fitted_on"}
         if not needed <= set(values) <= names:
             raise ValueError(
                 f"`values` has the fields {sorted(map(str, values))}; needed {sorted(needed)}, known {sorted(names)}."
@@ -159,7 +163,8 @@ class CalibratedPoint:
             name (`str`): name of the operating point.
 
         Raises:
-            ValueError: no name, or a model with another number of exits.
+            ValueError: no name, a model with another number of exits, or one on another engine or precision than the
+                thresholds were fitted on.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"`name`={name!r} must be a text of at least one character.")
@@ -168,6 +173,7 @@ class CalibratedPoint:
             raise ValueError(
                 f"`model` has {len(config.exit_layer_numbers)} exits, the thresholds are for {len(self.thresholds)}."
             )
+        check_fitted_on(name, self.fitted_on, config)
         config.exit_operating_points = {**config.exit_operating_points, name: self.to_dict()}
 
 
@@ -182,7 +188,9 @@ def calibrated_point(
     """The result of a calibration from thresholds (exits − 1,) for oriented scores."""
     off = CRITERIA[scores.criterion].off
     own = [*own_thresholds(scores.criterion, thresholds, scores.oriented), off]
-    return CalibratedPoint(scores.criterion, own, promise, levels, method, rows or len(scores), scores.alpha)
+    return CalibratedPoint(
+        scores.criterion, own, promise, levels, method, rows or len(scores), scores.alpha, fitted_on=scores.made_on
+    )
 
 
 def exits_off(
@@ -199,4 +207,6 @@ def exits_off(
         warnings.warn(f"Exits are off: {reason}", stacklevel=3)
     thresholds = [CRITERIA[scores.criterion].off] * scores.num_exits
     count = rows or len(scores)
-    return CalibratedPoint(scores.criterion, thresholds, promise, levels, method, count, scores.alpha, reason)
+    return CalibratedPoint(
+        scores.criterion, thresholds, promise, levels, method, count, scores.alpha, reason, fitted_on=scores.made_on
+    )

@@ -183,7 +183,9 @@ def calibrate_risk(
         count = _certified_in_grid(scores, grid, level, delta, p_value)
         if count:
             own = check_thresholds(scores.criterion, float(grid[count - 1]), scores.num_exits)
-            return CalibratedPoint(scores.criterion, own, "risk", levels, method, units, scores.alpha)
+            return CalibratedPoint(
+                scores.criterion, own, "risk", levels, method, units, scores.alpha, fitted_on=scores.made_on
+            )
     full = scores.mean(scores.losses[:, -1])
     reason = (
         f"{units} calibration rows do not certify the risk {scores.risk!r} at {level} with probability {1 - delta:g}, "

@@ -48,6 +48,7 @@ class ExitScores:
         has_memory (`bool`, *optional*):
             Does a score depend on which exits were asked before? By default what the criterion says; policies that
             look at confidences look back, too.
+        made_on (`str`, *optional*): engine and precision of the model, see `ExitStore`.
 
     Raises:
         ValueError: an unknown criterion, shapes that do not fit, no rows, or a score that is not a number.
@@ -63,6 +64,7 @@ class ExitScores:
     last_scores: Tensor | None = None
     alpha: float | None = None
     has_memory: bool | None = None
+    made_on: str | None = None
 
     def __post_init__(self) -> None:
         criterion = CRITERIA.find(self.criterion, "criterion")
@@ -195,6 +197,7 @@ def score_store(
         last_scores=None if last_scores is None else last_scores[deciding],
         alpha=None if settings is None else settings.alpha,
         has_memory=True if asks_policies and policies is not None and policies.needs_logits else None,
+        made_on=store.made_on,
     )
 
 

@@ -22,14 +22,15 @@ from transformers.utils import logging
 
 from transformers_cee.engines.costs import measure_costs
 from transformers_cee.engines.engine import ENGINES, Engine, Written
-from transformers_cee.engines.graphs import fits_graph, token_inputs
+from transformers_cee.engines.graphs import fits_graph, problem_type, token_inputs
 from transformers_cee.engines.loading import EXITS, GRAPHS, RECORD, load_exported
 from transformers_cee.engines.model import ExportedSequenceClassifier
-from transformers_cee.engines.promises import exits_of, fit_promises
+from transformers_cee.engines.promises import Promises, exits_of, fit_promises, take_promises
 from transformers_cee.engines.serving import choose, keep_layers, of_layers, rates_of, save_serving, subset
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
-from transformers_cee.exits.numbers import share
+from transformers_cee.exits.losses import check_labels
+from transformers_cee.exits.numbers import plain, share
 from transformers_cee.modeling.exits_saving import check_no_adapters
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.stores.filling import similar_length_batches
@@ -48,6 +49,7 @@ def export_model(
     engine: str = "openvino",
     precision: str = "int8",
     calibration_texts: Sequence[str] | None = None,
+    calibration_labels: Sequence[Any] | None = None,
     processing_class: Any = None,
     exit_criterion: str | None = None,
     exit_layers: str | None = None,
@@ -64,6 +66,7 @@ def export_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output`={os.fspath(output)!r} exists and is no empty folder; give another name.")
     texts = _check_texts(calibration_texts, made, precision)
+    _check_labels(calibration_labels, texts, model.config)
     if exit_layers not in (None, "auto"):
         raise ValueError(
             f"`exit_layers`={exit_layers!r} must be 'auto', or None for all exits of the model. Others are chosen "
@@ -76,13 +79,13 @@ def export_model(
         )
     if texts and processing_class is None:
         processing_class = _tokenizer_of(model)
-    rows = None if not texts else _tokens(texts, processing_class)
+    rows = None if not texts else _tokens(texts, processing_class, calibration_labels)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: whatever is at `output` is whole.
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        exported = _write(model, beside, made, precision, criterion, rows, processing_class)
-        _prepare(exported, beside, rows, processing_class, exit_layers, agreement, batch_size, measure)
+        exported, promises = _write(model, beside, made, precision, criterion, rows, processing_class)
+        _prepare(exported, promises, beside, rows, processing_class, exit_layers, agreement, batch_size, measure)
         if target.exists():
             target.rmdir()
         os.replace(beside, target)
@@ -124,6 +127,24 @@ def _check_texts(texts: Sequence[str] | None, engine: type[Engine], precision: s
     return given
 
 
+def _check_labels(labels: Sequence[Any] | None, texts: Sequence[str], config: Any) -> None:
+    """Raises `ValueError` unless these are labels of the texts, as the model's data sets hold them."""
+    if labels is None:
+        return
+    if isinstance(labels, str) or len(labels) != len(texts):
+        raise ValueError(
+            f"`calibration_labels` must be a list of one label for each of {len(texts)} `calibration_texts`; got "
+            f"{len(labels)}."
+        )
+    try:
+        values = torch.tensor([plain(label) for label in labels])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`calibration_labels` begin with {labels[0]!r}; accepted are numbers as in a data set's `labels`."
+        ) from error
+    check_labels(values, len(labels), config.num_labels, problem_type(config))
+
+
 def _tokenizer_of(model: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
@@ -134,9 +155,10 @@ def _tokenizer_of(model: Any) -> Any:
         ) from error
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any) -> Dataset:
+def _tokens(texts: Sequence[str], tokenizer: Any, labels: Sequence[Any] | None) -> Dataset:
     made = tokenizer(list(texts), truncation=True)
-    return Dataset.from_dict({name: made[name] for name in made})
+    columns = {} if labels is None else {"labels": [plain(label) for label in labels]}
+    return Dataset.from_dict({name: made[name] for name in made} | columns)
 
 
 def _write(
@@ -147,9 +169,10 @@ def _write(
     criterion: str | None,
     rows: Dataset | None,
     processing_class: Any,
-) -> ExportedSequenceClassifier:
+) -> tuple[ExportedSequenceClassifier, Promises]:
     config = copy.deepcopy(model.config)
     config.exit_layers = list(model.layer_numbers)
+    promises = take_promises(config)
     graphs = folder / GRAPHS
     graphs.mkdir()
     samples = [] if rows is None else _samples(rows, processing_class, token_inputs(config))
@@ -163,11 +186,12 @@ def _write(
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     config.save_pretrained(folder)
-    return load_exported(folder)
+    return load_exported(folder), promises
 
 
 def _prepare(
     exported: ExportedSequenceClassifier,
+    promises: Promises,
     folder: Path,
     rows: Dataset | None,
     processing_class: Any,
@@ -178,7 +202,7 @@ def _prepare(
 ) -> None:
     """Fits promises, measures costs and chooses exits, on the engine itself."""
     store = None if rows is None else exits_of(exported, rows, processing_class, batch_size)
-    fit_promises(exported, store)
+    fit_promises(exported, promises, store)
     if store is not None and measure and exported.record["criterion"] is not None and exported.last_exit:
         exported.costs = measure_costs(exported)
         if exit_layers == "auto":

@@ -158,7 +158,7 @@ class ExitGraph(Graph):
                 self.criterion,
                 CRITERIA[self.criterion].off,
                 len(model.layer_numbers),
-                _problem_type(model.config),
+                problem_type(model.config),
                 model.exit_policies,
                 criterion_settings(model, known.get(ALPHA)),
             )
@@ -223,7 +223,7 @@ def exit_name(cut: Cut) -> str:
     return f"exit_{cut.stop}" + "_later" * cut.has_history
 
 
-def _problem_type(config: Any) -> str:
+def problem_type(config: Any) -> str:
     """What logits mean; of a model that has seen no labels, classes."""
     if config.problem_type is not None:
         return config.problem_type

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,9 +12,11 @@ from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
 from transformers_cee.calibration.agreement import METHODS, calibrate_agreement
-from transformers_cee.calibration.budget import calibrate_budget
+from transformers_cee.calibration.budget import calibrate_budget, with_rejection
 from transformers_cee.calibration.points import CalibratedPoint
-from transformers_cee.calibration.scores import score_store
+from transformers_cee.calibration.risk import P_VALUES, calibrate_risk
+from transformers_cee.calibration.scores import RISKS, ExitScores, score_store
+from transformers_cee.engines.graphs import problem_type
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.stores.filling import collect_exits
@@ -23,79 +25,121 @@ from transformers_cee.stores.store import ExitStore
 
 logger = logging.get_logger(__name__)
 
+# Costs that are the same on every engine; others were measured.
+COUNTED = ("layers", "flops")
 
-def fit_promises(model: Any, store: ExitStore | None) -> None:
-    """Fits the budgets and operating points of an exported model anew, on its own engine and precision; what cannot
-    be fitted is dropped, with a message.
+
+@dataclass
+class Promises:
+    """What the config of a model promises, and asks for by default.
+
+    Args:
+        points (`dict[str, dict]`): operating points by name.
+        budgets (`list`): fitted budgets.
+        threshold (`str`, *optional*): name of the point that is the default.
+        budget (`float`, *optional*): the budget that is the default.
+    """
+
+    points: dict[str, dict[str, Any]]
+    budgets: list[list[float]]
+    threshold: str | None
+    budget: float | None
+
+
+def take_promises(config: Any) -> Promises:
+    """Takes out of a config what was fitted on another engine or precision than it is going to be used on."""
+    threshold = config.exit_threshold if isinstance(config.exit_threshold, str) else None
+    taken = Promises(config.exit_operating_points, config.exit_budgets, threshold, config.exit_budget)
+    config.exit_operating_points, config.exit_budgets, config.exit_budget = {}, [], None
+    if threshold is not None:
+        config.exit_threshold = None
+    return taken
+
+
+def fit_promises(model: Any, promises: Promises, store: ExitStore | None) -> None:
+    """Fits budgets and operating points anew on the engine and precision of an exported model; what cannot be fitted
+    is dropped, with a message.
 
     Args:
         model ([`ExportedSequenceClassifier`]): its config is changed in place.
+        promises (`Promises`): of the model that it was exported from.
         store (`ExitStore`, *optional*): its exits on texts, see `exits_of`. Without any, all promises are dropped.
     """
-    config = model.config
-    points, budgets = config.exit_operating_points, config.exit_budgets
-    config.exit_operating_points, config.exit_budgets = {}, []
-    threshold, budget = config.exit_threshold, config.exit_budget
-    if isinstance(threshold, str):
-        config.exit_threshold = None
-    config.exit_budget = None
+    config, points, budgets = model.config, promises.points, promises.budgets
     if store is None:
         _say_dropped([*points, *(["exit_budgets"] if budgets else [])], "there are no `calibration_texts`")
         return
     if budgets and model.exit_policies.is_conditioned:
         config.exit_budgets = fit_exit_budgets(model.exit_policies, store, min_exit_layer=config.min_exit_layer)
-        config.exit_budget = budget if config.exit_budgets else None
+        config.exit_budget = promises.budget if config.exit_budgets else None
     for name, values in points.items():
-        point, reason = _refitted(model, store, values)
-        if point is None:
-            _say_dropped([name], reason)
-        else:
-            point.save_to(model, name)
-    if isinstance(threshold, str) and threshold in config.exit_operating_points:
-        config.exit_threshold = threshold
+        try:
+            _refitted(model, store, values).save_to(model, name)
+        except ValueError as error:
+            _say_dropped([name], str(error).removesuffix("."))
+    if promises.threshold in config.exit_operating_points:
+        config.exit_threshold = promises.threshold
 
 
 def exits_of(model: Any, rows: Any, processing_class: Any, batch_size: int = 32) -> ExitStore:
-    """Exits of tokenised texts without labels."""
-    config = copy.copy(model.config)
-    problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    """Exits of tokenised texts, with `labels` or without."""
     return collect_exits(
         model,
         rows,
         DataCollatorWithPadding(processing_class),
         Accelerator(cpu=True),
-        problem_type=problem,
+        problem_type=problem_type(model.config),
         batch_size=batch_size,
-        tolerance=config.exit_tolerance,
-        needs_labels=False,
+        tolerance=model.config.exit_tolerance,
+        needs_labels="labels" in rows.column_names,
     )
 
 
-def _refitted(model: Any, store: ExitStore, values: dict[str, Any]) -> tuple[CalibratedPoint | None, str]:
-    """An operating point with the same promise, or why there is none."""
+def _refitted(model: Any, store: ExitStore, values: dict[str, Any]) -> CalibratedPoint:
+    """An operating point with the same promise; raises `ValueError` that says why there is none."""
     if "promise" not in values:
-        return None, "it holds thresholds without a promise, which were found on another engine or precision"
+        raise ValueError("it holds thresholds without a promise, which were found on another engine or precision")
     old = CalibratedPoint.from_dict(values)
-    settings = criterion_settings(model, old.alpha)
-    try:
-        scores = score_store(store, old.criterion, model, settings)
-        if old.promise == "agreement":
-            method = next((one for one in METHODS if old.method.startswith(one)), "certified")
-            more = {"delta": old.levels["delta"]} if "delta" in old.levels else {}
-            return calibrate_agreement(scores, old.levels["epsilon"], method, **more), ""
-        if old.promise == "budget":
-            # Without labels, an exit's risk is how often it says something else than the last one.
-            risks = scores.disagrees.double().mean(0)
-            levels = old.levels
-            more = {"delta": levels["delta"]} if "delta" in levels else {}
-            refine = old.method != "eero"
-            point = calibrate_budget(
-                scores, levels["budget"], levels["costs"], levels["unit"], refine, risks=risks, **more
-            )
-            return point, ""
-    except ValueError as error:
-        return None, str(error)
-    return None, f"its promise is a bound on the {old.levels['risk']}, which takes labels to fit"
+    risk = old.levels.get("risk", "error")
+    if risk not in RISKS:
+        raise ValueError(f"its promise is a bound on the risk {risk!r}, which `export` knows nothing of")
+    if old.promise == "risk" and not store.has_labels:
+        raise ValueError(f"its promise is a bound on the {risk}, which takes labels: give `calibration_labels`, too")
+    scores = score_store(store, old.criterion, model, criterion_settings(model, old.alpha), risk)
+    return {"agreement": _agreement, "budget": _budget, "risk": _risk}[old.promise](old, scores)
+
+
+def _agreement(old: CalibratedPoint, scores: ExitScores) -> CalibratedPoint:
+    method = next((one for one in METHODS if old.method.startswith(one)), "certified")
+    more = {"delta": old.levels["delta"]} if "delta" in old.levels else {}
+    return calibrate_agreement(
+        scores,
+        old.levels["epsilon"],
+        method,
+        coverage="min" if "_min_" in old.method else "max",
+        published=old.method.endswith("_published"),
+        **more,
+    )
+
+
+def _budget(old: CalibratedPoint, scores: ExitScores) -> CalibratedPoint:
+    levels = old.levels
+    unit = levels.get("unit", "layers")
+    if unit.lower() not in COUNTED:
+        raise ValueError(f"its costs, in {unit}, were measured on another engine or precision")
+    # An exit's risk is how often it says something else than the last one, which takes no labels.
+    risks = scores.disagrees.double().mean(0)
+    more = {"delta": levels["delta"]} if "delta" in levels else {}
+    found = calibrate_budget(
+        scores, levels["budget"], levels["costs"], unit, old.method != "eero", risks=risks, **more
+    )
+    return with_rejection(found, scores, levels["reject_rate"]) if "reject_rate" in levels else found
+
+
+def _risk(old: CalibratedPoint, scores: ExitScores) -> CalibratedPoint:
+    named = old.method.removeprefix("learn_then_test_")
+    more = {"p_value": named} if named in P_VALUES else {}
+    return calibrate_risk(scores, old.levels["level"], old.levels.get("delta", 0.05), **more)
 
 
 def _say_dropped(names: list[str], reason: str) -> None:

@@ -19,6 +19,7 @@ from transformers_cee.exits.criteria import (
 )
 from transformers_cee.exits.criterion import FullDepth
 from transformers_cee.exits.numbers import number
+from transformers_cee.exits.saved_points import check_fitted_on
 
 
 # Difference up to which two budgets are the same: people round.
@@ -63,8 +64,8 @@ def resolve_decision(
         exit_budget (`float`, *optional*): wanted mean depth as a share of all layers, of policies conditioned on α.
 
     Raises:
-        ValueError: an unknown name, a criterion beside a name, a budget beside a threshold, or one that the model
-            knows nothing of.
+        ValueError: an unknown name, a point that was fitted on another engine or precision than the model runs on, a
+            criterion beside a name, a budget beside a threshold, or one that the model knows nothing of.
     """
     if isinstance(exit_threshold, ExitDecision):
         return exit_threshold
@@ -100,6 +101,7 @@ def resolve_decision(
             f"`exit_threshold`={threshold!r} is an operating point of the criterion {point['criterion']!r}; got "
             f"`exit_criterion`={exit_criterion!r}."
         )
+    check_fitted_on(threshold, point.get("fitted_on"), config)
     return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"))
 
 

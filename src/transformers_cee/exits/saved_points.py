@@ -36,6 +36,7 @@ POINT_FIELDS = {
     "alpha": number(0, above=True).or_none(),
     "reason": text.or_none(),
     "held_out": mapping.or_none(),
+    "fitted_on": text.or_none(),
 }
 _LEVELS = {
     "epsilon": number(0, 1),
@@ -71,6 +72,39 @@ def check_point(point: Mapping[str, Any], needed: Sequence[str], where: str, num
         costs = point["levels"].get("costs")
         if costs is not None and len(costs) != len(point["thresholds"]):
             raise ValueError(f"`{where}.levels.costs` has {len(costs)} values; accepted: one per exit.")
+
+
+def made_on(config: Any) -> str | None:
+    """Engine and precision that a model runs on, such as `"openvino int8"`; None of the model itself, in torch.
+
+    Args:
+        config: of the model.
+    """
+    record = getattr(config, "exit_engine", None)
+    return f"{record.get('engine')} {record.get('precision')}" if isinstance(record, dict) else None
+
+
+def check_fitted_on(name: str, fitted_on: str | None, config: Any) -> None:
+    """Raises `ValueError` where thresholds were fitted on something else than what a model runs on: they promise
+    nothing there.
+
+    Args:
+        name (`str`): of the operating point.
+        fitted_on (`str`, *optional*): what `made_on` gave for the model that it was fitted on.
+        config: of the model that is to use it.
+    """
+    own = made_on(config)
+    if fitted_on != own:
+        raise ValueError(
+            f"The operating point {name!r} was fitted on {spoken_engine(fitted_on)}, and this model runs on "
+            f"{spoken_engine(own)}, where its promise does not hold. Fit it anew with this model: `collect_exits`, "
+            "`score_store`, the calibration, and `save_to`; `export` does so from `calibration_texts`."
+        )
+
+
+def spoken_engine(engine: str | None) -> str:
+    """What `made_on` gave, in words."""
+    return "the model itself, in torch" if engine is None else f"the engine {engine!r}"
 
 
 def check_points(points: Any, num_exits: int) -> None:

@@ -134,6 +134,8 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             calibration_texts (sequence of `str`, *optional*):
                 Texts that the model is for, without labels; some hundred give the scales of int8, some thousand
                 certify an agreement of 0.99.
+            calibration_labels (sequence, *optional*):
+                Labels of these texts, as in a data set. Operating points that bound a risk take them; others do not.
             processing_class (*optional*): the tokenizer; by default that of the checkpoint the model came from.
             exit_criterion (`str`, *optional*, defaults to the config's):
                 Criterion whose score becomes part of the graphs. Others are asked outside, which takes longer.

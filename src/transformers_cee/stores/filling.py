@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers_cee.exits.entries import ExitEntries
 from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.losses import resolve_problem_type
+from transformers_cee.exits.saved_points import made_on
 from transformers_cee.stores.mapped import mapped_array
 from transformers_cee.stores.store import ExitStore
 
@@ -114,7 +115,7 @@ def collect_exits(
     if filled != size:
         raise ValueError(f"`data_collator` gave {filled} tokens to predict where it gave {size} before.")
     about = {"layers": torch.tensor(model.layer_numbers), "problem_type": problem_type, "tolerance": tolerance}
-    return ExitStore(**{"logits": None, **parts, **about})
+    return ExitStore(**{"logits": None, **parts, **about, "made_on": made_on(model.config)})
 
 
 def _entries_per_row(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transformers_cee.exits.losses import exit_errors, exit_losses
+from transformers_cee.exits.saved_points import made_on, spoken_engine
 from transformers_cee.files import replacing
 
 
@@ -44,6 +45,8 @@ class ExitStore:
         rows (`LongTensor` of shape `(entries,)`, *optional*): row of the data set; by default the entry's number.
         may_exit (`BoolTensor` of shape `(entries,)`, *optional*):
             Can the entry leave before the last exit? By default all can; the last token of a prompt cannot.
+        made_on (`str`, *optional*):
+            Engine and precision of the model that gave the exits, such as `"openvino int8"`; None of a model in torch.
     """
 
     states: Tensor
@@ -58,6 +61,7 @@ class ExitStore:
     # Both are tensors once the store is made.
     rows: Tensor = None  # type: ignore[assignment]
     may_exit: Tensor = None  # type: ignore[assignment]
+    made_on: str | None = None
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -131,7 +135,7 @@ class ExitStore:
 
     def select(self, entries: Tensor) -> "ExitStore":
         """The store of some entries (LongTensor) only; states are copied."""
-        shared = ("layers", "problem_type", "tolerance")
+        shared = ("layers", "problem_type", "tolerance", "made_on")
         kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shared}
         return replace(self, **{name: value[entries] for name, value in kept.items() if value is not None})
 
@@ -141,7 +145,8 @@ class ExitStore:
         return mine.nonzero().squeeze(1)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raises `ValueError` for an early-exit model whose exits are not those of the store."""
+        """Raises `ValueError` for an early-exit model whose exits are not those of the store, or that runs on another
+        engine or precision."""
         numbers, size = list(model.layer_numbers), model.config.hidden_size
         if self.layers.tolist() != numbers or self.states.shape[-1] != size:
             raise ValueError(
@@ -149,10 +154,19 @@ class ExitStore:
                 f"this model has {numbers} and {size}. Collect it again with this model."
             )
 
+        own = made_on(model.config)
+        if self.made_on != own:
+            raise ValueError(
+                f"`store` was collected on {spoken_engine(self.made_on)}, and this model runs on "
+                f"{spoken_engine(own)}, where exits say other things. Collect it again with this model."
+            )
+
     def save(self, path: str | os.PathLike) -> None:
         """Replaces a safetensors file by the store."""
         tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
         about = {"problem_type": self.problem_type, "tolerance": repr(self.tolerance)}
+        if self.made_on is not None:
+            about["made_on"] = self.made_on
         with replacing(path) as beside:
             save_file(tensors, beside, metadata=about)
 
@@ -169,7 +183,10 @@ class ExitStore:
                 about = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             return cls(
-                **{"logits": None, **tensors}, problem_type=about["problem_type"], tolerance=float(about["tolerance"])
+                **{"logits": None, **tensors},
+                problem_type=about["problem_type"],
+                tolerance=float(about["tolerance"]),
+                made_on=about.get("made_on"),
             )
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(
