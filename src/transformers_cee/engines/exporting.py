@@ -23,9 +23,10 @@ from transformers.utils import logging
 from transformers_cee.engines.costs import measure_costs
 from transformers_cee.engines.engine import ENGINES, Engine, Written
 from transformers_cee.engines.graphs import fits_graph, problem_type, token_inputs
-from transformers_cee.engines.loading import EXITS, GRAPHS, RECORD, load_exported
+from transformers_cee.engines.loading import load_exported
 from transformers_cee.engines.model import ExportedSequenceClassifier
 from transformers_cee.engines.promises import Promises, exits_of, fit_promises, take_promises
+from transformers_cee.engines.record import EXITS, GRAPHS, RECORD
 from transformers_cee.engines.serving import choose, keep_layers, of_layers, rates_of, save_serving, subset
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
@@ -171,7 +172,7 @@ def _write(
     processing_class: Any,
 ) -> tuple[ExportedSequenceClassifier, Promises]:
     config = copy.deepcopy(model.config)
-    config.exit_layers = list(model.layer_numbers)
+    config.exit_layers, config.architectures = list(model.layer_numbers), [type(model).__name__]
     promises = take_promises(config)
     graphs = folder / GRAPHS
     graphs.mkdir()

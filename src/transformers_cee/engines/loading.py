@@ -8,41 +8,22 @@ policies and estimators, which calibration asks; the rest is the engine's.
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from transformers_cee.engines.engine import ENGINES
 from transformers_cee.engines.model import ExportedSequenceClassifier
+from transformers_cee.engines.record import EXITS, GRAPHS, RECORD, check_record
 from transformers_cee.engines.serving import is_of, load_serving
-from transformers_cee.exits.criteria import CRITERIA
-from transformers_cee.exits.fields import Kind, check_fields, choice, listed, text
 
 
-RECORD = "exit_engine"
-EXITS = "exits.safetensors"
-GRAPHS = "engine"
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-
-
-def _is_own_file(name: Any) -> bool:
-    """Is this the name of a file inside of the folder?"""
-    if not isinstance(name, str) or "\\" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and len(path.parts) in (1, 2)
-
-
-_FIELDS = {
-    "engine": text,
-    "precision": text,
-    "criterion": choice(CRITERIA).or_none(),
-    "files": listed(Kind(_is_own_file, "names of files of the folder")),
-}
 
 
 def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSequenceClassifier:
@@ -59,7 +40,8 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     Raises:
         ImportError: the engine is not installed.
         OSError: there is no such folder, or it lacks a file.
-        ValueError: a record that is not of its kind, an unknown engine, or a device or option that it does not have.
+        ValueError: a record that is not of its kind, an unknown engine, a device or option that it does not have, or
+            weights that are damaged or of other exits.
     """
     hub = {name: kwargs.pop(name) for name in _OF_HUB if name in kwargs}
     threads, device = kwargs.pop("threads", None), str(kwargs.pop("device", "cpu"))
@@ -67,8 +49,7 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     options = {name: kwargs.pop(name) for one in ENGINES.values() for name in one.options if name in kwargs}
     if config is None:
         config = AutoConfig.from_pretrained(source, **hub, **kwargs)
-    record = getattr(config, RECORD)
-    check_fields(record, _FIELDS, list(_FIELDS), RECORD)
+    record = check_record(getattr(config, RECORD))
     engine = ENGINES.find(record["engine"])
     engine.require()
     engine.check_precision(record["precision"])
@@ -77,17 +58,24 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
         raise ValueError(f"`{unknown[0]}`={options[unknown[0]]!r} is no option of the engine {engine.name!r}.")
     paths = {name: Path(str(cached_file(source, name, **hub))) for name in record["files"]}
     weights = Path(str(cached_file(source, EXITS, **hub)))
-    threads = threads or torch.get_num_threads()
-    made = engine(weights.parent / GRAPHS, config, record["precision"], threads, device, **options)
     places = (weights.parent, weights.parent / GRAPHS)
     missing = [name for name, path in paths.items() if path.parent not in places]
     if missing:
         raise ValueError(
             f"`{RECORD}.files` of {source}: {missing[0]!r} lies elsewhere; accepted are files of `{GRAPHS}`."
         )
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{EXITS} of {source} is damaged ({error}). Export the model again.") from error
+    threads = threads or torch.get_num_threads()
+    made = engine(weights.parent / GRAPHS, config, record["precision"], threads, device, **options)
     model = ExportedSequenceClassifier(config, made)
-    kept = {name: value for name, value in load_file(weights).items() if is_of(name, model.layer_numbers)}
-    model.load_state_dict(kept)
+    kept = {name: value for name, value in tensors.items() if is_of(name, model.layer_numbers)}
+    try:
+        model.load_state_dict(kept)
+    except RuntimeError as error:
+        raise ValueError(f"{EXITS} of {source} does not belong to its config.json: {error}") from error
     model.name_or_path = str(source)
     load_serving(model, weights.parent)
     return model

@@ -4,12 +4,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -29,10 +34,13 @@ from transformers_cee.engines.graphs import (
     Cut,
     token_inputs,
 )
+from transformers_cee.engines.record import EXITS, GRAPHS
+from transformers_cee.engines.serving import save_serving
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.recording import wants_states
 from transformers_cee.exits.row_batch import AtExit, RowBatch
+from transformers_cee.files import replacing
 from transformers_cee.modeling.classification import Asked, Stack
 from transformers_cee.modeling.flops import ItemFlops
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
@@ -40,6 +48,7 @@ from transformers_cee.modeling.sequence_classification import EarlyExitSequenceC
 
 # Columns up to a multiple of this are planned alike.
 PLANNED_COLUMNS = 16
+_OF_PUSHING = ("commit_message", "private", "token", "revision", "create_pr", "commit_description", "tags")
 
 
 @dataclass
@@ -112,6 +121,49 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         if mode:
             raise ValueError(f"A model exported to {self.record['engine']!r} cannot be trained; train the original.")
         return super().train(False)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the exported model with all that was fitted on it since: a copy of the engine's files, the policies
+        and estimators, the costs, and the config.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder, made when missing.
+            push_to_hub (`bool`, *optional*, defaults to `False`): also publish it, as `push_to_hub` does.
+            kwargs: those of `push_to_hub`, `repo_id` by default the folder's name. Others of
+                `PreTrainedModel.save_pretrained` are about weights, which are the engine's, and have no effect.
+        """
+        folder, source = Path(save_directory), self.engine.folder.parent
+        (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
+        graphs = [name for name in self.record["files"] if name.startswith(f"{GRAPHS}/")]
+        if folder.resolve() != source.resolve():
+            for name in graphs:
+                shutil.copyfile(source / name, folder / name)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        with replacing(folder / EXITS) as beside:
+            save_file(tensors, beside)
+        self.config.exit_layers = list(self.layer_numbers)
+        self.config.exit_engine = {**self.record, "files": [*graphs, *save_serving(self, folder)]}
+        self.config.save_pretrained(folder)
+        if push_to_hub:
+            asked = {name: kwargs[name] for name in _OF_PUSHING if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or folder.name, **asked)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExportedSequenceClassifier:
+        """A model with a config, policies and estimators of its own, on the same engine, whose blocks never change."""
+        made = memo[id(self)] = type(self)(copy.deepcopy(self.config, memo), self.engine)
+        made.load_state_dict(self.state_dict())
+        made.blocks, made.costs, made.rates = self.blocks, self.costs, self.rates
+        made.name_or_path = self.name_or_path
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises `TypeError`: an engine belongs to its process."""
+        raise TypeError(
+            "An exported model cannot be pickled: its engine belongs to this process. Load it by its folder in the "
+            "other one."
+        )
 
     def item_flops(self, length: int) -> ItemFlops:
         raise ValueError("FLOPs of an exported model are not counted; ask the model that it was exported from.")

@@ -138,8 +138,8 @@ def _budget(old: CalibratedPoint, scores: ExitScores) -> CalibratedPoint:
 
 def _risk(old: CalibratedPoint, scores: ExitScores) -> CalibratedPoint:
     named = old.method.removeprefix("learn_then_test_")
-    more = {"p_value": named} if named in P_VALUES else {}
-    return calibrate_risk(scores, old.levels["level"], old.levels.get("delta", 0.05), **more)
+    p_value = named if named in P_VALUES else P_VALUES[0]
+    return calibrate_risk(scores, old.levels["level"], old.levels.get("delta", 0.05), p_value)
 
 
 def _say_dropped(names: list[str], reason: str) -> None:

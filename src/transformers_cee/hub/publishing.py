@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from transformers_cee.engines.record import exported_files
 from transformers_cee.files import REMOTE_CODE_FILE
 from transformers_cee.stalls import stalls_end
 
@@ -52,6 +53,7 @@ def published_files(folder: str | os.PathLike[str], processing_class: Any = None
     names |= _pictures(folder / CARD)
     files = [path for path in folder.iterdir() if path.name in names or re.fullmatch(WEIGHTS, path.name)]
     files += (folder / TEMPLATES).glob("*.jinja")
+    files += [folder / name for name in exported_files(folder)]
     return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
 
 
