@@ -59,7 +59,8 @@ class Buckets:
             key = tuple(shapes.values())
             if key not in self.made:
                 buffers = {name: given[name].new_zeros(shape) for name, shape in shapes.items()}
-                _fill(buffers, given, rows, columns)
+                # Padding but for the first column: layers may do without a mask where there is none to hide.
+                buffers[MASK][:, 0] = True
                 self.made[key] = buffers, self.capture(self.block, list(buffers.values()))
             buffers, replay = self.made[key]
             _fill(buffers, given, rows, columns)

@@ -70,18 +70,21 @@ class TorchEngine(Engine):
 
     def block(self, cut: Cut) -> Run:
         graph = BlockGraph(self.model, cut, self.config.exit_engine["criterion"])
-        run: Callable[..., tuple[Tensor, ...]] = _compiled(graph) if self.compile else graph
+        block: Callable[..., tuple[Tensor, ...]] = _compiled(graph) if self.compile else graph
+        buckets = None
         if self.capture is not None:
             most = getattr(self.config, "max_position_embeddings", None)
-            return torch.no_grad()(Buckets(run, graph.inputs, graph.outputs, self.capture, most))
+            buckets = Buckets(block, graph.inputs, graph.outputs, self.capture, most)
 
         # No inference mode: whoever trains on states may keep what it got.
         @torch.no_grad()
-        def named(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if buckets is not None:
+                return buckets(given)
             with _threads(self.threads):
-                return dict(zip(graph.outputs, run(*(given[name] for name in graph.inputs)), strict=True))
+                return dict(zip(graph.outputs, block(*(given[name] for name in graph.inputs)), strict=True))
 
-        return named
+        return run
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

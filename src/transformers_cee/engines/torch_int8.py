@@ -3,7 +3,8 @@
 """int8 for the engine `torch`, on the CPU: the linear maps of the layers, by torch's own fused kernel (FBGEMM).
 
 Weights have a scale per output, activations one per linear map, taken from texts: no row has an influence on another.
-Activations take 7 of 8 bits: without VNNI, processors add pairs of products in 16 bits, which more would overflow.
+Before that, inputs with outliers give a part of their size to the weights (SmoothQuant, Xiao et al. 2023). Weights
+take 7 of 8 bits: without VNNI, processors add pairs of products in 16 bits, which more would overflow.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ import torch
 from torch import Tensor, nn
 
 
-LEVELS = 127
-SCALE, RANGE = "weight_scale", "input_range"
+LEVELS, WEIGHT_LEVELS = 255, 63
+# Share of the orders of magnitude of an input that its weights take.
+SMOOTHING = 0.7
+WEIGHT, SCALE, FACTOR, RANGE = "weight", "weight_scale", "input_factor", "input_range"
 
 
 class QuantizedLinear(nn.Module):
     """A linear map in int8: float32 in and out.
 
     Args:
-        weight (`Tensor` of shape `(out, in)`): in int8.
+        weight (`Tensor` of shape `(out, in)`): in int8, of inputs that have been multiplied by `factor`.
         scale (`Tensor` of shape `(out,)`): of the weight.
         bias (`Tensor` of shape `(out,)`, *optional*): in float32.
-        input_range (`Tensor` of shape `(2,)`): least and greatest number that comes in. What is below is cut off, and
-            so is what is far above.
+        factor (`Tensor` of shape `(in,)`): of each input.
+        input_range (`Tensor` of shape `(2,)`): least and greatest product; numbers beyond are cut off.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, input_range: Tensor) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, bias: Tensor | None, factor: Tensor, input_range: Tensor
+    ) -> None:
         super().__init__()
+        self.factor = factor
         least, greatest = min(0.0, float(input_range[0])), max(0.0, float(input_range[1]))
         self.scale = max((greatest - least) / LEVELS, torch.finfo(torch.float32).eps)
         # The level of 0.
@@ -41,7 +47,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, given: Tensor) -> Tensor:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            given, self.scale, self.zero_point, self.packed
+            given * self.factor, self.scale, self.zero_point, self.packed
         )
 
 
@@ -80,7 +86,11 @@ def shapes_of_scales(model: Any) -> dict[str, tuple[int, ...]]:
     """What a file in int8 has beside the weights, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in linear_maps(model).items():
-        shapes |= {f"{name}.{SCALE}": (linear.out_features,), f"{name}.{RANGE}": (2,)}
+        shapes |= {
+            f"{name}.{SCALE}": (linear.out_features,),
+            f"{name}.{FACTOR}": (linear.in_features,),
+            f"{name}.{RANGE}": (2,),
+        }
     return shapes
 
 
@@ -97,27 +107,29 @@ def quantized_weights(
     maps = linear_maps(model)
     found: dict[str, Tensor] = {}
     for name, (least, greatest) in _input_ranges(maps, run, samples).items():
-        weight = maps[name].weight
-        scale = (weight.abs().amax(1) / LEVELS).clamp_min(torch.finfo(torch.float32).eps)
-        found[f"{name}.weight"] = (weight / scale.unsqueeze(1)).round().to(torch.int8)
-        found[f"{name}.{SCALE}"] = scale
-        found[f"{name}.{RANGE}"] = torch.stack((least, greatest))
+        weight, small = maps[name].weight, torch.finfo(torch.float32).eps
+        size = torch.maximum(-least, greatest).clamp_min(small)
+        factor = weight.abs().amax(0).clamp_min(small) ** (1 - SMOOTHING) / size**SMOOTHING
+        weight = weight / factor
+        scale = (weight.abs().amax(1) / WEIGHT_LEVELS).clamp_min(small)
+        found[f"{name}.{WEIGHT}"] = (weight / scale.unsqueeze(1)).round().to(torch.int8)
+        found[f"{name}.{SCALE}"], found[f"{name}.{FACTOR}"] = scale, factor
+        found[f"{name}.{RANGE}"] = torch.stack(((least * factor).min(), (greatest * factor).max()))
     return found
 
 
 def _input_ranges(
     maps: Mapping[str, nn.Linear], run: Callable[..., Any], samples: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Least and greatest number that comes into each linear map, padding left out."""
+    """Least and greatest number of each input (in,) of the linear maps, padding left out."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     mask: list[Tensor] = []
 
     def see(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             values = given[0]
-            if values.shape[:2] == mask[0].shape:
-                values = values[mask[0]]
-            least, greatest = values.aminmax()
+            values = values[mask[0]] if values.shape[:2] == mask[0].shape else values.flatten(0, -2)
+            least, greatest = values.aminmax(dim=0)
             before = found.get(name, (least, greatest))
             found[name] = torch.minimum(least, before[0]), torch.maximum(greatest, before[1])
 
@@ -138,7 +150,7 @@ def place_int8(model: Any, tensors: dict[str, Tensor]) -> None:
     """Puts linear maps in int8 in the place of those of the layers, and takes out of `tensors` what they are made
     of."""
     for name, linear in linear_maps(model).items():
-        weight, scale, seen = (tensors.pop(f"{name}.{part}") for part in ("weight", SCALE, RANGE))
+        weight, scale, factor, seen = (tensors.pop(f"{name}.{part}") for part in (WEIGHT, SCALE, FACTOR, RANGE))
         bias = None if linear.bias is None else tensors.pop(f"{name}.bias")
         holder, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(holder), attribute, QuantizedLinear(weight, scale, bias, seen))
+        setattr(model.get_submodule(holder), attribute, QuantizedLinear(weight, scale, bias, factor, seen))
