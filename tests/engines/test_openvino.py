@@ -11,7 +11,7 @@ pytest.importorskip("openvino")
 def test_no_statistics_are_sent(make_model, tokenizer, texts, tmp_path, monkeypatch):
     started = []
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(multiprocessing.Process, "start", started.append)
+    monkeypatch.setattr(multiprocessing.Process, "start", lambda self: started.append(self))
     options = {"calibration_texts": texts[:8], "processing_class": tokenizer, "measure": False}
     make_model(num_hidden_layers=1).export(tmp_path / "out", precision="int8", **options)
     assert not started
