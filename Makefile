@@ -42,6 +42,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo_assets.py --output runs/assets
 	$(BIN)/python examples/run_glue_cee.py examples/configs/demo.yaml
 	$(BIN)/python examples/classify_demo.py --model runs/demo </dev/null
+	$(BIN)/python examples/engines_demo.py --model runs/demo --data runs/assets/trec --output runs/demo-engines
 
 demo-llm: $(STAMP)
 	$(BIN)/python examples/demo_llm_assets.py --output runs/assets-llm
