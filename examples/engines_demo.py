@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
     place = args.output / "openvino-int8"
     shutil.rmtree(place, ignore_errors=True)
-    texts = data["validation"][args.text_column]
+    texts = list(data["validation"][args.text_column])
     exported = model.export(
         place,
         engine="openvino",
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     early = {"exit_criterion": criterion, "exit_threshold": threshold_at_half(exported, half, tokenizer)}
     off = {"exit_criterion": "policy", "exit_threshold": 1.0}
     variants = {TORCH: partial(model, **off), WITHOUT: partial(exported, **off), WITH: partial(exported, **early)}
-    test = tokenized(data["test"][args.text_column], tokenizer)
+    test = tokenized(list(data["test"][args.text_column]), tokenizer)
     labels = [model.config.label2id[str(label)] for label in data["test"][args.label_column]]
     test = test.add_column("labels", labels)
     results: dict[str, Any] = {"environment": timing_environment(torch.device("cpu")), "variants": {}, "speed": {}}

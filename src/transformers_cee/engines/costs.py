@@ -51,7 +51,7 @@ def measure_costs(
         )
     timer = timer or Timer()
     # Of a walk that asks every exit, whatever it costs.
-    bare = copy.copy(model)
+    bare = copy.deepcopy(model)
     bare.costs = None
     sizes = [(rows, length) for length in lengths for rows in batch_sizes]
     measured = [
