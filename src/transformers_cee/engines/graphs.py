@@ -207,6 +207,11 @@ class BlockGraph(Graph):
         return tuple(found[name] for name in self.outputs)
 
 
+def layer_graphs(model: Any) -> list[Graph]:
+    """The graphs of the embeddings and of each layer."""
+    return [EmbeddingGraph(model), *(LayerGraph(model, index) for index in range(len(model.layers)))]
+
+
 def exit_graphs(model: Any, criterion: str | None) -> dict[str, ExitGraph]:
     """The graphs of all exits, by `exit_name`; of criteria that remember earlier exits, one for each case."""
     graphs: dict[str, ExitGraph] = {}
@@ -245,3 +250,12 @@ def example(names: Sequence[str], config: Any, dtype: torch.dtype = torch.float3
         PREDICTIONS: torch.zeros(rows, 2, dtype=torch.long),
     }
     return {name: made[name] for name in names}
+
+
+def free_axes(name: str) -> dict[int, str]:
+    """Axes of a graph's tensor whose size differs from call to call."""
+    if name == ALPHA:
+        return {}
+    if name in (HIDDEN, *TOKENS):
+        return {0: "rows", 1: "time"}
+    return {0: "rows", 1: "earlier"} if name == PREDICTIONS else {0: "rows"}

@@ -20,12 +20,11 @@ from transformers_cee.engines.graphs import (
     MASK,
     SCORE,
     Cut,
-    EmbeddingGraph,
     Graph,
-    LayerGraph,
     example,
     exit_graphs,
     exit_name,
+    layer_graphs,
     token_inputs,
 )
 
@@ -65,8 +64,7 @@ class OpenVINOEngine(Engine):
         import openvino
 
         model = written.model
-        parts = [_converted(EmbeddingGraph(model), model.config)]
-        parts += [_converted(LayerGraph(model, index), model.config) for index in range(len(model.layers))]
+        parts = [_converted(graph, model.config) for graph in layer_graphs(model)]
         layers = _chained(parts, token_inputs(model.config))
         if written.precision == "int8":
             layers = _quantized(layers, written.samples)
