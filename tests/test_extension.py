@@ -39,6 +39,8 @@ from transformers_cee import (
     exit_costs,
     score_exits,
 )
+from transformers_cee.engines import ENGINES, Engine, register_engine
+from transformers_cee.engines.graphs import exit_graphs, exit_name, layer_graphs
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.lm_heads import LM_EXIT_HEADS
 from transformers_cee.exits.token_losses import TOKEN_LOSSES
@@ -453,3 +455,46 @@ def test_command_lines(tmp_path, mine):
         ValueError, match="`heads_objective_options`: 'gamma' is unknown to 'growing'; accepted are po"
     ):
         ConsistentEETrainingArguments(str(tmp_path), heads_objective="growing", heads_objective_options={"gamma": 1})
+
+
+def test_engine(tmp_path):
+    """One that runs the graphs of layers and exits as they are, from one file."""
+
+    @register_engine
+    class Plain(Engine):
+        name = "plain"
+        precisions = ("float32",)
+
+        @classmethod
+        def write(cls, written, folder):
+            written.model.save_pretrained(folder / "model")
+            for path in (folder / "model").iterdir():
+                path.rename(folder / path.name)
+            (folder / "model").rmdir()
+
+        def block(self, cut):
+            model = BertForConsistentEE.from_pretrained(self.folder).eval()
+            layers, exits = layer_graphs(model), exit_graphs(model, self.config.exit_engine["criterion"])
+            graphs = [*layers[cut.start + 1 if cut.start else 0 : cut.stop + 1], exits[exit_name(cut)]]
+
+            @torch.no_grad()
+            def run(given):
+                known = dict(given)
+                for graph in graphs:
+                    found = graph(*(known[name] for name in graph.inputs))
+                    known |= dict(zip(graph.outputs, found, strict=True))
+                return {name: known[name] for name in cut.gives}
+
+            return run
+
+    try:
+        model, batch = tiny_model(num_hidden_layers=4), pad(random_rows(12, seed=3))
+        model.export(tmp_path / "out", engine="plain", precision="float32")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        with torch.no_grad():
+            threshold = float(model(**batch, exit_threshold=0.9999).exit_probabilities[:, 0].median())
+            mine, theirs = (one(**batch, exit_threshold=threshold) for one in (again, model))
+        assert mine.exit_layers.tolist() == theirs.exit_layers.tolist() and len(mine.exit_layers.unique()) > 1
+        torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+    finally:
+        ENGINES.pop("plain")
