@@ -164,6 +164,9 @@ def test_refusals(make_model, tmp_path):
     save_file(weights, out / "engine" / WEIGHTS)
     with pytest.raises(ValueError, match=r"does not fit its config: 1 weights .* 'bert.pooler.dense.bias'"):
         load_exported(out)
+    (out / "engine" / WEIGHTS).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_exported(out)
 
 
 @torch.no_grad()

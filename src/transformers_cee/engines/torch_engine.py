@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -99,13 +100,17 @@ def load_model(config: Any, file: Path, precision: str, device: str = "cpu") -> 
     """The model of a config with the weights of a file, each in its own precision there, in evaluation mode.
 
     Raises:
-        ValueError: the file lacks a weight, has one that the model does not know, or one of another shape.
+        ValueError: the file is damaged, lacks a weight, has one that the model does not know, or one of another shape.
     """
     module, _, name = MODELS[config.model_type].model.rpartition(".")
     with torch.device("meta"):
         model = getattr(importlib.import_module(module), name)(copy.deepcopy(config))
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}). Export the model again.") from error
     # The folder may have more exits than are asked for.
-    tensors = {name: value for name, value in load_file(file).items() if is_of(name, model.layer_numbers)}
+    tensors = {name: value for name, value in found.items() if is_of(name, model.layer_numbers)}
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     if precision == "int8":
         shapes |= shapes_of_scales(model)
