@@ -101,3 +101,10 @@ def test_walks_as_the_model(make_model, tokenizer, texts, tmp_path, way):
     torch.testing.assert_close(
         exported(**batch, labels=labels).loss.cpu(), model(**batch, labels=labels).loss, rtol=1e-4, atol=1e-4
     )
+
+
+def test_costs_of_the_cpu_are_not_those_of_a_gpu(make_model, tokenizer, texts, tmp_path):
+    asked = {"calibration_texts": texts, "processing_class": tokenizer}
+    model = make_model().export(tmp_path / "out", engine="torch", precision="float32", **asked)
+    assert model.costs is not None
+    assert load_exported(tmp_path / "out", device="cuda").costs is None

@@ -4,6 +4,7 @@
 
 from functools import partial
 
+import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,9 +12,10 @@ from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import ModernBertCeeConfig, ModernBertForConsistentEE
 from transformers_cee.engines.buckets import Buckets, bucket_of
-from transformers_cee.engines.graphs import BlockGraph, Cut
+from transformers_cee.engines.engine import Written
+from transformers_cee.engines.graphs import BlockGraph, Cut, token_inputs
 from transformers_cee.engines.loading import load_exported
-from transformers_cee.engines.torch_engine import WEIGHTS
+from transformers_cee.engines.torch_engine import WEIGHTS, TorchEngine
 
 
 ALL = frozenset({"hidden", "state", "logits"})
@@ -48,6 +50,26 @@ def test_rotary_tables_and_two_kinds_of_masks(modernbert, batch, tmp_path):
     torch.testing.assert_close(exits_of(exported, batch), exits_of(modernbert, batch), rtol=1e-5, atol=1e-5)
     fewer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", exit_layers=[4])
     torch.testing.assert_close(fewer(**batch).logits, modernbert(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03), ("int8", 0.03)])
+def test_every_family(model_type, precision, tolerance, tmp_path):
+    model = families.model(model_type, exit_layers=2).requires_grad_(False).eval()
+    batch = families.batch(model_type, families.rows(model_type, 3), "left")
+    first = {name: batch[name] for name in token_inputs(model.config) if name in batch}
+    first["attention_mask"] = first["attention_mask"] != 0
+    if "token_type_ids" in token_inputs(model.config):
+        first.setdefault("token_type_ids", torch.zeros_like(first["input_ids"]))
+    model.config.exit_engine = {"criterion": None}
+    TorchEngine.write(Written(model, precision, None, [first]), tmp_path)
+    engine = TorchEngine(tmp_path, model.config, precision, torch.get_num_threads())
+    found = engine.block(Cut(0, 2, ALL))(first)
+    second = {"hidden": found["hidden"], "attention_mask": first["attention_mask"]}
+    states = torch.stack((found["state"], engine.block(Cut(2, 4, frozenset({"state"})))(second)["state"]), dim=1)
+    expected = model(**batch, output_all_exits=True).all_exit_states
+    assert (states - expected).norm() < tolerance * expected.norm()
 
 
 @torch.no_grad()
