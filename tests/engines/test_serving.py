@@ -1,9 +1,11 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
+from dataclasses import replace
+
 import pytest
 import torch
 
-from transformers_cee import BertForConsistentEE
+from transformers_cee import BertForConsistentEE, CalibratedPoint
 from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
 from transformers_cee.engines.costs import measure_costs
 
@@ -32,6 +34,20 @@ def test_exits_that_cannot_pay_are_not_asked(exported, tokenizer, texts):
     full = exported(**batch, exit_threshold=1.0)
     assert early.exit_layers.float().mean() < 4 and late.exit_layers.tolist() == [4] * 12
     torch.testing.assert_close(late.logits, full.logits)
+
+
+@torch.no_grad()
+def test_promises_made_for_all_exits_ask_all(exported, tokenizer, texts):
+    batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
+    exported.costs = costs(10.0)
+    middle = float(exported.rates[0].scores.median())
+    point = CalibratedPoint(
+        "max_probability", [middle] * 4, "agreement", {"epsilon": 0.1}, "certified", 60, fitted_on="openvino float32"
+    )
+    point.save_to(exported, "all")
+    replace(point, method="chosen_by_cost_any_of_them").save_to(exported, "any")
+    assert float(exported(**batch, exit_threshold="all").exit_layers.float().mean()) < 4
+    assert exported(**batch, exit_threshold="any").exit_layers.tolist() == [4] * 12
 
 
 def test_costs_and_rates_are_kept(exported):

@@ -25,6 +25,7 @@ from transformers_cee.calibration.points import CalibratedPoint, calibrated_poin
 from transformers_cee.calibration.risk import certified_threshold, check_losses, risk_p_values
 from transformers_cee.calibration.scores import ExitScores, unit_weights
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.deciding import ANY_OF_THEM
 from transformers_cee.exits.numbers import plain, share
 
 
@@ -163,7 +164,7 @@ class _Promise:
 
     @property
     def method(self) -> str:
-        return "chosen_by_cost_any_of_them" if self.skipping else "chosen_by_cost"
+        return f"chosen_by_cost_{ANY_OF_THEM}" if self.skipping else "chosen_by_cost"
 
     def losses(self, scores: ExitScores) -> Tensor:
         return scores.disagrees.double() if self.kind == "agreement" else scores.losses

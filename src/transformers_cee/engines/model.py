@@ -226,7 +226,7 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             if criterion.has_memory or (index >= first_exit and criterion.can_exit(index))
         ]
         rates = self._rates_of(criterion)
-        if self.costs is None or rates is None:
+        if self.costs is None or rates is None or criterion.settings.asks_all:
             return asked
         closed = [criterion.off] * first_exit
         rows, columns = batch.hidden_states.shape[:2]

@@ -91,6 +91,7 @@ class CriterionSettings:
         attention_mask (`Tensor` of shape `(rows, time)`, *optional*): 1 at tokens, 0 at padding of `input_ids`.
         per_token (`bool`): does each token of `input_ids` leave on its own, as in a decoder?
         first_exit (`int`): exit (0-based) before which nothing leaves, as the walk has it.
+        asks_all (`bool`): must every exit be asked, also where that costs more than it saves?
     """
 
     estimators: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class CriterionSettings:
     attention_mask: Tensor | None = None
     per_token: bool = False
     first_exit: int = 0
+    asks_all: bool = False
 
 
 class ExitCriterion(ABC):

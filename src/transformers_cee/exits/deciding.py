@@ -3,7 +3,7 @@
 """From what a caller asks for (a threshold, the name of an operating point, a budget) to the criterion of one walk."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from transformers_cee.exits.numbers import number
 from transformers_cee.exits.saved_points import check_fitted_on
 
 
+# End of the name of a method whose promise holds whichever of the exits are asked.
+ANY_OF_THEM = "any_of_them"
 # Difference up to which two budgets are the same: people round.
 BUDGET_RESOLUTION = 0.005
 
@@ -36,6 +38,7 @@ class ExitDecision:
         alpha (`float`, *optional*): price of one layer that policies conditioned on it are asked for.
         is_asked (`bool`): did anybody give a threshold or a budget? If not, `threshold` is what switches the criterion
             off, and the walk goes to full depth whatever the criterion needs.
+        asks_all (`bool`): was a promise made for walks that ask every exit?
         is_checked (`bool`): has the model been found fit to let rows leave? So the steps of a generation ask once.
     """
 
@@ -43,6 +46,7 @@ class ExitDecision:
     threshold: Thresholds
     alpha: float | None = None
     is_asked: bool = True
+    asks_all: bool = False
     is_checked: bool = False
 
 
@@ -102,7 +106,12 @@ def resolve_decision(
             f"`exit_criterion`={exit_criterion!r}."
         )
     check_fitted_on(threshold, point.get("fitted_on"), config)
-    return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"))
+    return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"), asks_all=_needs_all(point))
+
+
+def _needs_all(point: Mapping[str, Any]) -> bool:
+    """Does an operating point's promise hold only where every exit is asked?"""
+    return point.get("promise") in ("agreement", "risk") and not str(point.get("method")).endswith(ANY_OF_THEM)
 
 
 def default_arguments(config: Any) -> dict[str, Any]:
@@ -187,5 +196,12 @@ def model_criterion(
         len(model.layer_numbers),
         problem_type,
         model.exit_policies,
-        criterion_settings(model, decision.alpha, input_ids, attention_mask=attention_mask, first_exit=first_exit),
+        criterion_settings(
+            model,
+            decision.alpha,
+            input_ids,
+            attention_mask=attention_mask,
+            first_exit=first_exit,
+            asks_all=decision.asks_all,
+        ),
     )
