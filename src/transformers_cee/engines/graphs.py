@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, ExitStep, Policy, build_criterion
 from transformers_cee.exits.deciding import criterion_settings
-from transformers_cee.exits.row_batch import RowBatch
+from transformers_cee.exits.row_batch import SLIDING, RowBatch
 
 
 # Names of a graph's tensors: what the first layer takes, and what goes from block to block.
@@ -112,7 +112,18 @@ class LayerGraph(Graph):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor]:
         batch = replace(self.model.masked(mask.unsqueeze(-1).to(hidden.dtype), mask), hidden_states=hidden)
-        return (_behind(self.model, self.index, batch),)
+        return (_behind(self.model, self.index, _padding_sees_itself(batch)),)
+
+
+def _padding_sees_itself(batch: RowBatch) -> RowBatch:
+    """Engines divide by nothing where a token sees nobody, as padding further than a window from the text does. No
+    text sees what padding becomes, as long as that is a number."""
+    masks = batch.attention_mask
+    if not isinstance(masks, dict) or masks.get(SLIDING) is None or masks[SLIDING].dtype != torch.bool:
+        return batch
+    columns = torch.arange(masks[SLIDING].shape[-1], device=masks[SLIDING].device)
+    itself = columns.unsqueeze(0) == columns.unsqueeze(1)
+    return replace(batch, attention_mask={**masks, SLIDING: masks[SLIDING] | itself})
 
 
 def _behind(model: Any, index: int, batch: RowBatch) -> Tensor:
