@@ -24,6 +24,7 @@ _PUBLIC = {
         for name in entry.classes
     },
     "BodyWithoutExits": "modeling.body",
+    "BulkSummary": "bulk.classifying",
     "CalibratedPoint": "calibration.points",
     "ClassifierExitConfigMixin": "exits.configuration",
     "ConsistentEETrainer": "training.trainer",
@@ -59,6 +60,7 @@ _PUBLIC = {
     "calibrate_budget": "calibration.budget",
     "calibrate_risk": "calibration.risk",
     "choose_exits": "calibration.exit_choice",
+    "classify": "bulk.classifying",
     "collect_exits": "stores.filling",
     "compare_at_depth": "evaluation.statistics",
     "elue_score": "evaluation.curves",

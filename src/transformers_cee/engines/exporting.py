@@ -79,7 +79,7 @@ def export_model(
             "`exit_layers`='auto' takes `calibration_texts` and `measure`=True: exits are chosen by both."
         )
     if texts and processing_class is None:
-        processing_class = _tokenizer_of(model)
+        processing_class = tokenizer_of(model, "`calibration_texts`")
     rows = None if not texts else _tokens(texts, processing_class, calibration_labels)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: whatever is at `output` is whole.
@@ -146,13 +146,21 @@ def _check_labels(labels: Sequence[Any] | None, texts: Sequence[str], config: An
     check_labels(values, len(labels), config.num_labels, problem_type(config))
 
 
-def _tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: Any, texts: str) -> Any:
+    """The tokenizer of the checkpoint that a model came from.
+
+    Args:
+        texts (`str`): what it is to read, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`processing_class`=None, and {model.name_or_path!r}, from which the model came, has no tokenizer; give "
-            "the one that reads `calibration_texts`."
+            f"the one that reads {texts}."
         ) from error
 
 

@@ -201,6 +201,12 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             attention_mask = attention_mask.to(self.device)
         return TokenBatch(ids, padding_mask=attention_mask, tokens=tokens)
 
+    def masked(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> RowBatch:
+        # Blocks make of it what their layers take.
+        return RowBatch(hidden_states, padding_mask=attention_mask)
+
     def stack(
         self, batch: RowBatch, arguments: dict[str, Any], criterion: ExitCriterion | None = None, first_exit: int = 0
     ) -> Stack:
