@@ -8,11 +8,11 @@ import csv
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -40,12 +40,6 @@ class BulkSummary:
     seconds: float
     rows_per_second: float
     depth: float
-
-
-@overload
-def classify(model: Any, texts: Any, processing_class: Any = None, *, output: None = None, **options: Any) -> Iterator[dict[str, Any]]: ...  # fmt: skip # noqa: E501
-@overload
-def classify(model: Any, texts: Any, processing_class: Any = None, *, output: str | os.PathLike[str], **options: Any) -> BulkSummary: ...  # fmt: skip # noqa: E501
 
 
 def classify(
@@ -151,7 +145,7 @@ def _classified(
 def _written(found: Iterator[ClassifiedTexts], names: dict[int, str], target: Path) -> BulkSummary:
     rows, layers, start = 0, 0, time.perf_counter()
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def counted() -> Generator[dict[str, Any], None, None]:
         nonlocal rows, layers
         for some in found:
             rows, layers = rows + len(some.exit_layers), layers + int(some.exit_layers.sum())

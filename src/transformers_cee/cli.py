@@ -1,0 +1,123 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The command `transformers-cee`: files of texts are classified, and classifiers exported, without code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments (sequence of `str`, *optional*): those behind its name; by default those of the process.
+
+    Returns:
+        `int`: exit code; 2 where something is not accepted, of which one line on the standard error tells.
+    """
+    asked = vars(_parser().parse_args(arguments))
+    command = asked.pop("command")
+    try:
+        command(**asked)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"transformers-cee: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def classify(model: str, texts: str, **options: Any) -> None:
+    """Classifies a file of texts and prints the summary as JSON."""
+    # The help needs no torch.
+    from transformers_cee.bulk.classifying import checked_output, classify
+    from transformers_cee.bulk.texts import find_texts
+
+    # What a person mistypes is said before weights are loaded.
+    find_texts(texts, options["text_column"])
+    checked_output(options["output"], texts)
+    summary: Any = classify(_load(model), texts, **options)
+    print(json.dumps(asdict(summary)))
+
+
+def export(model: str, output: str, calibration_texts: str | None, text_column: str, **options: Any) -> None:
+    """Exports a classifier to an engine."""
+    from transformers_cee.bulk.texts import find_texts
+    from transformers_cee.bulk.windows import checked_model
+
+    texts = None if calibration_texts is None else list(find_texts(calibration_texts, text_column).checked(False))
+    checked_model(_load(model)).export(output, calibration_texts=texts, **options)
+    print(output)
+
+
+def _load(model: str) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(model)
+
+
+def _threshold(given: str) -> float | list[float] | str:
+    """A number, numbers with commas between them, or the name of an operating point."""
+    try:
+        found = [float(part) for part in given.split(",")]
+    except ValueError:
+        return given
+    return found[0] if len(found) == 1 else found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transformers-cee", description="Text classifiers with early exits: each text leaves at its own layer."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_classify(commands.add_parser("classify", help="classify a file of texts", description=_CLASSIFY))
+    _add_export(commands.add_parser("export", help="export a classifier to an engine", description=_EXPORT))
+    return parser
+
+
+_CLASSIFY = (
+    "Classify a file of texts of any length. Each text gets a label, its score and the layer (1-based) at which it "
+    "left, in the order of the texts. Prints a summary as JSON."
+)
+_EXPORT = "Export a classifier with exits to an engine: a folder that `classify` and Auto classes load."
+_FILE = ".txt with one text per line, .csv with a header, or .jsonl"
+
+
+def _add_classify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=classify)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a classifier with exits, or its export")
+    parser.add_argument("texts", metavar="INPUT", help=f"the texts: {_FILE}")
+    parser.add_argument("--output", required=True, metavar="OUT", help="file for the results: .jsonl or .csv")
+    parser.add_argument("--text_column", default="text", help="column or field of the texts (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=4096, help="texts held at once (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, help="tokens that a text is cut to (default: the tokenizer's)")
+    parser.add_argument(
+        "--exit_threshold", type=_threshold,
+        help="a number, one per exit with commas between, or the name of an operating point (default: the model's)",
+    )  # fmt: skip
+    parser.add_argument("--exit_criterion", help="rule by which texts leave (default: the model's)")
+    parser.add_argument("--exit_budget", type=float, help="wanted mean depth as a share of all layers")
+    parser.add_argument("--min_exit_layer", type=int, help="first layer (1-based) at which texts may leave")
+    parser.add_argument("--disable_tqdm", action="store_true", help="show no progress")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=export)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a classifier with exits")
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the export; it must be empty where it exists")
+    parser.add_argument("--engine", default="openvino", help="name of an engine (default: %(default)s)")
+    parser.add_argument("--precision", default="int8", help="float32, bfloat16 or int8 (default: %(default)s)")
+    parser.add_argument(
+        "--calibration_texts", metavar="FILE", help=f"texts that the model is for, which int8 needs: {_FILE}"
+    )
+    parser.add_argument("--text_column", default="text", help="column or field of the texts (default: %(default)s)")
+    parser.add_argument("--exit_criterion", help="criterion whose score is part of the graphs (default: the model's)")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per batch of calibration texts")
+
+
+__all__ = ["main"]
