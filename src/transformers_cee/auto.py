@@ -11,14 +11,19 @@ twice, which changes nothing.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from transformers_cee.exits.fields import shown
 from transformers_cee.families import MODELS, ModelEntry, family_of
+from transformers_cee.lazy import named
 
 
 EARLY_EXIT_TEXT_CLASSIFICATION = "early-exit-text-classification"
+# What the config of a family derives from.
+_CONFIG_KINDS = (
+    "transformers_cee.modeling.remote_code.RemoteCodeConfigMixin",
+    "transformers_cee.exits.configuration.ExitConfigMixin",
+)
 
 
 def register_configs() -> None:
@@ -34,7 +39,7 @@ def register_configs() -> None:
 def _register_config(model_type: str, entry: ModelEntry) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-    config_class = _load(entry.config)
+    config_class = named(entry.config)
     taken_by = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else config_class
     if taken_by is not config_class:
         raise ValueError(
@@ -87,13 +92,9 @@ def register_model(model_type: str, entry: ModelEntry) -> None:
 
 
 def _check_config(model_type: str, entry: ModelEntry) -> None:
-    from transformers_cee.exits.configuration import ExitConfigMixin
-    from transformers_cee.modeling.remote_code import RemoteCodeConfigMixin
-
-    config_class = _load(entry.config)
-    lacking = [
-        kind.__name__ for kind in (RemoteCodeConfigMixin, ExitConfigMixin) if not issubclass(config_class, kind)
-    ]
+    kinds = [named(name) for name in _CONFIG_KINDS]
+    config_class = named(entry.config)
+    lacking = [kind.__name__ for kind in kinds if not issubclass(config_class, kind)]
     if lacking:
         raise TypeError(f"{entry.config} must derive from {' and '.join(lacking)}.")
     if config_class.model_type != model_type:
@@ -138,7 +139,7 @@ def model_class_of(checkpoint: str, auto_class: str, **hub_arguments: Any) -> An
     from transformers import PreTrainedConfig
 
     values, _ = PreTrainedConfig.get_config_dict(checkpoint, **hub_arguments)
-    return _load(MODELS[family_of(values.get("model_type"), auto_class, checkpoint)].model)
+    return named(MODELS[family_of(values.get("model_type"), auto_class, checkpoint)].model)
 
 
 def register_models(model_type: str) -> None:
@@ -146,10 +147,10 @@ def register_models(model_type: str) -> None:
     from transformers.models.auto import modeling_auto
 
     entry = MODELS[model_type]
-    config, model = _load(entry.config), _load(entry.model)
+    config, model = named(entry.config), named(entry.model)
     for auto_class in entry.auto_classes:
         getattr(modeling_auto, auto_class).register(config, model)
-    modeling_auto.AutoModel.register(config, _of_auto_model(_load(entry.base), model))
+    modeling_auto.AutoModel.register(config, _of_auto_model(named(entry.base), model))
 
 
 def _of_auto_model(base: Any, model: Any) -> type:
@@ -224,11 +225,6 @@ def register_peft() -> None:
 
 
 _registered: set[str] = set()
-
-
-def _load(full_name: str) -> Any:
-    module, _, name = full_name.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _full_name(cls: type) -> str:

@@ -27,4 +27,10 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
     return getattr_, dir_
 
 
-__all__ = ["lazy_names"]
+def named(full_name: str) -> Any:
+    """What a full name stands for, of something that stands above whoever asks for it."""
+    module, _, name = full_name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+__all__ = ["lazy_names", "named"]

@@ -102,13 +102,14 @@ class EarlyExitClassifier(EarlyExitModel):
     @staticmethod
     def head_dropout(config: Any) -> float:
         """Share of a state that heads drop in training."""
-        given: float | None = getattr(config, "classifier_dropout", None)
+        given: float | None = getattr(config, "classifier_dropout", getattr(config, "cls_dropout", None))
         return config.hidden_dropout_prob if given is None else given
 
     @property
     def norm_eps(self) -> float:
         """Of the exits' norms."""
-        return self.config.layer_norm_eps
+        config = self.config
+        return config.norm_eps if hasattr(config, "norm_eps") else config.layer_norm_eps
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, …) behind its layer."""

@@ -5,7 +5,6 @@ refused."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Collection, Container, Iterable
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from transformers_cee.exits.by_layer import layers_named
 from transformers_cee.exits.config_loading import drop_unfit, spoken_exits
+from transformers_cee.lazy import named
 from transformers_cee.modeling.exit_sets import ExitSetsMixin, note_brought
 from transformers_cee.modeling.exits_folder import EXITS, RECORD, config_values
 from transformers_cee.modeling.exits_loading import load_from_folder
@@ -86,9 +86,8 @@ class EarlyExitLoadingMixin(ExitSetsMixin):
         values = vars(config) if own else config_values(source, kwargs) or {}
         for record, full_name in _ELSEWHERE.items():
             if record in values and source is not None:
-                module, _, name = full_name.rpartition(".")
                 given = config if isinstance(config, PreTrainedConfig) else None
-                model = getattr(importlib.import_module(module), name)(source, given, **kwargs)
+                model = named(full_name)(source, given, **kwargs)
                 return (model, {}) if output_loading_info else model
         if RECORD in values and source is not None:
             if isinstance(config, str | os.PathLike):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from functools import partial
 from typing import Any
@@ -20,9 +19,14 @@ from transformers_cee.exits.outputs import ExitClassifierOutput
 from transformers_cee.exits.row_batch import RowBatch
 from transformers_cee.exits.runner import Layer
 from transformers_cee.exits.training_options import ExitTraining
+from transformers_cee.lazy import named
 from transformers_cee.modeling.base import check_inputs
 from transformers_cee.modeling.classification import Asked, EarlyExitClassifier
 from transformers_cee.modeling.flops import ItemFlops, counted_flops, layer_flops, policy_flops
+
+
+# Engines stand on this file, and are imported when they are asked for.
+_EXPORT = "transformers_cee.engines.exporting.export_model"
 
 
 class EarlyExitSequenceClassifier(EarlyExitClassifier):
@@ -38,6 +42,10 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
     - `finished`: what is done to hidden states behind the last layer.
     - `pool` and `classify`: the stock head in two parts, up to its last linear layer and from there.
     """
+
+    # Of the stock head; a family whose head is otherwise says how it classifies.
+    classifier: Any
+    dropout: Any
 
     # What a family may say otherwise
 
@@ -81,9 +89,7 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         """Embeddings (rows, time, hidden) of tokens, token types and positions."""
         return self.body.embeddings(**given)
 
-    def masked(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-    ) -> RowBatch:
+    def masked(self, hidden_states: Tensor, attention_mask: Tensor | None, placed: Tensor | None = None) -> RowBatch:
         """Rows (rows, time, hidden) whose tokens see each other, with what layers need to know of columns. Nothing of
         that depends on what the hidden states hold, but on their shape, type and device."""
         mask = create_bidirectional_mask(
@@ -91,6 +97,9 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         )
         # No mask for the layers means that nothing is padded: then pooling needs none either.
         return RowBatch(hidden_states, mask, None if mask is None else attention_mask)
+
+    def classify(self, state: Tensor) -> Tensor:
+        return self.classifier(self.dropout(state))
 
     def finished(self, hidden_states: Tensor) -> Tensor:
         """What the stock model makes of the last layer's hidden states before it pools them."""
@@ -156,8 +165,7 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             ValueError: an unknown engine or criterion, a precision that the engine lacks or that takes texts, no
                 tokenizer, adapters that are not merged, or a folder that is not empty. Nothing is written by then.
         """
-        module = importlib.import_module("transformers_cee.engines.exporting")
-        return module.export_model(self, output, **options)
+        return named(_EXPORT)(self, output, **options)
 
     def item_flops(self, length: int) -> ItemFlops:
         config, exits = self.config, range(len(self.layer_numbers))

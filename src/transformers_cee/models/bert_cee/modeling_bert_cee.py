@@ -36,9 +36,6 @@ class BertForConsistentEE(EarlyExitSequenceClassifier, BertPreTrainedModel):
     def pool(self, state: Tensor) -> Tensor:
         return self.bert.pooler(state.unsqueeze(1))
 
-    def classify(self, state: Tensor) -> Tensor:
-        return self.classifier(self.dropout(state))
-
 
 class BertCeeModel(BodyWithoutExits, BertModel):
     """The encoder of a [`BertForConsistentEE`], without exits and heads.

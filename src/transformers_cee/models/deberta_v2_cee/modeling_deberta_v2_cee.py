@@ -47,21 +47,11 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
         self.dropout = nn.Dropout(self.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    @staticmethod
-    def head_dropout(config: DebertaV2CeeConfig) -> float:
-        given: float | None = getattr(config, "cls_dropout", None)
-        return config.hidden_dropout_prob if given is None else given
-
     def placed(self, given: dict[str, Tensor | None], attention_mask: Tensor | None) -> dict[str, Tensor | None]:
         # Embeddings are zero at padding.
         return {**super().placed(given, attention_mask), "mask": attention_mask}
 
-    def embedded(self, **given: Tensor | None) -> Tensor:
-        return self.deberta.embeddings(**given)
-
-    def masked(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-    ) -> RowBatch:
+    def masked(self, hidden_states: Tensor, attention_mask: Tensor | None, placed: Tensor | None = None) -> RowBatch:
         # Layers make their mask of that of the padding.
         return RowBatch(hidden_states, None, attention_mask, relative=self.deberta.encoder.get_rel_pos(hidden_states))
 
@@ -70,8 +60,7 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
 
         def run(batch: RowBatch) -> tuple[Tensor, Tensor | None]:
             before, mask = batch.hidden_states, batch.padding_mask
-            if mask is None:
-                mask = before.new_ones(before.shape[:2], dtype=torch.bool)
+            mask = before.new_ones(before.shape[:2], dtype=torch.bool) if mask is None else mask
             after, weights = layer(
                 before,
                 encoder.get_attention_mask(mask),
@@ -96,15 +85,11 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
     def pool(self, state: Tensor) -> Tensor:
         return self.pooler(state.unsqueeze(1))
 
-    def classify(self, state: Tensor) -> Tensor:
-        return self.classifier(self.dropout(state))
-
 
 class DebertaV2CeeModel(BodyWithoutExits, DebertaV2Model):
     """The encoder of a [`DebertaV2ForConsistentEE`], without exits and heads."""
 
     config_class = DebertaV2CeeConfig
-    config: DebertaV2CeeConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         *BodyWithoutExits._keys_to_ignore_on_load_unexpected,
         *DebertaV2Model._keys_to_ignore_on_load_unexpected,

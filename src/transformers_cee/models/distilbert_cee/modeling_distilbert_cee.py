@@ -56,9 +56,6 @@ class DistilBertForConsistentEE(EarlyExitSequenceClassifier, DistilBertPreTraine
     def pool(self, state: Tensor) -> Tensor:
         return self.pre_classifier(state).relu()
 
-    def classify(self, state: Tensor) -> Tensor:
-        return self.classifier(self.dropout(state))
-
 
 class DistilBertCeeModel(BodyWithoutExits, DistilBertModel):
     """The encoder of a [`DistilBertForConsistentEE`], without exits and heads.

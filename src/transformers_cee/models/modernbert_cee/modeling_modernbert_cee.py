@@ -45,12 +45,8 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
     def add_stock(self, config: ModernBertCeeConfig) -> None:
         self.model = ModernBertModel(config)
         self.head = ModernBertPredictionHead(config)
-        self.drop = nn.Dropout(config.classifier_dropout)
+        self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    @property
-    def norm_eps(self) -> float:
-        return self.config.norm_eps
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -63,11 +59,9 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
     def embedded(self, **given: Tensor | None) -> Tensor:
         return self.model.embeddings(input_ids=given["input_ids"], inputs_embeds=given["inputs_embeds"])
 
-    def masked(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-    ) -> RowBatch:
+    def masked(self, hidden_states: Tensor, attention_mask: Tensor | None, placed: Tensor | None = None) -> RowBatch:
         columns = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        positions = columns if position_ids is None else position_ids
+        positions = columns if placed is None else placed
         seen = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
         masks = {name: make(**seen) for name, make in _MASKS.items()}
         rotary = {name: self.model.rotary_emb(hidden_states, positions, name) for name in set(self.config.layer_types)}
@@ -79,9 +73,6 @@ class ModernBertForConsistentEE(EarlyExitSequenceClassifier, ModernBertPreTraine
 
     def pool(self, state: Tensor) -> Tensor:
         return self.head(state)
-
-    def classify(self, state: Tensor) -> Tensor:
-        return self.classifier(self.drop(state))
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         if index != self.last_exit:

@@ -41,9 +41,7 @@ class MPNetForConsistentEE(TokensCountedClassifier, MPNetPreTrainedModel):
     def embedded(self, token_type_ids: Tensor | None = None, **given: Tensor | None) -> Tensor:
         return super().embedded(**given)
 
-    def masked(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-    ) -> RowBatch:
+    def masked(self, hidden_states: Tensor, attention_mask: Tensor | None, placed: Tensor | None = None) -> RowBatch:
         batch = super().masked(hidden_states, attention_mask)
         # The same for all rows: distances of columns.
         batch.relative = self.mpnet.encoder.compute_position_bias(hidden_states[:1])
