@@ -8,6 +8,7 @@ import csv
 import json
 import signal
 
+import pandas
 import pytest
 from bulk_reference import thresholds_of
 from datasets import Dataset
@@ -15,6 +16,7 @@ from tiny_models import run_python
 from transformers import pipeline
 
 from transformers_cee import BulkSummary, classify
+from transformers_cee.bulk.texts import find_texts
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +189,9 @@ classify(BertForConsistentEE.from_pretrained("model"), texts(), output="out/some
 """
     assert run_python(code, cwd=tmp_path).returncode == -signal.SIGKILL
     assert "some.csv" not in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_table_is_no_list_of_texts():
+    table = pandas.DataFrame({"text": ["w1", "w2"], "label": [0, 1]})
+    with pytest.raises(TypeError, match=r"texts\['text'\].tolist"):
+        find_texts(table, "text")

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import BertForConsistentEE, CalibratedPoint
 from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
 from transformers_cee.engines.costs import measure_costs
+from transformers_cee.exits.estimators import ESTIMATORS
 
 
 def costs(check):
@@ -86,3 +88,33 @@ def test_exits_are_chosen_by_cost(make_model, tokenizer, texts, tmp_path):
     assert set(loose(**batch).exit_layers.tolist()) <= set(loose.layer_numbers)
     with pytest.raises(ValueError, match="`exit_layers`='auto' takes"):
         model.export(tmp_path / "none", precision="float32", exit_layers="auto")
+
+
+def test_arguments_without_effect_are_refused(exported):
+    with pytest.raises(TypeError, match="`thread`=1 is no argument of an exported model"):
+        BertForConsistentEE.from_pretrained(exported.name_or_path, thread=1)
+    with pytest.raises(TypeError, match="`device_map`='cpu'"):
+        AutoModelForSequenceClassification.from_pretrained(exported.name_or_path, device_map="cpu")
+
+
+def test_an_estimator_fitted_anew_is_asked_outside_of_the_graphs(make_model, tokenizer, texts, tmp_path):
+    model = make_model(exit_criterion="calibrated_probability")
+    inputs = tokenizer(texts[:12], padding=True, return_tensors="pt")
+    for temperature in (1.0, 0.2):
+        estimator = ESTIMATORS["calibrated_probability"](model.config)
+        with torch.no_grad():
+            for value in (*estimator.parameters(), *estimator.buffers()):
+                value.fill_(temperature)
+        model.exit_estimators["calibrated_probability"] = estimator.eval()
+        model.config.exit_estimators = ["calibrated_probability"]
+        if temperature == 1.0:
+            exported = model.export(tmp_path / "out", engine="torch", precision="float32")
+            assert exported.record["criterion"] == "calibrated_probability"
+    exported.exit_estimators["calibrated_probability"].load_state_dict(estimator.state_dict())
+    exported.estimator_changed("calibrated_probability")
+    asked = {"exit_criterion": "calibrated_probability", "exit_threshold": 0.999999}
+    with torch.no_grad():
+        mine, theirs = exported(**inputs, **asked), model(**inputs, **asked)
+    torch.testing.assert_close(mine.exit_probabilities, theirs.exit_probabilities, equal_nan=True)
+    fewer = BertForConsistentEE.from_pretrained(tmp_path / "out", exit_layers=[2])
+    assert fewer.layer_numbers == [2, 4]

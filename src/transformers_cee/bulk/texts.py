@@ -84,6 +84,11 @@ def find_texts(texts: Any, text_column: str) -> Texts:
             raise ValueError(_no_column(text_column, "the data set", names))
         # A stream is read once: it may come from far away.
         return Texts("the data set", "row", partial(_of_dataset, texts, text_column), hasattr(texts, "__len__"))
+    if hasattr(texts, "iloc"):
+        raise TypeError(
+            f"`texts` of type {type(texts).__name__} is a table, whose texts are in one of its columns: give "
+            f"`texts[{text_column!r}].tolist()`."
+        )
     if not isinstance(texts, Iterable) or isinstance(texts, (bytes, dict)):
         raise TypeError(
             f"`texts` of type {type(texts).__name__} must be texts, a data set, or the path of a file of them "

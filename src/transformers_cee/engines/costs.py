@@ -78,11 +78,11 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     everybody = boldest_threshold(criterion)
     variants: dict[str, Callable[[], Any]] = {
         "whole": partial(run, exit_criterion=criterion, exit_threshold=cls.off),
-        "asked": partial(run, **nobody_leaves(criterion)),
+        "asked": partial(run, **nobody_leaves(criterion), min_exit_layer=1),
         "half": partial(run, exit_criterion=criterion, exit_threshold=everybody, min_exit_layer=half),
         "kept": _keeping(rows, length, model.config.hidden_size),
     }
-    seconds = {name: figure.median for name, figure in timer.time(variants).seconds.items()}
+    seconds = {name: figure.median for name, figure in timer.time(variants, device=model.device).seconds.items()}
     checks = max(0.0, seconds["asked"] - seconds["whole"]) / (len(numbers) - 1)
     # Exits before the first that may be left at are not asked, unless the criterion remembers them.
     layer = max(0.0, seconds["whole"] - max(0.0, seconds["half"] - checks)) / (last - half)

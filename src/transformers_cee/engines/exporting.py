@@ -10,6 +10,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers_cee.engines.loading import load_exported
 from transformers_cee.engines.model import ExportedSequenceClassifier
 from transformers_cee.engines.promises import Promises, exits_of, fit_promises, take_promises
 from transformers_cee.engines.record import EXITS, GRAPHS, RECORD
-from transformers_cee.engines.serving import choose, keep_layers, of_layers, rates_of, save_serving, subset
+from transformers_cee.engines.serving import choose, keep_own, of_layers, rates_of, save_serving, subset
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.losses import check_labels
@@ -63,7 +64,7 @@ def export_model(
     made.require()
     made.check_precision(precision)
     criterion = _check_model(model, exit_criterion)
-    target = Path(output)
+    target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output`={os.fspath(output)!r} exists and is no empty folder; give another name.")
     texts = _check_texts(calibration_texts, made, precision)
@@ -80,19 +81,24 @@ def export_model(
         )
     if texts and processing_class is None:
         processing_class = tokenizer_of(model, "`calibration_texts`")
+    if not texts and processing_class is None:
+        with suppress(ValueError):
+            processing_class = tokenizer_of(model, "texts")
     rows = None if not texts else _tokens(texts, processing_class, calibration_labels)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: whatever is at `output` is whole.
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # The folder around it is for this process alone, what is moved for everybody.
+    written = beside / "written"
     try:
-        exported, promises = _write(model, beside, made, precision, criterion, rows, processing_class)
-        _prepare(exported, promises, beside, rows, processing_class, exit_layers, agreement, batch_size, measure)
+        written.mkdir()
+        exported, promises = _write(model, written, made, precision, criterion, rows, processing_class)
+        _prepare(exported, promises, written, rows, processing_class, exit_layers, agreement, batch_size, measure)
         if target.exists():
             target.rmdir()
-        os.replace(beside, target)
-    except BaseException:
+        os.replace(written, target)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
     return load_exported(target, threads=exported.engine.threads)
 
 
@@ -187,6 +193,9 @@ def _write(
     samples = [] if rows is None else _samples(rows, processing_class, token_inputs(config))
     with evaluating(model):
         frozen = copy.deepcopy(model).float().cpu().requires_grad_(False)
+        if frozen.config._attn_implementation not in ("eager", "sdpa"):
+            # Others are for GPUs, or cannot be traced.
+            frozen.set_attn_implementation("sdpa")
         engine.write(Written(frozen, precision, criterion, samples), graphs)
     own = {name: value for name, value in frozen.state_dict().items() if name.startswith(_KEPT)}
     save_file({name: value.contiguous() for name, value in own.items()}, folder / EXITS)
@@ -219,10 +228,10 @@ def _prepare(
             found = choose(exported, store, exported.costs, agreement, batch_size, statistics.median(lengths))
             places = torch.tensor([store.layers.tolist().index(layer) for layer in found.exit_layers])
             store, exported = subset(store, places), of_layers(exported, found.exit_layers)
-            keep_layers(folder, EXITS, found.exit_layers)
+            keep_own(folder, EXITS, exported.config)
             name = f"agreement-{agreement:g}"
             found.point.save_to(exported, name)
-            exported.config.exit_threshold = name
+            exported.config.exit_threshold, exported.config.exit_budget = name, None
         exported.rates = rates_of(exported, store)
     exported.record["files"] += save_serving(exported, folder)
     exported.config.save_pretrained(folder)

@@ -26,6 +26,22 @@ from transformers_cee.engines.serving import is_of, load_serving
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
+# Arguments of `from_pretrained` about code or weights, which an exported model has none of.
+_WITHOUT_EFFECT = (
+    "trust_remote_code",
+    "torch_dtype",
+    "attn_implementation",
+    "use_safetensors",
+    "weights_only",
+    "low_cpu_mem_usage",
+    "ignore_mismatched_sizes",
+    "adapter_kwargs",
+    "key_mapping",
+    "code_revision",
+    "commit_hash",
+)
+
+
 def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSequenceClassifier:
     """An exported model from its folder or from the Hub.
 
@@ -48,14 +64,20 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     kwargs.pop("dtype", None)
     options = {name: kwargs.pop(name) for one in ENGINES.values() for name in one.options if name in kwargs}
     if config is None:
-        config = AutoConfig.from_pretrained(source, **hub, **kwargs)
+        config, kwargs = AutoConfig.from_pretrained(source, **hub, **kwargs, return_unused_kwargs=True)
+    unknown = [name for name in kwargs if name not in _WITHOUT_EFFECT and not name.startswith("_")]
+    if unknown:
+        raise TypeError(
+            f"`{unknown[0]}`={kwargs[unknown[0]]!r} is no argument of an exported model; accepted are `threads`, "
+            "`device`, options of its engine, those that say where to find files, and, without a config, its fields."
+        )
     record = check_record(getattr(config, RECORD))
     engine = ENGINES.find(record["engine"])
     engine.require()
     engine.check_precision(record["precision"])
-    unknown = sorted(options.keys() - set(engine.options))
-    if unknown:
-        raise ValueError(f"`{unknown[0]}`={options[unknown[0]]!r} is no option of the engine {engine.name!r}.")
+    foreign = sorted(options.keys() - set(engine.options))
+    if foreign:
+        raise ValueError(f"`{foreign[0]}`={options[foreign[0]]!r} is no option of the engine {engine.name!r}.")
     paths = {name: Path(str(cached_file(source, name, **hub))) for name in record["files"]}
     weights = Path(str(cached_file(source, EXITS, **hub)))
     places = (weights.parent, weights.parent / GRAPHS)
@@ -71,7 +93,7 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     threads = threads or torch.get_num_threads()
     made = engine(weights.parent / GRAPHS, config, record["precision"], threads, device, **options)
     model = ExportedSequenceClassifier(config, made)
-    kept = {name: value for name, value in tensors.items() if is_of(name, model.layer_numbers)}
+    kept = {name: value for name, value in tensors.items() if is_of(name, config)}
     try:
         model.load_state_dict(kept)
     except RuntimeError as error:

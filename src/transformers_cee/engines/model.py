@@ -165,6 +165,12 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             "other one."
         )
 
+    def estimator_changed(self, name: str) -> None:
+        # The graphs have the old one: from now on the criterion is asked outside of them.
+        if self.record["criterion"] == name:
+            self.config.exit_engine = {**self.record, "criterion": None}
+            self.costs, self.rates = None, ()
+
     def item_flops(self, length: int) -> ItemFlops:
         raise ValueError("FLOPs of an exported model are not counted; ask the model that it was exported from.")
 
@@ -191,10 +197,11 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             if given[name] is not None:
                 raise ValueError(f"`{name}` is not taken by an exported model; give `input_ids` alone.")
         assert ids is not None
-        tokens = {"input_ids": ids}
+        # Graphs take one type of numbers.
+        tokens = {"input_ids": ids.long()}
         if "token_type_ids" in self.inputs:
             types = given["token_type_ids"]
-            tokens["token_type_ids"] = torch.zeros_like(ids) if types is None else types
+            tokens["token_type_ids"] = torch.zeros_like(tokens["input_ids"]) if types is None else types.long()
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         if attention_mask is not None:
@@ -245,6 +252,8 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         """Rates of a criterion, at the price of a layer that is nearest to its own."""
         found = [rates for rates in self.rates if rates.criterion == criterion.name]
         alpha = criterion.settings.alpha
+        if alpha is None and self.exit_policies.is_conditioned:
+            alpha = self.exit_policies.default_alpha
         if alpha is None or len(found) < 2:
             return found[0] if found else None
         return min(found, key=lambda rates: abs(math.log((rates.alpha or alpha) / alpha)))

@@ -18,7 +18,7 @@ from transformers_cee.calibration.risk import P_VALUES, calibrate_risk
 from transformers_cee.calibration.scores import RISKS, ExitScores, score_store
 from transformers_cee.engines.graphs import problem_type
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
-from transformers_cee.exits.deciding import criterion_settings
+from transformers_cee.exits.deciding import criterion_settings, price_of_budget
 from transformers_cee.stores.filling import collect_exits
 from transformers_cee.stores.store import ExitStore
 
@@ -71,7 +71,7 @@ def fit_promises(model: Any, promises: Promises, store: ExitStore | None) -> Non
         return
     if budgets and model.exit_policies.is_conditioned:
         config.exit_budgets = fit_exit_budgets(model.exit_policies, store, min_exit_layer=config.min_exit_layer)
-        config.exit_budget = promises.budget if config.exit_budgets else None
+        config.exit_budget = _reached(config, promises.budget)
     for name, values in points.items():
         try:
             _refitted(model, store, values).save_to(model, name)
@@ -79,6 +79,17 @@ def fit_promises(model: Any, promises: Promises, store: ExitStore | None) -> Non
             _say_dropped([name], str(error).removesuffix("."))
     if promises.threshold in config.exit_operating_points:
         config.exit_threshold = promises.threshold
+
+
+def _reached(config: Any, budget: float | None) -> float | None:
+    """A default budget, where the engine reaches it."""
+    try:
+        if budget is not None:
+            price_of_budget(config.exit_budgets, budget)
+        return budget
+    except ValueError as error:
+        _say_dropped(["exit_budget"], str(error).removesuffix("."))
+        return None
 
 
 def exits_of(model: Any, rows: Any, processing_class: Any, batch_size: int = 32) -> ExitStore:

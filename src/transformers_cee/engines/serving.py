@@ -76,16 +76,19 @@ def of_layers(model: Any, layers: Sequence[int]) -> Any:
     """The exported model with the exits behind some of its layers (1-based) alone, the last one included."""
     config = type(model.config).from_dict(model.config.to_dict(), exit_layers=list(layers))
     made = type(model)(config, model.engine)
-    weights = {name: value for name, value in model.state_dict().items() if is_of(name, layers)}
+    weights = {name: value for name, value in model.state_dict().items() if is_of(name, config)}
     made.load_state_dict(weights)
     made.name_or_path = model.name_or_path
     made.costs = model.costs
     return made
 
 
-def is_of(name: str, layers: Sequence[int]) -> bool:
-    """Does a weight belong to one of some exits, or to no exit alone?"""
-    return set(layers_named([name])) <= set(layers)
+def is_of(name: str, config: Any) -> bool:
+    """Does a weight belong to one of a config's exits, or to all of them at once, as some estimators do?"""
+    if not set(layers_named([name])) <= set(config.exit_layer_numbers):
+        return False
+    kind, _, rest = name.partition(".")
+    return kind != "exit_estimators" or rest.partition(".")[0] in config.exit_estimators
 
 
 def save_serving(model: Any, folder: Path) -> list[str]:
@@ -128,7 +131,7 @@ def _of_exits(rates: ExitRates, layers: Sequence[int]) -> ExitRates | None:
     return replace(rates, scores=rates.scores[:, places[:-1]].contiguous(), layers=rates.layers[places])
 
 
-def keep_layers(folder: Path, name: str, layers: Sequence[int]) -> None:
-    """Leaves those weights of a file that belong to the exits behind some layers (1-based)."""
+def keep_own(folder: Path, name: str, config: Any) -> None:
+    """Leaves those weights of a file that belong to a config's exits."""
     weights = load_file(folder / name)
-    save_file({key: value.clone() for key, value in weights.items() if is_of(key, layers)}, folder / name)
+    save_file({key: value.clone() for key, value in weights.items() if is_of(key, config)}, folder / name)

@@ -110,7 +110,7 @@ def load_model(config: Any, file: Path, precision: str, device: str = "cpu") -> 
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}). Export the model again.") from error
     # The folder may have more exits than are asked for.
-    tensors = {name: value for name, value in found.items() if is_of(name, model.layer_numbers)}
+    tensors = {name: value for name, value in found.items() if is_of(name, model.config)}
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     if precision == "int8":
         shapes |= shapes_of_scales(model)

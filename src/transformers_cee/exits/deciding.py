@@ -111,7 +111,7 @@ def resolve_decision(
 
 def _needs_all(point: Mapping[str, Any]) -> bool:
     """Does an operating point's promise hold only where every exit is asked?"""
-    return point.get("promise") in ("agreement", "risk") and not str(point.get("method")).endswith(ANY_OF_THEM)
+    return point.get("promise") is not None and not str(point.get("method")).endswith(ANY_OF_THEM)
 
 
 def default_arguments(config: Any) -> dict[str, Any]:

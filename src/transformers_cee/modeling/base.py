@@ -167,6 +167,9 @@ class EarlyExitModel(EarlyExitLoadingMixin, OwnLoss):
             return self.captured(lambda: walk(layers), arguments)
         return recorded(walk, layers, wants_states(self.config, arguments))
 
+    def estimator_changed(self, name: str) -> None:
+        """Told that the estimator of a criterion was fitted anew."""
+
     # Weights
 
     @torch.no_grad()

@@ -133,6 +133,7 @@ def _give(model: nn.Module, name: str, estimator: nn.Module) -> None:
     """Puts a fitted estimator where the model and its config keep it."""
     model.exit_estimators[name] = estimator.to(model.dtype).requires_grad_(False).eval()
     model.config.exit_estimators = sorted({*model.config.exit_estimators, name})
+    model.estimator_changed(name)
 
 
 def _check_names(names: Sequence[str]) -> None:
