@@ -20,7 +20,12 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 PAIRS = [(name, pooling) for name in families.of_kind("encoder") for pooling in SIZES]
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def _once(pair):
+    """Each family runs by default with the pooling of its stock head; the other one takes as long again."""
+    return pytest.param(pair, id="-".join(pair), marks=[] if pair[1] == "cls" else [pytest.mark.slow])
+
+
+@pytest.fixture(scope="module", params=[_once(pair) for pair in PAIRS])
 def pair(request, tmp_path_factory):
     """Model type, model and exported model."""
     model_type, pooling = request.param

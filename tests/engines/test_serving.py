@@ -75,6 +75,7 @@ def test_nothing_to_measure(exported):
         measure_costs(last)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_exits_are_chosen_by_cost(make_model, tokenizer, texts, tmp_path):
     model = make_model(exit_criterion="max_probability")
