@@ -96,3 +96,16 @@ def test_cannot_be_trained(make_model, tmp_path):
         exported.train()
     with pytest.raises(ValueError, match="`output_hidden_states`=True"):
         exported(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True)
+
+
+@torch.no_grad()
+def test_policies_that_remember_indicators_of_labels(make_model, tokenizer, texts, tmp_path):
+    model = make_model(policy_inputs="both", problem_type="multi_label_classification")
+    exported = model.export(tmp_path / "out", precision="float32")
+    batch = batch_of(tokenizer, texts)
+    # Near where exits are closed: every exit is asked, and remembers those before it.
+    asked = {"exit_criterion": "policy", "exit_threshold": 0.999999}
+    mine, theirs = exported(**batch, **asked), model(**batch, **asked)
+    assert len(theirs.exit_probabilities[:, 2].unique()) > 1
+    torch.testing.assert_close(mine.exit_probabilities, theirs.exit_probabilities, equal_nan=True)
+    agree(mine, theirs)

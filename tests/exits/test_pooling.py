@@ -9,14 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_exits import HIDDEN, LAYERS, ToyExits
 
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.policy import ExitHistory
 from transformers_cee.exits.pooling import run_pooled
 from transformers_cee.exits.row_batch import RowBatch
-
-
-HIDDEN, LAYERS = 3, 5
 
 
 class PlannedByRow(ExitCriterion):
@@ -44,25 +42,8 @@ class PlannedByRow(ExitCriterion):
         self.history.select(kept)
 
 
-class Toy:
+class Toy(ToyExits):
     """A layer adds to each token the mean of its row's tokens; exits read the mean of all tokens."""
-
-    def __init__(self, layer_numbers: list[int]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.layer_numbers = layer_numbers
-        self.weights = torch.randn(LAYERS, HIDDEN, HIDDEN, generator=generator)
-        self.heads = torch.randn(LAYERS, HIDDEN, 2, generator=generator)
-        self.calls: list[tuple[int, int, int]] = []
-
-    def state(self, hidden: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
-        share = (hidden.new_ones(hidden.shape[:2]) if padding_mask is None else padding_mask.float()).unsqueeze(-1)
-        return (hidden * share).sum(1) / share.sum(1)
-
-    def logits(self, state: Tensor, index: int) -> Tensor:
-        return state @ self.heads[index]
-
-    def layers(self):
-        return [lambda batch, number=number: self.layer(batch, number) for number in range(LAYERS)]
 
     def layer(self, batch: RowBatch, number: int) -> Tensor:
         hidden = batch.hidden_states

@@ -9,12 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy_exits import HIDDEN, LAYERS, ToyExits
 
 from transformers_cee.exits.criteria import ExitCriterion
 from transformers_cee.exits.runner import RowBatch, collect_states, run_all_exits, run_exits
-
-
-HIDDEN, LAYERS = 3, 5
 
 
 class Planned(ExitCriterion):
@@ -34,27 +32,8 @@ class Planned(ExitCriterion):
         self.plan = self.plan[kept]
 
 
-class Toy:
+class Toy(ToyExits):
     """A layer adds to each token a mean over the tokens it may see; exits read the mean of unmasked tokens."""
-
-    def __init__(self, layer_numbers: list[int]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.layer_numbers = layer_numbers
-        self.weights = torch.randn(LAYERS, HIDDEN, HIDDEN, generator=generator)
-        self.heads = torch.randn(LAYERS, HIDDEN, 2, generator=generator)
-        self.calls: list[tuple] = []
-
-    def state(self, hidden: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
-        if padding_mask is None:
-            return hidden.mean(1)
-        share = padding_mask.float().unsqueeze(-1)
-        return (hidden * share).sum(1) / share.sum(1)
-
-    def logits(self, state: Tensor, index: int) -> Tensor:
-        return state @ self.heads[index]
-
-    def layers(self):
-        return [lambda batch, number=number: self.layer(batch, number) for number in range(LAYERS)]
 
     def layer(self, batch: RowBatch, number: int) -> Tensor:
         hidden, mask = batch.hidden_states, batch.attention_mask

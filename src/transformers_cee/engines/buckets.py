@@ -43,11 +43,12 @@ class Buckets:
         outputs: Sequence[str],
         capture: Capture,
         most_columns: int | None = None,
+        lock: threading.Lock | None = None,
     ) -> None:
         self.block, self.inputs, self.outputs, self.capture = block, inputs, outputs, capture
         self.most_columns = most_columns
         self.made: dict[tuple[Any, ...], tuple[dict[str, Tensor], Replay]] = {}
-        self.lock = threading.Lock()
+        self.lock = lock or threading.Lock()
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows, columns = given[MASK].shape
@@ -65,11 +66,14 @@ class Buckets:
             buffers, replay = self.made[key]
             _fill(buffers, given, rows, columns)
             found = dict(zip(self.outputs, replay(), strict=True))
-            # Copies: the next call writes where this one did.
-            return {
+            # Copies: the next call writes where this one did, whatever stream and block it is of.
+            copies = {
                 name: (value[:rows, :columns] if name == HIDDEN else value[:rows]).clone()
                 for name, value in found.items()
             }
+            if given[MASK].is_cuda:
+                torch.cuda.current_stream(given[MASK].device).synchronize()
+            return copies
 
 
 def bucket_of(rows: int, columns: int, most_columns: int | None = None) -> tuple[int, int]:
@@ -114,7 +118,8 @@ class CudaGraphs:
                     block(*buffers)
             current.wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # What other threads ask of the GPU in the meantime is no part of it.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 found = block(*buffers)
 
         def replay() -> tuple[Tensor, ...]:

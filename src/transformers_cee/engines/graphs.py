@@ -260,6 +260,9 @@ def example(names: Sequence[str], config: Any, dtype: torch.dtype = torch.float3
         MARGIN: torch.full((rows, 1), 0.5),
         PREDICTIONS: torch.zeros(rows, 2, dtype=torch.long),
     }
+    if problem_type(config) == "multi_label_classification":
+        # Of each earlier exit an indicator per label, not one class.
+        made[PREDICTIONS] = torch.zeros(rows, 2, config.num_labels, dtype=torch.bool)
     return {name: made[name] for name in names}
 
 

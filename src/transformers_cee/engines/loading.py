@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
@@ -78,7 +79,26 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     foreign = sorted(options.keys() - set(engine.options))
     if foreign:
         raise ValueError(f"`{foreign[0]}`={options[foreign[0]]!r} is no option of the engine {engine.name!r}.")
-    paths = {name: Path(str(cached_file(source, name, **hub))) for name in record["files"]}
+    folder, tensors = _files(source, record["files"], hub)
+    threads = threads or torch.get_num_threads()
+    made = engine(folder / GRAPHS, config, record["precision"], threads, device, **options)
+    model = ExportedSequenceClassifier(config, made)
+    kept = {name: value for name, value in tensors.items() if is_of(name, config)}
+    try:
+        model.load_state_dict(kept)
+    except RuntimeError as error:
+        raise ValueError(f"{EXITS} of {source} does not belong to its config.json: {error}") from error
+    model.name_or_path = str(source)
+    load_serving(model, folder)
+    if model.device.type != "cpu":
+        # Exports measure on the CPU; a GPU's layers and checks cost something else altogether.
+        model.costs = None
+    return model
+
+
+def _files(source: Any, names: list[str], hub: dict[str, Any]) -> tuple[Path, dict[str, Tensor]]:
+    """The folder with all files of a record, fetched where it is on the Hub, and the weights of its exits."""
+    paths = {name: Path(str(cached_file(source, name, **hub))) for name in names}
     weights = Path(str(cached_file(source, EXITS, **hub)))
     places = (weights.parent, weights.parent / GRAPHS)
     missing = [name for name, path in paths.items() if path.parent not in places]
@@ -87,20 +107,6 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
             f"`{RECORD}.files` of {source}: {missing[0]!r} lies elsewhere; accepted are files of `{GRAPHS}`."
         )
     try:
-        tensors = load_file(weights)
+        return weights.parent, load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{EXITS} of {source} is damaged ({error}). Export the model again.") from error
-    threads = threads or torch.get_num_threads()
-    made = engine(weights.parent / GRAPHS, config, record["precision"], threads, device, **options)
-    model = ExportedSequenceClassifier(config, made)
-    kept = {name: value for name, value in tensors.items() if is_of(name, config)}
-    try:
-        model.load_state_dict(kept)
-    except RuntimeError as error:
-        raise ValueError(f"{EXITS} of {source} does not belong to its config.json: {error}") from error
-    model.name_or_path = str(source)
-    load_serving(model, weights.parent)
-    if model.device.type != "cpu":
-        # Exports measure on the CPU; a GPU's layers and checks cost something else altogether.
-        model.costs = None
-    return model

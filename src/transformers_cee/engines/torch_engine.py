@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class TorchEngine(Engine):
         if self.precision == "int8":
             check_int8(self.device, compile)
         self.compile = compile
+        # Graphs share scratch memory: one runs at a time, of whichever block.
+        self.lock = threading.Lock()
         self.capture = CudaGraphs() if on_gpu and cuda_graphs is not False else None
         self.model = load_model(self.config, self.folder / WEIGHTS, self.precision, self.device)
 
@@ -75,7 +78,7 @@ class TorchEngine(Engine):
         buckets = None
         if self.capture is not None:
             most = getattr(self.config, "max_position_embeddings", None)
-            buckets = Buckets(block, graph.inputs, graph.outputs, self.capture, most)
+            buckets = Buckets(block, graph.inputs, graph.outputs, self.capture, most, self.lock)
 
         # No inference mode: whoever trains on states may keep what it got.
         @torch.no_grad()
