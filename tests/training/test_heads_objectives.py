@@ -308,6 +308,9 @@ class ToyExits:
     def state(self, hidden_states, padding_mask, index):
         return hidden_states[:, 0]
 
+    def logits(self, state, index):
+        raise AssertionError("Hidden states need no logits.")
+
 
 class TestGradientEquilibrium:
     @pytest.mark.parametrize("layer_numbers", [[1, 2, 3, 4], [2, 4], [1, 4], [4]])
