@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from speed_peers import STOCK, SingleRows, by_entropy, dynamic_int8, stock_of
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -50,7 +51,6 @@ RANDOM = {
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 CRITERION = "max_probability"
-STOCK = "stock torch float32"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -99,44 +99,6 @@ def load(args: argparse.Namespace) -> Any:
     return model.eval()
 
 
-def stock_of(model: Any) -> nn.Module:
-    """The stock model, as far as its time goes: heads have no part in it."""
-    config = copy.deepcopy(model.config)
-    made = model.stock_class(config)
-    return made.eval()
-
-
-def half_of(model: Any) -> nn.Module:
-    """A stock model of half the layers, as far as its time goes."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers //= 2
-    config.exit_layers = None
-    return model.stock_class(config).eval()
-
-
-def single_rows(model: Any) -> Callable[..., None]:
-    """Early exits as a loop over single rows and layers, with a look at the entropy of each exit on the host."""
-    numbers = set(model.layer_numbers)
-
-    def run(input_ids: Tensor, attention_mask: Tensor) -> None:
-        for row in range(len(input_ids)):
-            mask = attention_mask[row : row + 1] != 0
-            batch = model.embed(
-                mask, input_ids=input_ids[row : row + 1], token_type_ids=None, position_ids=None, inputs_embeds=None
-            )
-            for index, layer in enumerate(model.layers):
-                batch.hidden_states = model.bind(index, layer, {})(batch)
-                if index + 1 in numbers:
-                    place = model.layer_numbers.index(index + 1)
-                    logits = model.logits(model.state(batch.hidden_states, batch.padding_mask, place), place)
-                    probabilities = logits.softmax(-1)
-                    entropy = -(probabilities * probabilities.log()).sum().item()
-                    if entropy < 0 or index + 1 >= len(model.layers) // 2:
-                        break
-
-    return run
-
-
 def make_variants(args: argparse.Namespace, model: Any, folder: Path) -> tuple[dict[str, Callable], int]:
     """Callables from a batch, by name, and the layer at which everybody leaves halfway."""
     last = model.config.num_hidden_layers
@@ -145,11 +107,10 @@ def make_variants(args: argparse.Namespace, model: Any, folder: Path) -> tuple[d
     variants: dict[str, Callable] = {STOCK: stock}
     variants["stock torch bfloat16"] = copy.deepcopy(stock).to(torch.bfloat16)
     if args.device == "cpu":
-        variants["stock torch dynamic int8"] = torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(stock), {nn.Linear}, dtype=torch.qint8
-        )
-    variants["stock torch float32, half the layers"] = half_of(model).to(args.device)
-    variants["loop of single rows, half"] = single_rows(copy.deepcopy(model).to(args.device))
+        variants["stock torch dynamic int8"] = dynamic_int8(stock)
+    variants["stock torch float32, half the layers"] = stock_of(model, last // 2).to(args.device)
+    loop = SingleRows(copy.deepcopy(model).to(args.device), by_entropy(2.0), half)
+    variants["loop of single rows, half"] = loop
     texts, tokenizer = None, None
     if args.texts is not None:
         texts = [

@@ -95,7 +95,9 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_column", default="text", help="column or field of the texts (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="rows per batch (default: %(default)s)")
     parser.add_argument("--window", type=int, default=4096, help="texts held at once (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, help="tokens that a text is cut to (default: the tokenizer's)")
+    parser.add_argument(
+        "--max_length", type=int, help="tokens that a text is cut to (default, and at most: what the model reads)"
+    )
     parser.add_argument(
         "--exit_threshold", type=_threshold,
         help="a number, one per exit with commas between, or the name of an operating point (default: the model's)",

@@ -172,3 +172,19 @@ def test_other_models_are_refused(tokenizer):
 def test_a_text_without_tokens_is_named(model, tokenizer):
     with pytest.raises(ValueError, match="no token of text 2 of 3: ' '"):
         WindowClassifier(model, tokenizer)(["w10", " ", "w11"])
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+def test_texts_are_cut_to_what_the_model_reads(model_type):
+    """Tokenizers without a length of their own know nothing of the model's."""
+    model = families.model(model_type)
+    tokenizer = tokenizer_for(model)
+    tokenizer.model_max_length = int(1e30)
+    words = [f"w{10 + number % 49}" for number in range(100)]
+    most = model.most_tokens
+    assert most == (62 if families.FAMILIES[model_type].padding == 1 else 64)
+    found = WindowClassifier(model, tokenizer)([" ".join(words), "w11 w12"])
+    ((logits, layer, _),) = alone(model, tokenizer, [" ".join(words[:most])])
+    assert int(found.exit_layers[0]) == layer
+    torch.testing.assert_close(found.scores[0], logits.softmax(-1).max(), rtol=1e-4, atol=1e-5)
+    assert WindowClassifier(model, tokenizer, max_length=1000).max_length == most

@@ -135,7 +135,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_no_ways_out_of_the_folder(name, folder, tmp_path):
-    record = {"engine": "openvino", "precision": "float32", "criterion": None, "files": [name]}
+    record = {"engine": "openvino", "precision": "float32", "criterion": None, "most_tokens": 32, "files": [name]}
     assert_refused(record, folder, tmp_path, "exit_engine.files")
 
 
@@ -150,12 +150,13 @@ def test_names_are_no_ways_out_of_the_folder(name, folder, tmp_path):
         ({"precision": "int3"}, "`precision`='int3'"),
         ({"precision": None}, "exit_engine.precision"),
         ({"criterion": "luck"}, "exit_engine.criterion"),
+        ({"most_tokens": 0}, "exit_engine.most_tokens"),
         ({"files": "engine"}, "exit_engine.files"),
         ({"more": 1}, "unknown fields"),
     ],
 )
 def test_damaged_records(record, words, folder, tmp_path):
-    whole = {"engine": "openvino", "precision": "float32", "criterion": None, "files": []}
+    whole = {"engine": "openvino", "precision": "float32", "criterion": None, "most_tokens": None, "files": []}
     assert_refused({**whole, **record} if isinstance(record, dict) and record else record, folder, tmp_path, words)
 
 

@@ -178,7 +178,9 @@ class TestExitsWithoutTheirBase:
         model = model_class.from_pretrained(tmp_path / "base", exit_layers=[1, 3])
         model.save_exits(tmp_path / "exits")
         expected = every_exit(model)
-        torch.testing.assert_close(every_exit(AutoModelForImageClassification.from_pretrained(tmp_path / "exits")), expected)
+        torch.testing.assert_close(
+            every_exit(AutoModelForImageClassification.from_pretrained(tmp_path / "exits")), expected
+        )
         torch.testing.assert_close(every_exit(load_exits(stock, tmp_path / "exits")), expected)
 
     def test_a_base_of_other_sizes_is_refused(self, model_class, tmp_path):

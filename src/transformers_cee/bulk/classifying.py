@@ -74,7 +74,8 @@ def classify(
         text_column (`str`, *optional*, defaults to `"text"`): column or field of the texts, where there are several.
         batch_size (`int`, *optional*, defaults to 32): rows per batch.
         window (`int`, *optional*, defaults to 4096): texts that are held at once.
-        max_length (`int`, *optional*): tokens that a text is cut to; by default what the tokenizer says.
+        max_length (`int`, *optional*): tokens that a text is cut to; by default, and at most, what tokenizer
+            and model read.
         exit_threshold, exit_criterion, exit_budget, min_exit_layer (*optional*): as in the model's call.
         disable_tqdm (`bool`, *optional*, defaults to `False`): show no progress.
 

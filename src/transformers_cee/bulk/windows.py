@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_cee.engines.exporting import longest_text
 from transformers_cee.engines.graphs import fits_graph
 from transformers_cee.exits.criteria import CRITERIA, check_thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
@@ -46,7 +47,8 @@ class WindowClassifier:
         model ([`EarlyExitSequenceClassifier`]): classifies texts; of torch, or exported.
         processing_class: its tokenizer.
         batch_size (`int`): rows per batch.
-        max_length (`int`, *optional*): tokens that a text is cut to; by default what the tokenizer says.
+        max_length (`int`, *optional*): tokens that a text is cut to; by default, and at
+            most, what tokenizer and model read.
         exit_threshold, exit_criterion, exit_budget, min_exit_layer (*optional*): as in the model's call.
 
     Raises:
@@ -69,7 +71,8 @@ class WindowClassifier:
         self.model: Any = checked_model(model)
         check_field("batch_size", batch_size, whole(1))
         check_field("max_length", max_length, whole(1).or_none())
-        self.tokenizer, self.batch_size, self.max_length = processing_class, batch_size, max_length
+        self.tokenizer, self.batch_size = processing_class, batch_size
+        self.max_length = longest_text(self.model, processing_class, max_length)
         self.decision = resolve_decision(self.model.config, exit_threshold, exit_criterion, exit_budget)
         self.min_exit_layer = min_exit_layer
         self.first_exit = self.model.first_exit(min_exit_layer)

@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
 from transformers_cee.engines.costs import measure_costs
@@ -84,7 +86,8 @@ def export_model(
     if not texts and processing_class is None:
         with suppress(ValueError):
             processing_class = tokenizer_of(model, "texts")
-    rows = None if not texts else _tokens(texts, processing_class, calibration_labels)
+    longest = longest_text(model, processing_class) if texts else None
+    rows = None if not texts else _tokens(texts, processing_class, longest, calibration_labels)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: whatever is at `output` is whole.
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -170,8 +173,16 @@ def tokenizer_of(model: Any, texts: str) -> Any:
         ) from error
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any, labels: Sequence[Any] | None) -> Dataset:
-    made = tokenizer(list(texts), truncation=True)
+def longest_text(model: Any, tokenizer: Any, wanted: int | None = None) -> int | None:
+    """Tokens that texts are cut to: the fewest of what is wanted, what the tokenizer says and what the model reads;
+    None without a limit."""
+    # Tokenizers that say nothing have a number beyond all texts.
+    said = tokenizer.model_max_length if tokenizer.model_max_length < LARGE_INTEGER else None
+    return min((most for most in (wanted, said, model.most_tokens) if most is not None), default=None)
+
+
+def _tokens(texts: Sequence[str], tokenizer: Any, longest: int | None, labels: Sequence[Any] | None) -> Dataset:
+    made = tokenizer(list(texts), truncation=True, max_length=longest)
     columns = {} if labels is None else {"labels": [plain(label) for label in labels]}
     return Dataset.from_dict({name: made[name] for name in made} | columns)
 
@@ -196,11 +207,15 @@ def _write(
         if frozen.config._attn_implementation not in ("eager", "sdpa"):
             # Others are for GPUs, or cannot be traced.
             frozen.set_attn_implementation("sdpa")
-        engine.write(Written(frozen, precision, criterion, samples), graphs)
+        with warnings.catch_warnings():
+            # Sizes that a trace takes for constants are constants: numbers of labels, widths.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            engine.write(Written(frozen, precision, criterion, samples), graphs)
     own = {name: value for name, value in frozen.state_dict().items() if name.startswith(_KEPT)}
     save_file({name: value.contiguous() for name, value in own.items()}, folder / EXITS)
     files = sorted(f"{GRAPHS}/{path.name}" for path in graphs.iterdir())
-    setattr(config, RECORD, {"engine": engine.name, "precision": precision, "criterion": criterion, "files": files})
+    record = {"engine": engine.name, "precision": precision, "criterion": criterion, "most_tokens": model.most_tokens}
+    setattr(config, RECORD, record | {"files": files})
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     config.save_pretrained(folder)

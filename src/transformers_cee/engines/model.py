@@ -111,6 +111,11 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         """Nothing: weights are loaded."""
 
     @property
+    def most_tokens(self) -> int | None:
+        most: int | None = self.record["most_tokens"]
+        return most
+
+    @property
     def record(self) -> dict[str, Any]:
         """What the export has noted, see `exit_engine` of the config."""
         record: dict[str, Any] = self.config.exit_engine

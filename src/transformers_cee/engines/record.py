@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_cee.exits.criteria import CRITERIA
-from transformers_cee.exits.fields import Kind, check_field, check_fields, choice, listed, mapping, text
+from transformers_cee.exits.fields import Kind, check_field, check_fields, choice, listed, mapping, text, whole
 
 
 # Field of the config, file of the policies and estimators, and folder of the engine's own files.
@@ -29,6 +29,7 @@ _FIELDS = {
     "engine": text,
     "precision": text,
     "criterion": choice(CRITERIA).or_none(),
+    "most_tokens": whole(1).or_none(),
     "files": listed(Kind(is_own_file, "the name of a file of the folder")),
 }
 

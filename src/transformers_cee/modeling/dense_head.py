@@ -39,6 +39,11 @@ class DenseHeadClassifier(EarlyExitSequenceClassifier):
 class TokensCountedClassifier(DenseHeadClassifier):
     """Positions are counted by tokens that are no padding, from the number behind the padding's own."""
 
+    @property
+    def most_tokens(self) -> int:
+        most: int = self.config.max_position_embeddings - self.body.embeddings.padding_idx - 1
+        return most
+
     def positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         if attention_mask is None:
             return None

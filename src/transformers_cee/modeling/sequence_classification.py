@@ -53,6 +53,12 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
     def layers(self) -> nn.ModuleList:
         return self.body.encoder.layer
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of the longest text that the model was made for; None where its config names none."""
+        most: int | None = getattr(self.config, "max_position_embeddings", None)
+        return most
+
     def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Layer:
         """The layer `index` (0-based) as a function of the batch; `arguments` are those that the caller hands on."""
         types = getattr(self.config, "layer_types", None)

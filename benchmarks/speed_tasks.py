@@ -1,0 +1,440 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A trained classifier on each engine, with exits and without, on the texts of its test split: accuracy and time.
+
+    python benchmarks/speed_tasks.py --model runs/trec --train_file data/trec/train.csv \\
+        --test_file data/trec/test.csv --engines openvino:int8 torch:float32 --output runs/speed-trec
+
+Files and splits are those of `run_glue_cee.py`, with its options. Scales of int8 come from training texts. Criterion,
+exits and thresholds are chosen on dev, by measured costs, as `export(exit_layers="auto")` chooses them: for every
+agreement of `--agreements` the exits with the least expected time; of these the fastest whose accuracy on dev is at
+most `--max_drop` points below that of the float32 model at full depth. Everything reported comes from test.
+
+Beside the comparison it tells, of each engine, what quantisation does to predictions and to the depth of a budget; how
+often times with exits are above times without ("never slower"); and what the choice of exits brings.
+"""
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed_peers import STOCK, SingleRows, by_entropy, by_patience, dynamic_int8, stock_of
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
+from transformers.utils import logging
+
+from transformers_cee.calibration.agreement import calibrate_agreement
+from transformers_cee.calibration.exit_choice import ExitChoice, choose_exits
+from transformers_cee.calibration.scores import ExitScores, score_store
+from transformers_cee.engines import ENGINES
+from transformers_cee.engines.costs import measure_costs
+from transformers_cee.engines.promises import exits_of
+from transformers_cee.engines.serving import of_layers, rates_of, subset
+from transformers_cee.evaluation.environment import timing_environment
+from transformers_cee.evaluation.report import markdown_table, write_results
+from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer
+from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.files import write_text
+from transformers_cee.stores.filling import length_sorted_batches
+from transformers_cee.stores.scoring import exits_taken, thresholds_for_depths
+from transformers_cee.stores.store import ExitStore
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from glue_data import DataArguments, load_corpus
+from run_glue_cee import tokenize
+
+
+SCALE_TEXTS = 256
+OFF = {"exit_criterion": "max_probability", "exit_threshold": CRITERIA["max_probability"].off}
+# Mean depths, as shares of all layers, at which times with exits are compared with times without.
+DEPTHS = (1.0, 0.9, 0.75, 0.5)
+
+
+@dataclass
+class SpeedArguments:
+    """What is compared."""
+
+    model: str = field(metadata={"help": "Folder of a trained classifier with exits."})
+    output: str = field(metadata={"help": "Folder for results.json and table.md."})
+    engines: list[str] = field(
+        default_factory=lambda: ["openvino:int8", "openvino:float32", "onnxruntime:int8", "torch:float32"],
+        metadata={"help": "Engines and precisions; the choice of exits is looked at on the first one."},
+    )
+    criteria: list[str] = field(default_factory=lambda: ["policy", "max_probability"])
+    agreements: list[float] = field(default_factory=lambda: [0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9])
+    max_drop: float = field(default=0.25, metadata={"help": "Points of accuracy on dev below full depth in float32."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    half_model: str | None = field(default=None, metadata={"help": "Folder of a shallower model, fine-tuned alike."})
+    timed_rows: int = field(default=128, metadata={"help": "Rows of test that are timed; all are answered."})
+    rounds: int = 5
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < FEWEST_ROUNDS:
+            raise ValueError(f"`rounds`={self.rounds} must be at least {FEWEST_ROUNDS}.")
+        for word in self.engines:
+            engine, colon, precision = word.partition(":")
+            if not colon:
+                raise ValueError(f"`engines` has {word!r}; accepted are an engine and a precision: 'openvino:int8'.")
+            ENGINES.find(engine).require()
+            ENGINES[engine].check_precision(precision)
+        for name in self.criteria:
+            CRITERIA.find(name, "criteria")
+
+
+@dataclass
+class Data:
+    """Tokenised rows of dev and test, texts for scales, and what makes batches."""
+
+    dev: Any
+    test: Any
+    texts: list[str]
+    tokenizer: Any
+
+    def batches(self, rows: Any, size: int) -> list[dict[str, Tensor]]:
+        """Padded batches of similar length, with labels."""
+        collate = DataCollatorWithPadding(self.tokenizer)
+        return [dict(collate([rows[row] for row in some])) for some in length_sorted_batches(rows, size)]
+
+    def length(self) -> float:
+        """Median number of tokens of a row of dev."""
+        return float(torch.tensor([float(len(ids)) for ids in self.dev["input_ids"]]).median())
+
+
+@dataclass
+class Served:
+    """A model on an engine, and its exits on dev and test."""
+
+    name: str
+    model: Any
+    dev: ExitStore
+    test: ExitStore
+    by_criterion: dict[str, Any]
+
+    def scores(
+        self, criterion: str, store: ExitStore | None = None, layers: Sequence[int] | None = None
+    ) -> ExitScores:
+        """Scores of dev, or of another store; of some exits alone as they are when only these are asked."""
+        found = self.dev if store is None else store
+        if layers is None:
+            return score_store(found, criterion, self.model)
+        places = torch.tensor([found.layers.tolist().index(layer) for layer in layers])
+        return score_store(subset(found, places), criterion, of_layers(self.model, layers))
+
+
+@dataclass
+class Chosen:
+    """The exits of one engine and batch size, and what dev says of them."""
+
+    criterion: str
+    promised: float
+    choice: ExitChoice
+    accuracy: float
+
+
+def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path) -> Served:
+    """Exports a model once per criterion, measures costs, and collects exits."""
+    engine, _, precision = word.partition(":")
+    exported = {}
+    for criterion in args.criteria:
+        place = folder / f"{word.replace(':', '-')}-{criterion}"
+        model.export(
+            place, engine=engine, precision=precision, calibration_texts=data.texts, exit_criterion=criterion,
+            processing_class=data.tokenizer, measure=False,
+        )  # fmt: skip
+        exported[criterion] = AutoModelForSequenceClassification.from_pretrained(place, threads=args.threads)
+    first = exported[args.criteria[0]]
+    lengths = sorted({max(1, round(data.length())), 64})
+    costs = measure_costs(first, batch_sizes=args.batch_sizes, lengths=lengths, disable_tqdm=True)
+    for one in exported.values():
+        one.costs = costs
+    stores = [exits_of(first, rows, data.tokenizer) for rows in (data.dev, data.test)]
+    for one in exported.values():
+        one.rates = rates_of(one, stores[0])
+    return Served(word, first, *stores, exported)
+
+
+def accuracy_of(store: ExitStore, taken: Tensor | None = None) -> float:
+    """Accuracy at exits (rows,), or at the last one."""
+    correct = store.correct
+    return float((correct[:, -1] if taken is None else correct.gather(1, taken[:, None])).float().mean())
+
+
+def choose(args: SpeedArguments, data: Data, served: Served, batch_size: int, floor: float) -> Chosen | None:
+    """The fastest exits, criterion and agreement whose accuracy on dev is above a floor; None where none pays."""
+    found = []
+    for criterion in args.criteria:
+        scores = served.scores(criterion)
+        rescore = partial(served.scores, criterion)
+        for agreement in args.agreements:
+            with warnings.catch_warnings():
+                # Few rows for a high agreement: exits are off then.
+                warnings.simplefilter("ignore")
+                choice = choose_exits(
+                    scores, served.model.costs, batch_size=batch_size, length=data.length(), epsilon=1 - agreement,
+                    rescore=rescore,
+                )  # fmt: skip
+            if choice.reason is not None:
+                continue
+            taken = choice.point.taken_exits(rescore(choice.exit_layers))
+            accuracy = accuracy_of(served.dev, served.places(choice.exit_layers)[taken])
+            if accuracy >= floor:
+                found.append(Chosen(criterion, agreement, choice, accuracy))
+    return min(found, key=lambda one: one.choice.seconds, default=None)
+
+
+def with_exits(served: Served, chosen: Chosen) -> Callable[..., Any]:
+    """A call of the model with the chosen exits alone."""
+    model = of_layers(served.by_criterion[chosen.criterion], chosen.choice.exit_layers)
+    chosen.choice.point.save_to(model, "chosen")
+    return partial(model, exit_threshold="chosen")
+
+
+@torch.inference_mode()
+def answered(call: Callable[..., Any], batches: Iterable[dict[str, Tensor]], layers: int) -> dict[str, float]:
+    """Accuracy, and mean exit layer, of the executed calls."""
+    right, depth, rows = 0, 0.0, 0
+    for batch in batches:
+        output = call(**{name: value for name, value in batch.items() if name != "labels"})
+        right += int((output.logits.argmax(-1) == batch["labels"]).sum())
+        left = getattr(output, "exit_layers", None)
+        depth += layers * len(batch["labels"]) if left is None else int(left.sum())
+        rows += len(batch["labels"])
+    return {"accuracy": right / rows, "depth": depth / rows}
+
+
+def peers(args: SpeedArguments, model: Any) -> dict[str, Callable[..., Any]]:
+    """Stock models with the trained weights; that in float32 is the model without exits."""
+    found: dict[str, Callable[..., Any]] = {}
+    found["stock torch dynamic int8"] = partial(dynamic_int8(model), **OFF)
+    if args.half_model is not None:
+        half = AutoModelForSequenceClassification.from_pretrained(args.half_model, dtype=torch.float32).eval()
+        found[f"torch float32, {half.config.num_hidden_layers} layers fine-tuned alike"] = partial(half, **OFF)
+    return found
+
+
+def loops(model: Any, served: Served, floor: float) -> dict[str, Callable[..., Any]]:
+    """Loops over single rows, at the boldest setting whose accuracy on dev is above a floor."""
+    found = {}
+    for criterion, rule, name in (("entropy", by_entropy, "DeeBERT"), ("patience", by_patience, "PABEE")):
+        scores = served.scores(criterion)
+        tried = [float(count) for count in range(1, scores.num_exits)]
+        if criterion == "entropy":
+            tried = [share / 50 for share in range(50, -1, -1)]
+        for threshold in tried:
+            if accuracy_of(served.dev, exits_taken(criterion, threshold, scores.scores)) >= floor:
+                found[f"loop of single rows as {name}"] = SingleRows(model, rule(threshold))
+                break
+    return found
+
+
+def timed(
+    args: SpeedArguments, calls: dict[str, Callable], batches: list[dict[str, Tensor]], baselines: list[str]
+) -> Any:
+    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    runs = {name: [partial(call, **one) for one in inputs] for name, call in calls.items()}
+    with torch.inference_mode():
+        return Timer(rounds=args.rounds).time(runs, baselines)
+
+
+def quantised(full: Served, served: Served, criterion: str) -> dict[str, float]:
+    """What an engine and precision do to predictions, and to the depth of half the layers, fitted before and anew."""
+    layers = served.test.layers
+    last = [store.logits[:, -1].argmax(-1) for store in (full.test, served.test)]  # type: ignore[index]
+    tests = score_store(served.test, criterion, served.model).scores
+    told = {"agreement": float((last[0] == last[1]).float().mean()), "accuracy": accuracy_of(served.test)}
+    for name, source in (("before", full), ("after", served)):
+        dev = source.scores(criterion).scores
+        (threshold,) = thresholds_for_depths(criterion, dev, layers.tolist(), [float(layers[-1]) / 2])
+        taken = exits_taken(criterion, threshold, tests)
+        told[f"depth_{name}"] = float(layers[taken].float().mean())
+        told[f"accuracy_{name}"] = accuracy_of(served.test, taken)
+    return told
+
+
+def never_slower(args: SpeedArguments, data: Data, served: Served, rows: Any, size: int) -> dict[str, Any]:
+    """Time without exits over time with them, at several mean depths, all exits of the model open."""
+    criterion = args.criteria[0]
+    scores, layers = served.scores(criterion).scores, served.dev.layers.tolist()
+    model = served.by_criterion[criterion]
+    thresholds = thresholds_for_depths(criterion, scores, layers, [share * layers[-1] for share in DEPTHS])
+    calls = {
+        f"{share:g}": partial(model, exit_criterion=criterion, exit_threshold=threshold)
+        for share, threshold in zip(DEPTHS, thresholds, strict=True)
+    }
+    found = timed(args, {"off": partial(model, **OFF), **calls}, data.batches(rows, size), ["off"])
+    return {name: figure.reported._asdict() for name, figure in found.speedups["off"].items()}
+
+
+def exit_choices(
+    args: SpeedArguments, data: Data, served: Served, chosen: Chosen, rows: Any, size: int
+) -> dict[str, dict[str, Any]]:
+    """The exits chosen by cost, every exit, and every third: one threshold each for the same certified agreement."""
+    last = served.model.config.num_hidden_layers
+    known = served.dev.layers.tolist()
+    sets = {
+        "by cost": chosen.choice.exit_layers,
+        "every exit": known,
+        "every third": [layer for layer in known if layer % 3 == 0 or layer == last],
+    }
+    calls: dict[str, Callable[..., Any]] = {}
+    for name, layers in sets.items():
+        model = of_layers(served.by_criterion[chosen.criterion], layers)
+        # These exits are asked, whether they pay or not.
+        model.costs = None
+        calibrate_agreement(served.scores(chosen.criterion, layers), 1 - chosen.promised).save_to(model, "same")
+        calls[name] = partial(model, exit_threshold="same")
+    calls["off"] = partial(served.model, **OFF)
+    found = timed(args, calls, data.batches(rows, size), ["off"])
+    return {
+        name: {
+            "layers": layers,
+            "agreement": chosen.promised,
+            **answered(calls[name], data.batches(data.test, 32), last),
+            "over_engine": found.speedups["off"][name].reported._asdict(),
+        }
+        for name, layers in sets.items()
+    }
+
+
+def load_data(args: SpeedArguments, data_args: DataArguments) -> tuple[Data, list[str]]:
+    corpus, tokenizer = load_corpus(data_args), AutoTokenizer.from_pretrained(args.model)
+    splits = tokenize(corpus, tokenizer, data_args.max_seq_length)
+    train = corpus.splits["train"].select(range(min(SCALE_TEXTS, len(corpus.splits["train"]))))
+    texts = [" ".join(row[column] for column in corpus.text_columns) for row in train]
+    return Data(splits["validation"], splits["test"], texts, tokenizer), corpus.notes
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = HfArgumentParser([SpeedArguments, DataArguments], description=__doc__)
+    args, data_args = parser.parse_args_into_dataclasses(words)
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    data, notes = load_data(args, data_args)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    output = Path(args.output)
+    results: dict[str, Any] = {
+        "model": args.model, "notes": notes, "rows": {"dev": len(data.dev), "test": len(data.test)},
+        "environment": timing_environment(torch.device("cpu")) | {"threads": args.threads},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        words_of = dict.fromkeys(["torch:float32", *args.engines])
+        engines = {word: serve(args, data, model, word, Path(folder)) for word in words_of}
+        full = engines["torch:float32"]
+        results["full"] = accuracy_of(full.test)
+        floor = accuracy_of(full.dev) - args.max_drop / 100
+        criterion = args.criteria[0]
+        results["quantised"] = {
+            word: quantised(full, served, criterion) for word, served in engines.items() if served is not full
+        }
+        results["sizes"] = [compared(args, data, model, engines, floor, size) for size in args.batch_sizes]
+    write_results(results, output / "results.json")
+    write_text(output / "table.md", tables(results))
+    print(tables(results))
+
+
+def compared(
+    args: SpeedArguments, data: Data, model: Any, engines: dict[str, Served], floor: float, size: int
+) -> dict[str, Any]:
+    """All variants at one batch size."""
+    last = model.config.num_hidden_layers
+    stock = stock_of(model)
+    full = engines["torch:float32"]
+    calls: dict[str, Callable[..., Any]] = {
+        "torch float32, without exits": partial(model, **OFF),
+        **peers(args, model),
+    }
+    if size == 1:
+        calls |= loops(model, full, floor)
+    chosen = {word: choose(args, data, served, size, floor) for word, served in engines.items()}
+    for word in args.engines:
+        calls[f"{word}, without exits"] = partial(engines[word].model, **OFF)
+        if (found := chosen[word]) is not None:
+            calls[f"{word}, with exits"] = with_exits(engines[word], found)
+    test = data.batches(data.test, size)
+    told: dict[str, dict[str, Any]] = {name: answered(call, test, last) for name, call in calls.items()}
+    rows = data.test.shuffle(seed=0).select(range(min(args.timed_rows, len(data.test))))
+    whole = [f"{word}, without exits" for word in args.engines]
+    found = timed(args, {STOCK: stock, **calls}, data.batches(rows, size), [STOCK, *whole])
+    for name, about in told.items():
+        word, _, what = name.partition(", ")
+        about["milliseconds"] = found.seconds[name].times(1000 / len(rows)).reported._asdict()
+        about["over_stock"] = found.speedups[STOCK][name].reported._asdict()
+        if what == "with exits" and (one := chosen[word]) is not None:
+            over = found.speedups[f"{word}, without exits"][name].reported
+            about |= {
+                "over_engine": over._asdict(),
+                "share": None if over.value is None else over.value * about["depth"] / last,
+                "exit_layers": one.choice.exit_layers,
+                "criterion": one.criterion,
+                "promised_agreement": one.promised,
+                "is_exact": one.choice.is_exact,
+            }
+    first = args.engines[0]
+    one = chosen[first]
+    return {
+        "batch_size": size,
+        "variants": told,
+        "never_slower": {word: never_slower(args, data, engines[word], rows, size) for word in args.engines},
+        "choice": {} if one is None else exit_choices(args, data, engines[first], one, rows, size),
+    }
+
+
+def tables(results: dict[str, Any]) -> str:
+    """What was found, as Markdown."""
+    parts = [f"Full depth in float32: {results['full']:.4f} on {results['rows']['test']} test rows.\n"]
+    header = ["", "accuracy", "depth", "ms per text", "over stock torch", "over the engine", "share", "exits"]
+    for one in results["sizes"]:
+        lines = [[STOCK, "", "", "", "1.00x", "", "", ""]]
+        for name, about in one["variants"].items():
+            over = Reported(**about["over_engine"]).text() if "over_engine" in about else ""
+            exits = f"{about['exit_layers'][:-1]}, {about['criterion']}" if "exit_layers" in about else ""
+            share = about.get("share")
+            lines.append(
+                [name, f"{about['accuracy']:.4f}", f"{about['depth']:.2f}", Reported(**about["milliseconds"]).text(""),
+                 Reported(**about["over_stock"]).text(), over, "" if share is None else f"{share:.2f}", exits]
+            )  # fmt: skip
+        parts.append(f"Batch {one['batch_size']}:\n\n{markdown_table(header, lines)}\n")
+        slower = [
+            [word, *(Reported(**figure).text() for figure in found.values())]
+            for word, found in one["never_slower"].items()
+        ]
+        parts.append(
+            "Time without exits over time with them, all exits open, at mean depths of so many of all layers:\n\n"
+            + markdown_table(["", *(f"{share:g}" for share in DEPTHS)], slower)
+            + "\n"
+        )
+        if one["choice"]:
+            lines = [
+                [name, str(found["layers"][:-1]), f"{found['accuracy']:.4f}", f"{found['depth']:.2f}",
+                 Reported(**found["over_engine"]).text()]
+                for name, found in one["choice"].items()
+            ]  # fmt: skip
+            parts.append(
+                "The same agreement with other exits:\n\n"
+                + markdown_table(["", "exits", "accuracy", "depth", "over the engine"], lines)
+                + "\n"
+            )
+    header = ["", "agreement", "accuracy", "depth before", "accuracy", "depth refitted", "accuracy"]
+    names = ["agreement", "accuracy", "depth_before", "accuracy_before", "depth_after", "accuracy_after"]
+    lines = [
+        [word, *(f"{found[name]:.2f}" if "depth" in name else f"{found[name]:.4f}" for name in names)]
+        for word, found in results["quantised"].items()
+    ]
+    parts.append(
+        "Beside float32 at full depth, and at half the layers with thresholds fitted in float32 and refitted:\n\n"
+        + markdown_table(header, lines)
+        + "\n"
+    )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
