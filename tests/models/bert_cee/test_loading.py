@@ -72,7 +72,7 @@ class TestStockClassifier:
             # column 0 do so in both models.
             batch = {name: torch.cat((value[:, -1:], value), 1) for name, value in batch.items()}
             batch["attention_mask"][:, 0] = 1
-        for name, inputs in (("ids", batch), ("labels", {**batch, "labels": torch.arange(6) % 3})):
+        for inputs in (batch, {**batch, "labels": torch.arange(6) % 3}):
             expected = model(**inputs)
             for options in (
                 {"exit_threshold": 1.0},
