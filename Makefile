@@ -34,7 +34,7 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev,plots,demo,generation,openvino,onnxruntime]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev,plots,demo,generation,openvino,onnxruntime,ray]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -62,7 +62,7 @@ test-lowest:
 test-newest:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	grep '^torch==' constraints.txt >.venv-newest/torch.txt
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c .venv-newest/torch.txt -e '.[dev,plots,demo,generation,openvino,onnxruntime]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c .venv-newest/torch.txt -e '.[dev,plots,demo,generation,openvino,onnxruntime,ray]'
 	$(MAKE) test VENV=.venv-newest STAMP= PYTEST_FLAGS='-W default::FutureWarning'
 
 test-slow: $(STAMP)

@@ -61,6 +61,7 @@ _PUBLIC = {
     "calibrate_risk": "calibration.risk",
     "choose_exits": "calibration.exit_choice",
     "classify": "bulk.classifying",
+    "classify_on_ray": "bulk.ray_data",
     "collect_exits": "stores.filling",
     "compare_at_depth": "evaluation.statistics",
     "elue_score": "evaluation.curves",

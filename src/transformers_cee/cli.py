@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def classify(model: str, texts: str, **options: Any) -> None:
+def classify(model: str, texts: str, workers: int | None, **options: Any) -> None:
     """Classifies a file of texts and prints the summary as JSON."""
     # The help needs no torch.
     from transformers_cee.bulk.classifying import checked_output, classify
@@ -40,7 +40,13 @@ def classify(model: str, texts: str, **options: Any) -> None:
     # What a person mistypes is said before weights are loaded.
     find_texts(texts, options["text_column"])
     checked_output(options["output"], texts)
-    summary: Any = classify(_load(model), texts, **options)
+    summary: Any
+    if workers is None:
+        summary = classify(_load(model), texts, **options)
+    else:
+        from transformers_cee.bulk.ray_data import classify_on_ray
+
+        summary = classify_on_ray(model, texts, workers=workers, **options)
     print(json.dumps(asdict(summary)))
 
 
@@ -92,6 +98,7 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a classifier with exits, or its export")
     parser.add_argument("texts", metavar="INPUT", help=f"the texts: {_FILE}")
     parser.add_argument("--output", required=True, metavar="OUT", help="file for the results: .jsonl or .csv")
+    parser.add_argument("--workers", type=int, help="processes of Ray Data that classify (default: this one alone)")
     parser.add_argument("--text_column", default="text", help="column or field of the texts (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="rows per batch (default: %(default)s)")
     parser.add_argument("--window", type=int, default=4096, help="texts held at once (default: %(default)s)")

@@ -105,7 +105,7 @@ def classify(
     names = windows.model.config.id2label
     if target is None:
         return (row for some in found for row in rows_of(some, names))
-    return _written(found, names, target)
+    return written(found, names, target)
 
 
 def checked_output(output: str | os.PathLike[str], texts: Any = None) -> Path:
@@ -134,16 +134,13 @@ def rows_of(some: ClassifiedTexts, names: dict[int, str]) -> Iterator[dict[str, 
         yield {"label": names[one], "score": score, "exit_layer": layer}
 
 
-def _classified(
-    source: Texts, classifier: WindowClassifier, window: int, takes_blanks: bool, progress: tqdm
-) -> Iterator[ClassifiedTexts]:
-    with progress:
-        for texts in source.windows(window, takes_blanks):
-            yield classifier(texts)
-            progress.update(len(texts))
+def written(found: Iterator[ClassifiedTexts], names: dict[int, str], target: Path) -> BulkSummary:
+    """Writes results to a file, which takes its place when all are there.
 
-
-def _written(found: Iterator[ClassifiedTexts], names: dict[int, str], target: Path) -> BulkSummary:
+    Args:
+        names (`dict[int, str]`): of the classes.
+        target (`Path`): what `checked_output` gave.
+    """
     rows, layers, start = 0, 0, time.perf_counter()
 
     def counted() -> Generator[dict[str, Any], None, None]:
@@ -156,6 +153,15 @@ def _written(found: Iterator[ClassifiedTexts], names: dict[int, str], target: Pa
         WRITERS[target.suffix.lower()](beside, made)
     seconds = time.perf_counter() - start
     return BulkSummary(os.fspath(target), rows, seconds, rows / seconds, layers / max(rows, 1))
+
+
+def _classified(
+    source: Texts, classifier: WindowClassifier, window: int, takes_blanks: bool, progress: tqdm
+) -> Iterator[ClassifiedTexts]:
+    with progress:
+        for texts in source.windows(window, takes_blanks):
+            yield classifier(texts)
+            progress.update(len(texts))
 
 
 def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
