@@ -34,7 +34,7 @@ from transformers_cee.evaluation.report import write_results
 # Seconds between two looks at memory.
 INTERVAL = 1.0
 # How a worker of Ray shows among processes.
-WORKER = "ray::"
+WORKER = "MapWorker"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,7 +91,7 @@ class Memory(threading.Thread):
 
     def _is_to_die(self, process: psutil.Process, passed: float) -> bool:
         due = self.kill_after is not None and passed > self.kill_after and not self.killed
-        return due and "Classif" in " ".join(process.cmdline())
+        return due and WORKER in " ".join(process.cmdline())
 
 
 def digest(path: Path) -> str:
