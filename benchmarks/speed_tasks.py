@@ -38,7 +38,7 @@ from transformers_cee.engines.promises import exits_of
 from transformers_cee.engines.serving import of_layers, rates_of, subset
 from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import markdown_table, write_results
-from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer
+from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer, Timings
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.files import write_text
 from transformers_cee.stores.filling import length_sorted_batches
@@ -110,23 +110,38 @@ class Data:
 
 @dataclass
 class Served:
-    """A model on an engine, and its exits on dev and test."""
+    """A model on an engine, and its exits on dev and test.
+
+    Args:
+        export: exports the model with a criterion in its graphs.
+        model: exported with the first criterion.
+        dev, test: its exits, which all criteria are asked of.
+    """
 
     name: str
+    export: Callable[[str], Any]
     model: Any
     dev: ExitStore
     test: ExitStore
-    by_criterion: dict[str, Any]
 
-    def scores(
-        self, criterion: str, store: ExitStore | None = None, layers: Sequence[int] | None = None
-    ) -> ExitScores:
-        """Scores of dev, or of another store; of some exits alone as they are when only these are asked."""
-        found = self.dev if store is None else store
+    def with_criterion(self, criterion: str) -> Any:
+        """The exported model with a criterion in its graphs."""
+        if criterion == self.model.record["criterion"]:
+            return self.model
+        made = self.export(criterion)
+        made.costs, made.rates = self.model.costs, rates_of(made, self.dev)
+        return made
+
+    def scores(self, criterion: str, layers: Sequence[int] | None = None) -> ExitScores:
+        """Scores of dev; of some exits alone as they are when only these are asked."""
         if layers is None:
-            return score_store(found, criterion, self.model)
-        places = torch.tensor([found.layers.tolist().index(layer) for layer in layers])
-        return score_store(subset(found, places), criterion, of_layers(self.model, layers))
+            return score_store(self.dev, criterion, self.model)
+        return score_store(subset(self.dev, self.places(layers)), criterion, of_layers(self.model, layers))
+
+    def places(self, layers: Sequence[int]) -> Tensor:
+        """Where exits stand among all of them."""
+        known = self.dev.layers.tolist()
+        return torch.tensor([known.index(layer) for layer in layers])
 
 
 @dataclass
@@ -140,25 +155,25 @@ class Chosen:
 
 
 def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path) -> Served:
-    """Exports a model once per criterion, measures costs, and collects exits."""
+    """Exports a model, measures costs, and collects exits."""
     engine, _, precision = word.partition(":")
-    exported = {}
-    for criterion in args.criteria:
+
+    def export(criterion: str) -> Any:
         place = folder / f"{word.replace(':', '-')}-{criterion}"
-        model.export(
-            place, engine=engine, precision=precision, calibration_texts=data.texts, exit_criterion=criterion,
-            processing_class=data.tokenizer, measure=False,
-        )  # fmt: skip
-        exported[criterion] = AutoModelForSequenceClassification.from_pretrained(place, threads=args.threads)
-    first = exported[args.criteria[0]]
+        if not place.exists():
+            model.export(
+                place, engine=engine, precision=precision, calibration_texts=data.texts, exit_criterion=criterion,
+                processing_class=data.tokenizer, measure=False,
+            )  # fmt: skip
+        return AutoModelForSequenceClassification.from_pretrained(place, threads=args.threads)
+
+    made = export(args.criteria[0])
     lengths = sorted({max(1, round(data.length())), 64})
-    costs = measure_costs(first, batch_sizes=args.batch_sizes, lengths=lengths, disable_tqdm=True)
-    for one in exported.values():
-        one.costs = costs
-    stores = [exits_of(first, rows, data.tokenizer) for rows in (data.dev, data.test)]
-    for one in exported.values():
-        one.rates = rates_of(one, stores[0])
-    return Served(word, first, *stores, exported)
+    made.costs = measure_costs(made, batch_sizes=args.batch_sizes, lengths=lengths, disable_tqdm=True)
+    stores = [exits_of(made, rows, data.tokenizer) for rows in (data.dev, data.test)]
+    made.rates = rates_of(made, stores[0])
+    print(f"{word}: exported", flush=True)
+    return Served(word, export, made, *stores)
 
 
 def accuracy_of(store: ExitStore, taken: Tensor | None = None) -> float:
@@ -192,7 +207,7 @@ def choose(args: SpeedArguments, data: Data, served: Served, batch_size: int, fl
 
 def with_exits(served: Served, chosen: Chosen) -> Callable[..., Any]:
     """A call of the model with the chosen exits alone."""
-    model = of_layers(served.by_criterion[chosen.criterion], chosen.choice.exit_layers)
+    model = of_layers(served.with_criterion(chosen.criterion), chosen.choice.exit_layers)
     chosen.choice.point.save_to(model, "chosen")
     return partial(model, exit_threshold="chosen")
 
@@ -236,8 +251,9 @@ def loops(model: Any, served: Served, floor: float) -> dict[str, Callable[..., A
 
 
 def timed(
-    args: SpeedArguments, calls: dict[str, Callable], batches: list[dict[str, Tensor]], baselines: list[str]
-) -> Any:
+    args: SpeedArguments, calls: dict[str, Callable[..., Any]], batches: list[dict[str, Tensor]], baselines: list[str]
+) -> Timings:
+    """Times of all batches, by variant."""
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     runs = {name: [partial(call, **one) for one in inputs] for name, call in calls.items()}
     with torch.inference_mode():
@@ -263,13 +279,12 @@ def never_slower(args: SpeedArguments, data: Data, served: Served, rows: Any, si
     """Time without exits over time with them, at several mean depths, all exits of the model open."""
     criterion = args.criteria[0]
     scores, layers = served.scores(criterion).scores, served.dev.layers.tolist()
-    model = served.by_criterion[criterion]
     thresholds = thresholds_for_depths(criterion, scores, layers, [share * layers[-1] for share in DEPTHS])
     calls = {
-        f"{share:g}": partial(model, exit_criterion=criterion, exit_threshold=threshold)
+        f"{share:g}": partial(served.model, exit_criterion=criterion, exit_threshold=threshold)
         for share, threshold in zip(DEPTHS, thresholds, strict=True)
     }
-    found = timed(args, {"off": partial(model, **OFF), **calls}, data.batches(rows, size), ["off"])
+    found = timed(args, {"off": partial(served.model, **OFF), **calls}, data.batches(rows, size), ["off"])
     return {name: figure.reported._asdict() for name, figure in found.speedups["off"].items()}
 
 
@@ -285,8 +300,9 @@ def exit_choices(
         "every third": [layer for layer in known if layer % 3 == 0 or layer == last],
     }
     calls: dict[str, Callable[..., Any]] = {}
+    whole = served.with_criterion(chosen.criterion)
     for name, layers in sets.items():
-        model = of_layers(served.by_criterion[chosen.criterion], layers)
+        model = of_layers(whole, layers)
         # These exits are asked, whether they pay or not.
         model.costs = None
         calibrate_agreement(served.scores(chosen.criterion, layers), 1 - chosen.promised).save_to(model, "same")
