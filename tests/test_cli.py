@@ -47,7 +47,7 @@ def test_export_and_classify(folder, capsys):
     tokenizer_for(tiny("bert_cee")).save_pretrained(out)
     results = []
     for model in (str(folder / "model"), out):
-        asked = ["--exit_threshold", "0.5", "--disable_tqdm", "--output", str(folder / "one.jsonl")]
+        asked = ["--exit_threshold", "0.5", "--device", "cpu", "--disable_tqdm", "--output", str(folder / "one.jsonl")]
         assert main(["classify", model, str(folder / "texts.txt"), *asked]) == 0
         results.append([json.loads(line) for line in (folder / "one.jsonl").read_text().splitlines()])
     assert [row["exit_layer"] for row in results[0]] == [row["exit_layer"] for row in results[1]]
@@ -59,6 +59,14 @@ def test_export_and_classify(folder, capsys):
         (["classify", "MODEL", "no.txt", "--output", "o.csv"], "there is no such file"),
         (["classify", "MODEL", "TEXTS", "--output", "o.pdf"], "must be a file of .jsonl, .csv"),
         (["classify", "MODEL", "TEXTS", "--output", "o.csv", "--exit_threshold", "fast"], "`exit_threshold`='fast'"),
+        (
+            ["classify", "MODEL", "TEXTS", "--output", "o.csv", "--device", "abacus"],
+            "`--device`='abacus' is no device",
+        ),
+        (
+            ["classify", "MODEL", "TEXTS", "--output", "o.csv", "--device", "cpu", "--workers", "2"],
+            "`--workers`=2 run on",
+        ),
         (["export", "MODEL", "FOLDER", "--engine", "nothing"], "`engine`='nothing' is unknown"),
     ],
 )

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def classify(model: str, texts: str, workers: int | None, **options: Any) -> None:
+def classify(model: str, texts: str, workers: int | None, device: str | None, **options: Any) -> None:
     """Classifies a file of texts and prints the summary as JSON."""
     # The help needs no torch.
     from transformers_cee.bulk.classifying import checked_output, classify
@@ -42,7 +42,9 @@ def classify(model: str, texts: str, workers: int | None, **options: Any) -> Non
     checked_output(options["output"], texts)
     summary: Any
     if workers is None:
-        summary = classify(_load(model), texts, **options)
+        summary = classify(_load(model, device or "cpu"), texts, **options)
+    elif device is not None:
+        raise ValueError(f"`--device`={device!r} is of one process; `--workers`={workers} run on CPUs.")
     else:
         from transformers_cee.bulk.ray_data import classify_on_ray
 
@@ -60,10 +62,19 @@ def export(model: str, output: str, calibration_texts: str | None, text_column: 
     print(output)
 
 
-def _load(model: str) -> Any:
-    from transformers import AutoModelForSequenceClassification
+def _load(model: str, device: str = "cpu") -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(model)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].removesuffix(".")
+        raise ValueError(f"`--device`={device!r} is no device that torch has here: {reason}.") from error
+    # An exported model is made for its device, and stays there.
+    config = AutoConfig.from_pretrained(model)
+    made_for = {} if getattr(config, "exit_engine", None) is None else {"device": device}
+    return AutoModelForSequenceClassification.from_pretrained(model, **made_for).to(device)
 
 
 def _threshold(given: str) -> float | list[float] | str:
@@ -112,6 +123,7 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exit_criterion", help="rule by which texts leave (default: the model's)")
     parser.add_argument("--exit_budget", type=float, help="wanted mean depth as a share of all layers")
     parser.add_argument("--min_exit_layer", type=int, help="first layer (1-based) at which texts may leave")
+    parser.add_argument("--device", help="device of torch that the model runs on, as 'cuda' (default: cpu)")
     parser.add_argument("--disable_tqdm", action="store_true", help="show no progress")
 
 
