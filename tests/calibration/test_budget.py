@@ -24,7 +24,7 @@ from transformers_cee.calibration.budget import (
 from transformers_cee.calibration.scores import ExitScores, leave_at
 
 
-SPLITS = 200
+SPLITS = 80
 BUDGETS = (2.0, 3.0, 4.5, 6.0, 7.0)
 
 

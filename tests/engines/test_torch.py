@@ -151,6 +151,7 @@ def test_bucket_of(size, most, expected):
     assert bucket_of(*size, most) == expected
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_give_the_same(make_model, tokenizer, texts, tmp_path, monkeypatch):
     model = make_model()
