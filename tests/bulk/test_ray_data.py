@@ -137,7 +137,40 @@ def test_no_texts_need_no_worker(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["texts.txt", "texts.csv", "texts.jsonl"])
+def test_reading_waits_for_the_workers(folder, cluster, tmp_path, monkeypatch):
+    class Logged:
+        """100 windows of one text; each that is read is a byte in a file."""
+
+        def __init__(self) -> None:
+            self.log = tmp_path / "read"
+
+        def __iter__(self):
+            for _ in range(100):
+                with open(self.log, "ab") as file:
+                    file.write(b".")
+                yield "w11 " * 10_000
+
+    write, ahead = ray_data.written, []
+
+    def write_and_look(found, *rest):
+        def looked_at():
+            for done, some in enumerate(found, start=1):
+                # They have been read once before Ray started.
+                ahead.append((tmp_path / "read").stat().st_size - 100 - done)
+                yield some
+
+        return write(looked_at(), *rest)
+
+    monkeypatch.setattr(ray_data, "written", write_and_look)
+    monkeypatch.setattr(ray_data, "BYTES", 1)
+    asked = {"workers": 1, "window": 1, "max_length": 4, "disable_tqdm": True}
+    classify_on_ray(folder / "model", Logged(), output=tmp_path / "out.csv", **asked)
+    # Four windows of four bytes for each letter, whose letters take one byte, and those that are on their way.
+    assert len(ahead) == 100 and max(ahead) < 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["texts.txt", "texts.jsonl"])
 def test_the_command(kind, folder, asked, expected, cluster, tmp_path, capsys):
     given = ["--workers", "2", "--text_column", "words", "--window", "4", "--batch_size", "2", "--disable_tqdm"]
     threshold = ",".join(map(str, asked["exit_threshold"]))
@@ -145,7 +178,7 @@ def test_the_command(kind, folder, asked, expected, cluster, tmp_path, capsys):
     arguments = [str(folder / "model"), str(folder / kind), "--output", str(out), "--exit_threshold", threshold]
     assert cli.main(["classify", *arguments, *given]) == 0
     with open(out, newline="") as file:
-        same(csv.DictReader(file), expected)
+        same(list(csv.DictReader(file)), expected)
     assert json.loads(capsys.readouterr().out)["rows"] == len(TEXTS)
 
 

@@ -24,8 +24,9 @@ from transformers_cee.engines.exporting import tokenizer_of
 from transformers_cee.exits.fields import check_field, whole
 
 
-# Windows that wait for a worker take no more than this, in bytes.
-WAITING = 2**28
+# So many windows for each worker are held at once, or as many as fit in some bytes: two that it has in hand, two that
+# wait.
+WINDOWS, BYTES = 4, 2**26
 # Ray reports to its makers and opens a page for the network unless it is told not to; what its workers have to say of
 # their deaths is in its own files.
 _ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -99,7 +100,10 @@ def classify_on_ray(
     classifier = _load(name, asked)
     takes_blanks, names = classifier.takes_blanks, classifier.model.config.id2label
     del classifier
-    count = sum(1 for _ in source.checked(takes_blanks))
+    count = largest = 0
+    for some in source.windows(window, takes_blanks):
+        # A character takes up to four bytes.
+        count, largest = count + len(some), max(largest, 4 * sum(map(len, some)))
     if count == 0:
         return written(iter(()), names, target)
     if isinstance(texts, (str, os.PathLike)):
@@ -107,7 +111,8 @@ def classify_on_ray(
     with _cluster(workers) as cpus, tqdm(total=count, unit="texts", disable=disable_tqdm) as progress:
         made = {"model": name, "asked": asked, "threads": cpus}
         read = partial(_blocks, source, window, takes_blanks)
-        with closing(_classified(read, made, workers, progress)) as found:
+        held = max(BYTES, WINDOWS * workers * largest)
+        with closing(_classified(read, made, workers, held, progress)) as found:
             return written(found, names, target)
 
 
@@ -162,9 +167,15 @@ def _blocks(source: Texts, window: int, takes_blanks: bool) -> Iterator[Any]:
 
 
 def _classified(
-    read: partial[Iterator[Any]], made: dict[str, Any], workers: int, progress: tqdm
+    read: partial[Iterator[Any]], made: dict[str, Any], workers: int, held: int, progress: tqdm
 ) -> Generator[ClassifiedTexts, None, None]:
-    """What becomes of the windows, in their order."""
+    """What becomes of the windows, in their order.
+
+    Args:
+        read (`partial`): gives the windows.
+        made (`dict`): arguments of [`Worker`].
+        held (`int`): bytes of windows that are read and not yet classified, about.
+    """
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, read_datasource
     from ray.exceptions import RayTaskError
 
@@ -174,7 +185,7 @@ def _classified(
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=WAITING)
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=held)
     with DataContext.current(context):
         # Reading takes no CPU from the workers, which have them all.
         results = read_datasource(_reading(read), num_cpus=0, override_num_blocks=1).map_batches(
