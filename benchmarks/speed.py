@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from speed_peers import STOCK, SingleRows, by_entropy, dynamic_int8, stock_of
+from speed_tables import draw_speedups
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
@@ -187,7 +188,15 @@ def main() -> None:
     table = table_of(sizes)
     write_text(args.output / "table.md", table + "\n")
     print(table)
-    draw(sizes, args.output / "speed.png")
+    draw_speedups(
+        {
+            f"{one['batch_size']} × {one['length']}": {
+                entry["variant"]: Reported(**entry["over_stock"]) for entry in one["variants"]
+            }
+            for one in sizes
+        },
+        args.output / "speed.png",
+    )
 
 
 def table_of(sizes: list[dict[str, Any]]) -> str:
@@ -205,28 +214,6 @@ def table_of(sizes: list[dict[str, Any]]) -> str:
             cells.append(text)
         rows.append([first["variant"], *cells])
     return markdown_table(header, rows)
-
-
-def draw(sizes: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the speed-up over the stock model, one group per size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [entry["variant"] for entry in sizes[0]["variants"]]
-    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.32 * len(names)))
-    height = 0.8 / len(sizes)
-    for number, one in enumerate(sizes):
-        values = [entry["over_stock"]["value"] or 0.0 for entry in one["variants"]]
-        places = [place + number * height for place in range(len(names))]
-        axes.barh(places, values, height, label=f"{one['batch_size']} × {one['length']}")
-    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names)
-    axes.invert_yaxis()
-    axes.set_xlabel("speed-up over stock torch float32 (0: noise)")
-    axes.legend(title="rows × tokens")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

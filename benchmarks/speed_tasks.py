@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from speed_peers import STOCK, SingleRows, by_entropy, by_patience, dynamic_int8, stock_of
+from speed_tables import draw_speedups, tables
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 from transformers.utils import logging
@@ -37,7 +38,7 @@ from transformers_cee.engines.costs import measure_costs
 from transformers_cee.engines.promises import exits_of
 from transformers_cee.engines.serving import of_layers, rates_of, subset
 from transformers_cee.evaluation.environment import timing_environment
-from transformers_cee.evaluation.report import markdown_table, write_results
+from transformers_cee.evaluation.report import write_results
 from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer, Timings
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.files import write_text
@@ -62,7 +63,7 @@ class SpeedArguments:
     """What is compared."""
 
     model: str = field(metadata={"help": "Folder of a trained classifier with exits."})
-    output: str = field(metadata={"help": "Folder for results.json and table.md."})
+    output: str = field(metadata={"help": "Folder for results.json, table.md and speed.png."})
     engines: list[str] = field(
         default_factory=lambda: ["openvino:int8", "openvino:float32", "onnxruntime:int8", "torch:float32"],
         metadata={"help": "Engines and precisions; the choice of exits is looked at on the first one."},
@@ -354,6 +355,13 @@ def main(words: Sequence[str] | None = None) -> None:
     write_results(results, output / "results.json")
     write_text(output / "table.md", tables(results))
     print(tables(results))
+    draw_speedups(
+        {
+            str(one["batch_size"]): {name: Reported(**about["over_stock"]) for name, about in one["variants"].items()}
+            for one in results["sizes"]
+        },
+        output / "speed.png",
+    )
 
 
 def compared(
@@ -401,55 +409,6 @@ def compared(
         "never_slower": {word: never_slower(args, data, engines[word], rows, size) for word in args.engines},
         "choice": {} if one is None else exit_choices(args, data, engines[first], one, rows, size),
     }
-
-
-def tables(results: dict[str, Any]) -> str:
-    """What was found, as Markdown."""
-    parts = [f"Full depth in float32: {results['full']:.4f} on {results['rows']['test']} test rows.\n"]
-    header = ["", "accuracy", "depth", "ms per text", "over stock torch", "over the engine", "share", "exits"]
-    for one in results["sizes"]:
-        lines = [[STOCK, "", "", "", "1.00x", "", "", ""]]
-        for name, about in one["variants"].items():
-            over = Reported(**about["over_engine"]).text() if "over_engine" in about else ""
-            exits = f"{about['exit_layers'][:-1]}, {about['criterion']}" if "exit_layers" in about else ""
-            share = about.get("share")
-            lines.append(
-                [name, f"{about['accuracy']:.4f}", f"{about['depth']:.2f}", Reported(**about["milliseconds"]).text(""),
-                 Reported(**about["over_stock"]).text(), over, "" if share is None else f"{share:.2f}", exits]
-            )  # fmt: skip
-        parts.append(f"Batch {one['batch_size']}:\n\n{markdown_table(header, lines)}\n")
-        slower = [
-            [word, *(Reported(**figure).text() for figure in found.values())]
-            for word, found in one["never_slower"].items()
-        ]
-        parts.append(
-            "Time without exits over time with them, all exits open, at mean depths of so many of all layers:\n\n"
-            + markdown_table(["", *(f"{share:g}" for share in DEPTHS)], slower)
-            + "\n"
-        )
-        if one["choice"]:
-            lines = [
-                [name, str(found["layers"][:-1]), f"{found['accuracy']:.4f}", f"{found['depth']:.2f}",
-                 Reported(**found["over_engine"]).text()]
-                for name, found in one["choice"].items()
-            ]  # fmt: skip
-            parts.append(
-                "The same agreement with other exits:\n\n"
-                + markdown_table(["", "exits", "accuracy", "depth", "over the engine"], lines)
-                + "\n"
-            )
-    header = ["", "agreement", "accuracy", "depth before", "accuracy", "depth refitted", "accuracy"]
-    names = ["agreement", "accuracy", "depth_before", "accuracy_before", "depth_after", "accuracy_after"]
-    lines = [
-        [word, *(f"{found[name]:.2f}" if "depth" in name else f"{found[name]:.4f}" for name in names)]
-        for word, found in results["quantised"].items()
-    ]
-    parts.append(
-        "Beside float32 at full depth, and at half the layers with thresholds fitted in float32 and refitted:\n\n"
-        + markdown_table(header, lines)
-        + "\n"
-    )
-    return "\n".join(parts)
 
 
 if __name__ == "__main__":
