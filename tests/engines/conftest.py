@@ -38,11 +38,10 @@ def make_model():
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
         config = BertCeeConfig(
             vocab_size=60,
-            max_position_embeddings=64,
             num_labels=3,
             initializer_range=0.15,
             **sizes,
-            **{"num_hidden_layers": 4, **fields},
+            **{"num_hidden_layers": 4, "max_position_embeddings": 64, **fields},
         )
         return BertForConsistentEE(config).eval()
 

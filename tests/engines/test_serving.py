@@ -69,6 +69,13 @@ def test_fewer_exits_are_those_of_their_layers(exported, tokenizer, texts):
     torch.testing.assert_close(some.all_exit_logits, every.all_exit_logits[:, [1, 3]], rtol=1e-5, atol=1e-5)
 
 
+def test_no_longer_rows_than_the_model_reads_are_measured(make_model, tokenizer, texts, tmp_path):
+    made = make_model(exit_criterion="max_probability", max_position_embeddings=20)
+    options = {"engine": "torch", "precision": "float32", "calibration_texts": texts, "processing_class": tokenizer}
+    exported = made.export(tmp_path / "out", **options)
+    assert {batch.length for batch in exported.costs.batches} == {16, 20}
+
+
 def test_nothing_to_measure(exported):
     last = BertForConsistentEE.from_pretrained(exported.name_or_path, exit_layers=[4])
     with pytest.raises(ValueError, match="no checks to measure"):

@@ -40,7 +40,8 @@ def measure_costs(
 
     Args:
         model ([`ExportedSequenceClassifier`]): the model.
-        batch_sizes, lengths (sequences of `int`): rows of a batch and tokens of a row that are measured.
+        batch_sizes, lengths (sequences of `int`): rows of a batch and tokens of a row that are measured; longer
+            rows than the model reads are as long as it reads.
         timer ([`Timer`], *optional*): takes the times.
         disable_tqdm (`bool`): no progress bar.
     """
@@ -53,7 +54,8 @@ def measure_costs(
     # Of a walk that asks every exit, whatever it costs.
     bare = copy.deepcopy(model)
     bare.costs = None
-    sizes = [(rows, length) for length in lengths for rows in batch_sizes]
+    most = model.most_tokens or max(lengths)
+    sizes = [(rows, length) for length in sorted({min(length, most) for length in lengths}) for rows in batch_sizes]
     measured = [
         _measured(bare, rows, length, timer) for rows, length in tqdm(sizes, desc="Costs", disable=disable_tqdm)
     ]
