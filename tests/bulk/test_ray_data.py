@@ -86,6 +86,7 @@ def test_windows(kind, folder):
     ]
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_shuts_down_what_was_started(folder, tmp_path, monkeypatch):
     import ray
 
