@@ -351,9 +351,12 @@ def main(words: Sequence[str] | None = None) -> None:
         results["quantised"] = {
             word: quantised(full, served, criterion) for word, served in engines.items() if served is not full
         }
-        results["sizes"] = [compared(args, data, model, engines, floor, size) for size in args.batch_sizes]
-    write_results(results, output / "results.json")
-    write_text(output / "table.md", tables(results))
+        results["sizes"] = []
+        for size in args.batch_sizes:
+            results["sizes"].append(compared(args, data, model, engines, floor, size))
+            # What was found is there, whatever comes later.
+            write_results(results, output / "results.json")
+            write_text(output / "table.md", tables(results))
     print(tables(results))
     draw_speedups(
         {
