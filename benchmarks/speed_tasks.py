@@ -34,7 +34,7 @@ from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.exit_choice import ExitChoice, choose_exits
 from transformers_cee.calibration.scores import ExitScores, score_store
 from transformers_cee.engines import ENGINES
-from transformers_cee.engines.costs import BATCH_SIZES, measure_costs
+from transformers_cee.engines.costs import measure_costs
 from transformers_cee.engines.promises import exits_of
 from transformers_cee.engines.serving import of_layers, rates_of, subset
 from transformers_cee.evaluation.environment import timing_environment
@@ -170,9 +170,7 @@ def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path)
 
     made = export(args.criteria[0])
     lengths = sorted({max(1, round(data.length())), 64})
-    # Fewer rows than were measured are taken to cost what the fewest did: so small batches are always among them.
-    sizes = sorted({*BATCH_SIZES, *args.batch_sizes})
-    made.costs = measure_costs(made, batch_sizes=sizes, lengths=lengths, disable_tqdm=True)
+    made.costs = measure_costs(made, batch_sizes=args.batch_sizes, lengths=lengths, disable_tqdm=True)
     stores = [exits_of(made, rows, data.tokenizer) for rows in (data.dev, data.test)]
     made.rates = rates_of(made, stores[0])
     print(f"{word}: exported", flush=True)

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers_cee import BertForConsistentEE, CalibratedPoint
 from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
 from transformers_cee.engines.costs import measure_costs
+from transformers_cee.evaluation.timing import Timer
 from transformers_cee.exits.estimators import ESTIMATORS
 
 
@@ -69,11 +70,13 @@ def test_fewer_exits_are_those_of_their_layers(exported, tokenizer, texts):
     torch.testing.assert_close(some.all_exit_logits, every.all_exit_logits[:, [1, 3]], rtol=1e-5, atol=1e-5)
 
 
-def test_no_longer_rows_than_the_model_reads_are_measured(make_model, tokenizer, texts, tmp_path):
+def test_sizes_that_are_measured(make_model, tokenizer, texts, tmp_path):
     made = make_model(exit_criterion="max_probability", max_position_embeddings=20)
     options = {"engine": "torch", "precision": "float32", "calibration_texts": texts, "processing_class": tokenizer}
     exported = made.export(tmp_path / "out", **options)
     assert {batch.length for batch in exported.costs.batches} == {16, 20}
+    few = measure_costs(exported, batch_sizes=[4], lengths=[16], timer=Timer(3, 1), disable_tqdm=True)
+    assert [batch.batch_size for batch in few.batches] == [1, 4]
 
 
 def test_nothing_to_measure(exported):

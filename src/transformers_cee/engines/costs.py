@@ -40,8 +40,8 @@ def measure_costs(
 
     Args:
         model ([`ExportedSequenceClassifier`]): the model.
-        batch_sizes, lengths (sequences of `int`): rows of a batch and tokens of a row that are measured; longer
-            rows than the model reads are as long as it reads.
+        batch_sizes, lengths (sequences of `int`): rows of a batch and tokens of a row that are measured. One row
+            always is, and longer rows than the model reads are as long as it reads.
         timer ([`Timer`], *optional*): takes the times.
         disable_tqdm (`bool`): no progress bar.
     """
@@ -55,7 +55,9 @@ def measure_costs(
     bare = copy.deepcopy(model)
     bare.costs = None
     most = model.most_tokens or max(lengths)
-    sizes = [(rows, length) for length in sorted({min(length, most) for length in lengths}) for rows in batch_sizes]
+    # A table takes fewer rows than were measured to cost what the fewest did, and of a batch one row may be left.
+    rows_measured = sorted({1, *batch_sizes})
+    sizes = [(rows, length) for length in sorted({min(length, most) for length in lengths}) for rows in rows_measured]
     measured = [
         _measured(bare, rows, length, timer) for rows, length in tqdm(sizes, desc="Costs", disable=disable_tqdm)
     ]
