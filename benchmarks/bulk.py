@@ -77,7 +77,7 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         start, own = time.perf_counter(), psutil.Process()
-        while not self.done.wait(INTERVAL):
+        while True:
             passed, used = time.perf_counter() - start, 0
             for process in (own, *own.children(recursive=True)):
                 try:
@@ -88,6 +88,8 @@ class Memory(threading.Thread):
                 except psutil.NoSuchProcess:
                     continue
             self.samples.append((passed, used / 2**20))
+            if self.done.wait(INTERVAL):
+                return
 
     def _is_to_die(self, process: psutil.Process, passed: float) -> bool:
         due = self.kill_after is not None and passed > self.kill_after and not self.killed

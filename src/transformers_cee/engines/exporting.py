@@ -86,8 +86,7 @@ def export_model(
     if not texts and processing_class is None:
         with suppress(ValueError):
             processing_class = tokenizer_of(model, "texts")
-    longest = longest_text(model, processing_class) if texts else None
-    rows = None if not texts else _tokens(texts, processing_class, longest, calibration_labels)
+    rows = _tokens(texts, processing_class, model, calibration_labels) if texts else None
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: whatever is at `output` is whole.
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -181,8 +180,8 @@ def longest_text(model: Any, tokenizer: Any, wanted: int | None = None) -> int |
     return min((most for most in (wanted, said, model.most_tokens) if most is not None), default=None)
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any, longest: int | None, labels: Sequence[Any] | None) -> Dataset:
-    made = tokenizer(list(texts), truncation=True, max_length=longest)
+def _tokens(texts: Sequence[str], tokenizer: Any, model: Any, labels: Sequence[Any] | None) -> Dataset:
+    made = tokenizer(list(texts), truncation=True, max_length=longest_text(model, tokenizer))
     columns = {} if labels is None else {"labels": [plain(label) for label in labels]}
     return Dataset.from_dict({name: made[name] for name in made} | columns)
 
