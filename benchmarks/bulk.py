@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from transformers_cee.bulk.classifying import classify
+from transformers_cee.cli import exit_threshold
 from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import write_results
 
@@ -46,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the one process; workers share the processor")
     parser.add_argument("--workers", type=int, default=1, help="above 1: workers of Ray")
     parser.add_argument("--kill_after", type=float, help="seconds after which one worker is killed")
-    parser.add_argument("--exit_threshold", help="a number, or the name of an operating point")
+    parser.add_argument("--exit_threshold", type=exit_threshold, help="a number, or the name of an operating point")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and memory.png")
     args = parser.parse_args()
     if args.kill_after is not None and args.workers < 2:
@@ -101,13 +102,6 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def threshold(given: str | None) -> Any:
-    try:
-        return None if given is None else float(given)
-    except ValueError:
-        return given
-
-
 def main() -> None:
     args = parse_arguments()
     logging.set_verbosity_error()
@@ -115,7 +109,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     texts, labels = args.output / "texts.txt", args.output / "labels.jsonl"
     write_texts(args.texts, args.rows, texts)
-    asked = {"output": labels, "batch_size": args.batch_size, "exit_threshold": threshold(args.exit_threshold)}
+    asked = {"output": labels, "batch_size": args.batch_size, "exit_threshold": args.exit_threshold}
     memory = Memory(args.kill_after)
     memory.start()
     if args.workers > 1:

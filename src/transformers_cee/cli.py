@@ -77,7 +77,7 @@ def _load(model: str, device: str = "cpu") -> Any:
     return AutoModelForSequenceClassification.from_pretrained(model, **made_for).to(device)
 
 
-def _threshold(given: str) -> float | list[float] | str:
+def exit_threshold(given: str) -> float | list[float] | str:
     """A number, numbers with commas between them, or the name of an operating point."""
     try:
         found = [float(part) for part in given.split(",")]
@@ -117,7 +117,7 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
         "--max_length", type=int, help="tokens that a text is cut to (default, and at most: what the model reads)"
     )
     parser.add_argument(
-        "--exit_threshold", type=_threshold,
+        "--exit_threshold", type=exit_threshold,
         help="a number, one per exit with commas between, or the name of an operating point (default: the model's)",
     )  # fmt: skip
     parser.add_argument("--exit_criterion", help="rule by which texts leave (default: the model's)")
@@ -141,4 +141,4 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="rows per batch of calibration texts")
 
 
-__all__ = ["main"]
+__all__ = ["exit_threshold", "main"]

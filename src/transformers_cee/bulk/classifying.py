@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from transformers_cee.bulk.texts import Texts, find_texts
 from transformers_cee.bulk.windows import ClassifiedTexts, WindowClassifier, checked_model
-from transformers_cee.engines.exporting import tokenizer_of
 from transformers_cee.exits.fields import check_field, whole
 from transformers_cee.files import replacing
+from transformers_cee.tokenizing import tokenizer_of
 
 
 @dataclass(frozen=True)

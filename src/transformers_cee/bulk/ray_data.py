@@ -20,8 +20,8 @@ from transformers import AutoModelForSequenceClassification
 from transformers_cee.bulk.classifying import BulkSummary, checked_output, written
 from transformers_cee.bulk.texts import Texts, find_texts
 from transformers_cee.bulk.windows import ClassifiedTexts, WindowClassifier
-from transformers_cee.engines.exporting import tokenizer_of
 from transformers_cee.exits.fields import check_field, whole
+from transformers_cee.tokenizing import tokenizer_of
 
 
 # So many windows for each worker are held at once, or as many as fit in some bytes: two that it has in hand, two that

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_cee.engines.exporting import longest_text
 from transformers_cee.engines.graphs import fits_graph
 from transformers_cee.exits.criteria import CRITERIA, check_thresholds
 from transformers_cee.exits.deciding import model_criterion, resolve_decision
@@ -23,6 +22,7 @@ from transformers_cee.exits.pooling import run_pooled
 from transformers_cee.exits.row_batch import RowBatch
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.pipelines import exit_model
+from transformers_cee.tokenizing import longest_text
 
 
 @dataclass

@@ -19,8 +19,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, DataCollatorWithPadding
-from transformers.tokenization_utils_base import LARGE_INTEGER
+from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
 from transformers_cee.engines.costs import measure_costs
@@ -38,6 +37,7 @@ from transformers_cee.exits.numbers import plain, share
 from transformers_cee.modeling.exits_saving import check_no_adapters
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.stores.filling import similar_length_batches
+from transformers_cee.tokenizing import longest_text, tokenizer_of
 
 
 logger = logging.get_logger(__name__)
@@ -152,32 +152,6 @@ def _check_labels(labels: Sequence[Any] | None, texts: Sequence[str], config: An
             f"`calibration_labels` begin with {labels[0]!r}; accepted are numbers as in a data set's `labels`."
         ) from error
     check_labels(values, len(labels), config.num_labels, problem_type(config))
-
-
-def tokenizer_of(model: Any, texts: str) -> Any:
-    """The tokenizer of the checkpoint that a model came from.
-
-    Args:
-        texts (`str`): what it is to read, for the message.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`processing_class`=None, and {model.name_or_path!r}, from which the model came, has no tokenizer; give "
-            f"the one that reads {texts}."
-        ) from error
-
-
-def longest_text(model: Any, tokenizer: Any, wanted: int | None = None) -> int | None:
-    """Tokens that texts are cut to: the fewest of what is wanted, what the tokenizer says and what the model reads;
-    None without a limit."""
-    # Tokenizers that say nothing have a number beyond all texts.
-    said = tokenizer.model_max_length if tokenizer.model_max_length < LARGE_INTEGER else None
-    return min((most for most in (wanted, said, model.most_tokens) if most is not None), default=None)
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any, model: Any, labels: Sequence[Any] | None) -> Dataset:

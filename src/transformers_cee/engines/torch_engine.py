@@ -77,7 +77,7 @@ class TorchEngine(Engine):
         block: Callable[..., tuple[Tensor, ...]] = _compiled(graph) if self.compile else graph
         buckets = None
         if self.capture is not None:
-            most = getattr(self.config, "max_position_embeddings", None)
+            most = self.model.most_tokens
             buckets = Buckets(block, graph.inputs, graph.outputs, self.capture, most, self.lock)
 
         # No inference mode: whoever trains on states may keep what it got.
