@@ -87,7 +87,9 @@ class ModelArguments(CheckpointArguments):
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Keep the first so many layers of the checkpoint only."}
     )
-    exit_pooling: str | None = field(default=None, metadata={"help": "cls or mean."})
+    exit_pooling: str | None = field(
+        default=None, metadata={"help": "cls, mean, or internal_mean, which leaves the last exit to the stock head."}
+    )
     exit_norm: str | None = field(default=None, metadata={"help": "none or layer_norm."})
     ignore_mismatched_sizes: bool = field(
         default=False,

@@ -48,7 +48,7 @@ class ErnieWithExits(EarlyExitSequenceClassifier, ErniePreTrainedModel):
     task_modules = ("classifier", "ernie.pooler")
 
     def add_stock(self, config):
-        self.ernie = ErnieModel(config, add_pooling_layer=config.exit_pooling == "cls")
+        self.ernie = ErnieModel(config, add_pooling_layer=config.keeps_stock_pooling)
         self.dropout = nn.Dropout(self.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 

@@ -23,6 +23,7 @@ _PUBLIC = {
         for entry in MODELS.values()
         for name in entry.classes
     },
+    "AddedExits": "adding.run",
     "BodyWithoutExits": "modeling.body",
     "BulkSummary": "bulk.classifying",
     "CalibratedPoint": "calibration.points",
@@ -54,10 +55,12 @@ _PUBLIC = {
     "RemoteCodeConfigMixin": "modeling.remote_code",
     "RewardStep": "training.rewards",
     "Timer": "evaluation.timing",
+    "add_exits": "adding.run",
     "area_under_curve": "evaluation.curves",
     "bootstrap_interval": "evaluation.statistics",
     "calibrate_agreement": "calibration.agreement",
     "calibrate_budget": "calibration.budget",
+    "calibrate_price": "calibration.prices",
     "calibrate_risk": "calibration.risk",
     "choose_exits": "calibration.exit_choice",
     "classify": "bulk.classifying",

@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The command `transformers-cee`: files of texts are classified, and classifiers exported, without code."""
+"""The command `transformers-cee`: classifiers get exits and are exported, and files of texts are classified, without
+code."""
 
 from __future__ import annotations
 
@@ -29,6 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"transformers-cee: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def add_exits(model: str, **options: Any) -> None:
+    """Gives exits to a classifier and prints what was reached as JSON."""
+    from transformers_cee.adding.run import add_exits
+
+    _check_device(options["device"])
+    print(json.dumps(asdict(add_exits(model, **options))))
 
 
 def classify(model: str, texts: str, workers: int | None, device: str | None, **options: Any) -> None:
@@ -63,18 +72,23 @@ def export(model: str, output: str, calibration_texts: str | None, text_column: 
 
 
 def _load(model: str, device: str = "cpu") -> Any:
-    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    _check_device(device)
+    # An exported model is made for its device, and stays there.
+    config = AutoConfig.from_pretrained(model)
+    made_for = {} if getattr(config, "exit_engine", None) is None else {"device": device}
+    return AutoModelForSequenceClassification.from_pretrained(model, **made_for).to(device)
+
+
+def _check_device(device: str) -> None:
+    import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(f"`--device`={device!r} is no device that torch has here: {reason}.") from error
-    # An exported model is made for its device, and stays there.
-    config = AutoConfig.from_pretrained(model)
-    made_for = {} if getattr(config, "exit_engine", None) is None else {"device": device}
-    return AutoModelForSequenceClassification.from_pretrained(model, **made_for).to(device)
 
 
 def exit_threshold(given: str) -> float | list[float] | str:
@@ -91,17 +105,46 @@ def _parser() -> argparse.ArgumentParser:
         prog="transformers-cee", description="Text classifiers with early exits: each text leaves at its own layer."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_exits(commands.add_parser("add-exits", help="give exits to a classifier", description=_ADD_EXITS))
     _add_classify(commands.add_parser("classify", help="classify a file of texts", description=_CLASSIFY))
     _add_export(commands.add_parser("export", help="export a classifier to an engine", description=_EXPORT))
     return parser
 
 
+_ADD_EXITS = (
+    "Give exits to a fine-tuned classifier of texts, from texts without labels. Its answers at full depth stay as "
+    "they are; early ones agree with them as often as is promised, which texts that nothing has learned from certify. "
+    "Prints what was reached as JSON."
+)
 _CLASSIFY = (
     "Classify a file of texts of any length. Each text gets a label, its score and the layer (1-based) at which it "
     "left, in the order of the texts. Prints a summary as JSON."
 )
 _EXPORT = "Export a classifier with exits to an engine: a folder that `classify` and Auto classes load."
 _FILE = ".txt with one text per line, .csv with a header, or .jsonl"
+
+
+def _add_exits(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=add_exits)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a fine-tuned classifier without exits")
+    parser.add_argument(
+        "--texts", required=True, metavar="FILE", help=f"some thousand texts, as the classifier will see them: {_FILE}"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the exits and their card")
+    parser.add_argument(
+        "--agreement", type=float, nargs="+", default=[0.99],
+        help="promised share of answers that are those of full depth; the first is the default (default: 0.99)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--risk", type=float, default=0.05, help="probability with which a promise may fail (default: %(default)s)"
+    )
+    parser.add_argument("--text_column", default="text", help="column or field of the texts (default: %(default)s)")
+    parser.add_argument("--label_column", help="column of true labels, to report the accuracy; nothing learns from it")
+    parser.add_argument("--exit_layers", type=int, nargs="+", help="layers (1-based) with an exit (default: all)")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device of torch, as 'cuda' (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn at random (default: %(default)s)")
+    parser.add_argument("--disable_tqdm", action="store_true", help="show no progress")
 
 
 def _add_classify(parser: argparse.ArgumentParser) -> None:

@@ -65,6 +65,19 @@ def test_rows_in_a_batch_are_rows_by_hand(model_type, side):
         compare(model, model_type, rows, walks, criterion, side)
 
 
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+@torch.no_grad()
+def test_internal_mean_leaves_the_last_exit_to_the_stock_head(model_type):
+    model = families.model(model_type, exit_pooling="internal_mean")
+    stock, rows = families.twin(model), families.rows(model_type, 4)
+    output = model(**families.batch(model_type, rows), output_all_exits=True)
+    for number, row in enumerate(rows):
+        walk = by_hand.pooled_walk(model_type, model, stock, row)
+        torch.testing.assert_close(output.all_exit_states[number, :-1], torch.stack(walk.states), **CLOSE)
+        torch.testing.assert_close(output.all_exit_logits[number, :-1], torch.stack(walk.logits), **CLOSE)
+        torch.testing.assert_close(output.logits[number], stock(**row).logits[0], **CLOSE)
+
+
 @pytest.mark.parametrize(("model_type", "side"), BATCHES)
 @torch.no_grad()
 def test_rows_in_a_batch_are_rows_alone(model_type, side):
@@ -124,7 +137,9 @@ def test_full_depth_is_the_stock_model(model_type, tmp_path, record_property):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-TEXTS = [(model_type, pooling) for model_type in families.of_kind("encoder") for pooling in ("cls", "mean")]
+TEXTS = [
+    (model_type, pooling) for model_type in families.of_kind("encoder") for pooling in ("cls", "mean", "internal_mean")
+]
 
 
 @pytest.mark.parametrize(("model_type", "pooling"), TEXTS)
@@ -145,7 +160,7 @@ def test_exits_alone_come_back(model_type, pooling, tmp_path):
         for again in (model_class.from_pretrained(folder), load_exits(loaded, folder)):
             found = again.eval()(**inputs, output_all_exits=True).all_exit_logits
             assert found.shape[-1] == labels and torch.equal(found, expected)
-        if pooling == "cls":
+        if pooling != "mean":
             # Otherwise a pooler that exits do not use has been taken away.
             torch.testing.assert_close(loaded(**inputs).logits, stock(**inputs).logits)
 

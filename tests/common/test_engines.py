@@ -12,6 +12,7 @@ import torch
 # Between two exits lies more than one layer; of ModernBERT's, layers 2 and 3 see a window of four tokens.
 EXITS = [1, 3]
 SIZES = {"cls": {"num_hidden_layers": 4, "exit_layers": EXITS}, "mean": {"num_hidden_layers": 2}}
+SIZES["internal_mean"] = SIZES["mean"]
 # Longer than the examples that graphs are traced with, and more rows; the longest is alone in its length.
 LENGTHS = (30, 3, 12, 2, 9, 7)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -21,7 +22,7 @@ PAIRS = [(name, pooling) for name in families.of_kind("encoder") for pooling in 
 
 
 def _once(pair):
-    """Each family runs by default with the pooling of its stock head; the other one takes as long again."""
+    """Each family runs by default with the pooling of its stock head; the others take as long again."""
     return pytest.param(pair, id="-".join(pair), marks=[] if pair[1] == "cls" else [pytest.mark.slow])
 
 

@@ -14,6 +14,8 @@ from transformers.utils import logging
 from transformers_cee.calibration.agreement import METHODS, calibrate_agreement
 from transformers_cee.calibration.budget import calibrate_budget, with_rejection
 from transformers_cee.calibration.points import CalibratedPoint
+from transformers_cee.calibration.prices import METHOD as PRICE
+from transformers_cee.calibration.prices import calibrate_price
 from transformers_cee.calibration.risk import P_VALUES, calibrate_risk
 from transformers_cee.calibration.scores import RISKS, ExitScores, score_store
 from transformers_cee.engines.graphs import problem_type
@@ -74,7 +76,7 @@ def fit_promises(model: Any, promises: Promises, store: ExitStore | None) -> Non
         config.exit_budget = _reached(config, promises.budget)
     for name, values in points.items():
         try:
-            _refitted(model, store, values).save_to(model, name)
+            _refitted(model, store, values, budgets).save_to(model, name)
         except ValueError as error:
             _say_dropped([name], str(error).removesuffix("."))
     if promises.threshold in config.exit_operating_points:
@@ -106,11 +108,17 @@ def exits_of(model: Any, rows: Any, processing_class: Any, batch_size: int = 32)
     )
 
 
-def _refitted(model: Any, store: ExitStore, values: dict[str, Any]) -> CalibratedPoint:
-    """An operating point with the same promise; raises `ValueError` that says why there is none."""
+def _refitted(model: Any, store: ExitStore, values: dict[str, Any], budgets: list[list[float]]) -> CalibratedPoint:
+    """An operating point with the same promise; raises `ValueError` that says why there is none.
+
+    Args:
+        budgets (`list`): of the model that was exported; those that were fitted on these texts certify nothing there.
+    """
     if "promise" not in values:
         raise ValueError("it holds thresholds without a promise, which were found on another engine or precision")
     old = CalibratedPoint.from_dict(values)
+    if old.method == PRICE:
+        return calibrate_price(store, model, old.levels["epsilon"], old.levels["delta"], budgets)
     risk = old.levels.get("risk", "error")
     if risk not in RISKS:
         raise ValueError(f"its promise is a bound on the risk {risk!r}, which `export` knows nothing of")

@@ -23,7 +23,7 @@ from transformers_cee.exits.numbers import plain
 from transformers_cee.exits.numbers import whole as without_point
 
 
-EXIT_POOLINGS = ("cls", "mean")
+EXIT_POOLINGS = ("cls", "mean", "internal_mean")
 EXIT_NORMS = ("none", "layer_norm")
 POLICY_INPUTS = ("state", "confidence", "both")
 POLICY_CONDITIONS = ("none", "input", "film")
@@ -268,7 +268,8 @@ class EncoderExitConfigMixin(ClassifierExitConfigMixin):
         exit_pooling (`str`, *optional*, defaults to `"cls"`):
             How the hidden states (rows, time, hidden) of a layer become one exit state (rows, hidden): `"cls"` takes
             the first token through what the stock head has before its last layer, shared by all exits (ConsistentEE's
-            choice; BERT's tanh pooler), `"mean"` averages the unmasked tokens.
+            choice; BERT's tanh pooler), `"mean"` averages the unmasked tokens, `"internal_mean"` does so at internal
+            exits and leaves the last one to the stock head, so that full depth stays the stock model.
         kwargs: fields of `ClassifierExitConfigMixin`.
     """
 
@@ -277,6 +278,19 @@ class EncoderExitConfigMixin(ClassifierExitConfigMixin):
     def check_exits(self) -> None:
         super().check_exits()
         _check_choice("exit_pooling", self.exit_pooling, EXIT_POOLINGS)
+
+    @property
+    def keeps_stock_pooling(self) -> bool:
+        """Does an exit use what the stock head has before its last layer?"""
+        return self.exit_pooling != "mean"
+
+    def averages_tokens(self, is_last: bool) -> bool:
+        """Is an exit's state the mean over tokens?
+
+        Args:
+            is_last (`bool`): is it the last exit?
+        """
+        return self.exit_pooling == "mean" or (self.exit_pooling == "internal_mean" and not is_last)
 
 
 @dataclass(kw_only=True)

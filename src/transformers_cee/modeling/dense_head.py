@@ -26,7 +26,7 @@ class DenseHeadClassifier(EarlyExitSequenceClassifier):
 
     def add_heads(self, config: Any) -> None:
         super().add_heads(config)
-        if config.exit_pooling != "cls":
+        if not config.keeps_stock_pooling:
             self.classifier.dense = None
 
     def pool(self, state: Tensor) -> Tensor:

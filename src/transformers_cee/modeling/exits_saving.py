@@ -99,7 +99,7 @@ def _compare_with_base(model: Any, base: str, kwargs: dict[str, Any]) -> tuple[s
     model_class.config_class.check_model_type(values.get("model_type"), base)
     mine = saved_tensors(model)
     reference, info = model_class.load_checkpoint(
-        base, brings=_FromElsewhere(tasks), config=copy.deepcopy(model.config), dtype=model.dtype, **kwargs
+        base, brings=FromElsewhere(tasks), config=copy.deepcopy(model.config), dtype=model.dtype, **kwargs
     )
     lacking = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     theirs = reference.state_dict()
@@ -120,7 +120,7 @@ def _compare_with_base(model: Any, base: str, kwargs: dict[str, Any]) -> tuple[s
     return brought, _commit_of(base, kwargs)
 
 
-class _FromElsewhere:
+class FromElsewhere:
     """Names of all weights of exits, and of modules of the task."""
 
     def __init__(self, task_modules: Collection[str]) -> None:
@@ -147,4 +147,4 @@ def _commit_of(base: str, kwargs: dict[str, Any]) -> str | None:
     return commit
 
 
-__all__ = ["check_no_adapters", "save_exits"]
+__all__ = ["FromElsewhere", "check_no_adapters", "save_exits"]

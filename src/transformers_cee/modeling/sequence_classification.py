@@ -127,7 +127,7 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
         """Exit state (rows, hidden) of exit `index` (0-based) from hidden states (rows, time, hidden)."""
-        if self.config.exit_pooling == "mean":
+        if self.config.averages_tokens(index == self.last_exit):
             pooled = mean_token(self.finished(hidden_states), padding_mask)
         else:
             pooled = self.pool(self.finished(first_token(hidden_states, padding_mask)))

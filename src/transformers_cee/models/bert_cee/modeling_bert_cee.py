@@ -29,7 +29,7 @@ class BertForConsistentEE(EarlyExitSequenceClassifier, BertPreTrainedModel):
     task_modules: ClassVar[tuple[str, ...]] = ("classifier", "bert.pooler")
 
     def add_stock(self, config: BertCeeConfig) -> None:
-        self.bert = BertModel(config, add_pooling_layer=config.exit_pooling == "cls")
+        self.bert = BertModel(config, add_pooling_layer=config.keeps_stock_pooling)
         self.dropout = nn.Dropout(self.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -41,14 +41,14 @@ class BertCeeModel(BodyWithoutExits, BertModel):
     """The encoder of a [`BertForConsistentEE`], without exits and heads.
 
     Args:
-        config ([`BertCeeConfig`]): there is a pooler where the exits use one (`exit_pooling="cls"`).
+        config ([`BertCeeConfig`]): there is a pooler unless `exit_pooling` is "mean".
     """
 
     config_class = BertCeeConfig
     config: BertCeeConfig
 
     def __init__(self, config: BertCeeConfig, **kwargs: Any) -> None:
-        super().__init__(config, **{"add_pooling_layer": config.exit_pooling == "cls", **kwargs})
+        super().__init__(config, **{"add_pooling_layer": config.keeps_stock_pooling, **kwargs})
 
 
 __all__ = ["BertCeeModel", "BertForConsistentEE"]

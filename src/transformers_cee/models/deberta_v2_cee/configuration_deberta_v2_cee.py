@@ -21,7 +21,7 @@ class DebertaV2CeeConfig(RemoteCodeConfigMixin, EncoderExitConfigMixin, DebertaV
 
     def check_exits(self) -> None:
         super().check_exits()
-        if self.exit_pooling == "cls" and self.pooler_hidden_size != self.hidden_size:
+        if self.keeps_stock_pooling and self.pooler_hidden_size != self.hidden_size:
             raise ValueError(
                 f"`pooler_hidden_size`={self.pooler_hidden_size} gives states of another size than the layers; "
                 f"accepted is `hidden_size`={self.hidden_size}, or `exit_pooling`='mean', which has no pooler."

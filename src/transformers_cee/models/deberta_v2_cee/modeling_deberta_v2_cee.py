@@ -42,7 +42,7 @@ class DebertaV2ForConsistentEE(EarlyExitSequenceClassifier, DebertaV2PreTrainedM
 
     def add_stock(self, config: DebertaV2CeeConfig) -> None:
         self.deberta = DebertaV2Model(config)
-        if config.exit_pooling == "cls":
+        if config.keeps_stock_pooling:
             self.pooler = ContextPooler(config)
         self.dropout = nn.Dropout(self.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)

@@ -37,7 +37,7 @@ class DistilBertForConsistentEE(EarlyExitSequenceClassifier, DistilBertPreTraine
 
     def add_stock(self, config: DistilBertCeeConfig) -> None:
         self.distilbert = DistilBertModel(config)
-        if config.exit_pooling == "cls":
+        if config.keeps_stock_pooling:
             self.pre_classifier = nn.Linear(config.dim, config.dim)
         self.classifier = nn.Linear(config.dim, config.num_labels)
         self.dropout = nn.Dropout(config.seq_classif_dropout)

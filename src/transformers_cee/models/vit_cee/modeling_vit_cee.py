@@ -55,7 +55,7 @@ class ViTForConsistentEE(EarlyExitImageClassifier, ViTPreTrainedModel):
         return RowBatch(embeddings(pixels, **given))
 
     def state(self, hidden_states: Tensor, padding_mask: Tensor | None, index: int) -> Tensor:
-        if self.config.exit_pooling == "mean":
+        if self.config.averages_tokens(index == self.last_exit):
             pooled = mean_token(self.vit.layernorm(hidden_states), None)
         else:
             pooled = self.vit.layernorm(first_token(hidden_states, None))
