@@ -14,6 +14,7 @@ from transformers_cee import (
     CalibratedPoint,
     calibrate_agreement,
     calibrate_budget,
+    calibrate_price,
     calibrate_risk,
     collect_exits,
     score_store,
@@ -23,6 +24,7 @@ from transformers_cee.engines.promises import Promises, exits_of, fit_promises
 
 FITTED_ON = "openvino float32"
 LAYERS = [1.0, 2.0, 3.0, 4.0]
+BUDGETS = [[0.5, 0.1, 0.5], [0.9, 0.01, 0.7], [1.0, 0.01, 0.9999]]
 
 
 def stored(model, rows, tokenizer):
@@ -60,8 +62,9 @@ def exported(make_model, rows, tokenizer, texts, tmp_path_factory):
     """The exported model, and what its original promised."""
     model = make_model(exit_criterion="max_probability", policy_condition="film")
     store = stored(model, rows, tokenizer)
-    model.config.exit_operating_points = old_points(score_store(store, "max_probability", model))
-    model.config.exit_budgets = [[0.5, 0.1, 0.5], [0.9, 0.01, 0.5]]
+    points = old_points(score_store(store, "max_probability", model))
+    points["price"] = calibrate_price(store, model, 0.9, budgets=BUDGETS).to_dict()
+    model.config.exit_operating_points, model.config.exit_budgets = points, BUDGETS
     model.config.exit_threshold = "loose"
     before = model.config.to_dict()
     options = {"precision": "float32", "measure": False, "processing_class": tokenizer, "calibration_texts": texts}
@@ -75,8 +78,9 @@ def exported(make_model, rows, tokenizer, texts, tmp_path_factory):
 def test_points_are_fitted_on_the_engine(exported, rows, tokenizer):
     model, old = exported
     found = model.config.exit_operating_points
-    assert set(found) == {"loose", "tight", "running", "conformal", "budget", "risk"}
-    scores = score_store(stored(model, rows, tokenizer), "max_probability", model)
+    assert set(found) == {"loose", "tight", "running", "conformal", "budget", "risk", "price"}
+    store = stored(model, rows, tokenizer)
+    scores = score_store(store, "max_probability", model)
     with pytest.warns(UserWarning, match="Exits are off"):
         tight = calibrate_agreement(scores, 0.001)
     risks = scores.disagrees.double().mean(0)
@@ -87,6 +91,8 @@ def test_points_are_fitted_on_the_engine(exported, rows, tokenizer):
         "conformal": calibrate_agreement(scores, 0.6, "conformal", published=True),
         "budget": calibrate_budget(scores, 3.0, risks=risks),
         "risk": calibrate_risk(scores, 0.95),
+        # Budgets that were fitted on these rows would certify nothing.
+        "price": calibrate_price(store, model, 0.9, budgets=BUDGETS),
     }
     for name, point in expected.items():
         assert CalibratedPoint.from_dict(found[name]) == point
