@@ -74,6 +74,7 @@ _PUBLIC = {
     "exit_reliability": "evaluation.reliability",
     "exits_taken": "stores.scoring",
     "fit_estimators": "training.estimators",
+    "fit_exit_budgets": "evaluation.exit_budget",
     "fit_token_hash": "training.estimators",
     "load_exits": "modeling.exit_sets",
     "fixed_sequence": "calibration.risk",

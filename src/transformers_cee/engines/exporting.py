@@ -9,7 +9,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers_cee.engines.model import ExportedSequenceClassifier
 from transformers_cee.engines.promises import Promises, exits_of, fit_promises, take_promises
 from transformers_cee.engines.record import EXITS, GRAPHS, RECORD
 from transformers_cee.engines.serving import choose, keep_own, of_layers, rates_of, save_serving, subset
+from transformers_cee.engines.tracing import tracing
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.losses import check_labels
@@ -180,9 +180,7 @@ def _write(
         if frozen.config._attn_implementation not in ("eager", "sdpa"):
             # Others are for GPUs, or cannot be traced.
             frozen.set_attn_implementation("sdpa")
-        with warnings.catch_warnings():
-            # Sizes that a trace takes for constants are constants: numbers of labels, widths.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        with tracing():
             engine.write(Written(frozen, precision, criterion, samples), graphs)
     own = {name: value for name, value in frozen.state_dict().items() if name.startswith(_KEPT)}
     save_file({name: value.contiguous() for name, value in own.items()}, folder / EXITS)

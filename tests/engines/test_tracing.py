@@ -1,0 +1,44 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What stands around a trace: loggers are what they were, and masks take lengths that a trace holds as tensors."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from transformers_cee.engines.tracing import tracing
+
+
+def test_level_of_the_root_logger_is_given_back_after_an_error():
+    root = logging.getLogger()
+    before = root.level
+    with pytest.raises(RuntimeError, match="no graph"), tracing():
+        root.setLevel(logging.CRITICAL)
+        raise RuntimeError("no graph")
+    assert root.level == before
+
+
+@pytest.mark.parametrize(("release", "changes"), [("5.8.0", True), ("5.9.0", False), ("5.24.0", False)])
+def test_masks_of_lengths_that_are_tensors(monkeypatch, release, changes):
+    monkeypatch.setattr("transformers_cee.engines.tracing.version", lambda name: release)
+    seen = []
+    stock = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager")}
+    try:
+        for name in stock:
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = lambda q_length, **asked: seen.append((q_length, asked))
+        with pytest.raises(RuntimeError), tracing():
+            for length in (torch.tensor(3), 3):
+                ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](q_length=length, kv_length=3)
+            raise RuntimeError
+        (positions, asked), (number, _) = seen
+        assert asked == {"kv_length": 3} and number == 3
+        assert positions.tolist() == ([0, 1, 2] if changes else 3)
+        ALL_MASK_ATTENTION_FUNCTIONS["eager"](q_length=torch.tensor(2))
+        assert seen[-1][0].tolist() == 2, "outside of a trace nothing changes"
+    finally:
+        for name, make in stock.items():
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = make
