@@ -23,7 +23,7 @@ _PUBLIC = {
         for entry in MODELS.values()
         for name in entry.classes
     },
-    "AddedExits": "adding.run",
+    "AddedExits": "adding.report",
     "BodyWithoutExits": "modeling.body",
     "BulkSummary": "bulk.classifying",
     "CalibratedPoint": "calibration.points",

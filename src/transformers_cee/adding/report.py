@@ -1,23 +1,72 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What was measured when exits were added: `results.json`, and a part of the card."""
+"""What was reached when exits were added: in Python, in `results.json`, and in a part of the card."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import WALL_CLOCK_NOTE, escape_markdown, markdown_table, write_results
+from transformers_cee.evaluation.timing import Reported
 from transformers_cee.files import write_text
 from transformers_cee.modeling.exits_folder import CARD
 
 
-if TYPE_CHECKING:
-    from transformers_cee.adding.run import AddedExits, CertifiedSpeed
-
 RESULTS = "results.json"
+
+
+@dataclass
+class CertifiedSpeed:
+    """What a promise brought.
+
+    Args:
+        name (`str`): of the operating point, for `exit_threshold=`.
+        promised (`float`): agreement with full depth.
+        depth (`float`): mean exit layer of the certifying texts.
+        agreement (`float`): with full depth, of the certifying texts.
+        by_maximum_probability (`float`): depth of maximum probability under the same promise.
+        accuracy (`float`, *optional*): of the certifying texts, where labels are known.
+        reason (`str`, *optional*): why exits are off, if they are.
+        speedups (`dict[str, Reported]`): time at full depth over time with exits, by batch size.
+    """
+
+    name: str
+    promised: float
+    depth: float
+    agreement: float
+    by_maximum_probability: float
+    accuracy: float | None = None
+    reason: str | None = None
+    speedups: dict[str, Reported] = field(default_factory=dict)
+
+
+@dataclass
+class AddedExits:
+    """What [`add_exits`] has done.
+
+    Args:
+        output (`str`): folder of the exits.
+        base (`str`): the classifier.
+        num_layers (`int`): of it.
+        learning, certifying (`int`): texts that exits learned from, and that promises were certified on.
+        risk (`float`): probability with which a promise may fail.
+        speeds (`list[CertifiedSpeed]`): one per agreement, as they were asked for.
+        accuracy (`float`, *optional*): of full depth on the certifying texts, where labels are known.
+        seconds (`dict[str, float]`): of the pass over the texts, of all that was learned from it, and of the whole.
+    """
+
+    output: str
+    base: str
+    num_layers: int
+    learning: int
+    certifying: int
+    risk: float
+    speeds: list[CertifiedSpeed]
+    accuracy: float | None
+    seconds: dict[str, float]
 
 
 def write_report(added: AddedExits, model: Any) -> None:
@@ -31,7 +80,8 @@ def write_report(added: AddedExits, model: Any) -> None:
 def measured(added: AddedExits) -> str:
     """The part of the card, in Markdown."""
     sizes = sorted({size for speed in added.speeds for size in speed.speedups}, key=int)
-    header = ["promised agreement", "depth", "layer speed-up", "agreement", *(f"time, batch {size}" for size in sizes)]
+    header = ["promised agreement", "depth", "layer speed-up", "agreement", "depth by maximum probability"]
+    header += [f"wall-clock speed-up, batch {size}" for size in sizes]
     if added.accuracy is not None:
         header.append("accuracy")
     table = markdown_table(header, [_row(added, speed, sizes) for speed in added.speeds])
@@ -44,7 +94,8 @@ def measured(added: AddedExits) -> str:
             f"full depth. {added.certifying} others certify the promise: with probability {1 - added.risk:g} over "
             "them, on texts of the same kind, at least the promised share of answers is that of full depth.",
             table,
-            f"Depth is the mean exit layer of {added.num_layers}, on the certifying texts.{full} {WALL_CLOCK_NOTE}",
+            f"Depth is the mean exit layer of {added.num_layers}, on the certifying texts; that of maximum "
+            f"probability is under the same promise, on the same heads.{full} {WALL_CLOCK_NOTE}",
             *off,
         ]
     )
@@ -56,6 +107,7 @@ def _row(added: AddedExits, speed: CertifiedSpeed, sizes: list[str]) -> list[str
         f"{speed.depth:.2f}",
         f"{added.num_layers / speed.depth:.2f}x",
         f"{speed.agreement:.4f}",
+        f"{speed.by_maximum_probability:.2f}",
         *(speed.speedups[size].text() if size in speed.speedups else "-" for size in sizes),
     ]
     return cells if added.accuracy is None else [*cells, f"{speed.accuracy:.4f}"]

@@ -9,7 +9,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from transformers.utils import logging
 
 from transformers_cee.adding.data import TextsToLearn, class_ids, prepare, read_texts
 from transformers_cee.adding.learning import learn_heads, learn_policies
-from transformers_cee.adding.report import write_report
+from transformers_cee.adding.report import AddedExits, CertifiedSpeed, write_report
 from transformers_cee.auto import model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.points import CalibratedPoint
 from transformers_cee.calibration.prices import calibrate_price
 from transformers_cee.calibration.scores import score_store
-from transformers_cee.evaluation.timing import Reported
 from transformers_cee.evaluation.wall_clock import measure_wall_clock
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.fields import check_field, whole
@@ -37,7 +35,6 @@ from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_folder import EXITS, check_target
 from transformers_cee.modeling.exits_saving import FromElsewhere
 from transformers_cee.stores.filling import collect_exits
-from transformers_cee.stores.scoring import exits_taken
 from transformers_cee.stores.store import ExitStore
 
 
@@ -55,57 +52,6 @@ EXIT_FIELDS: dict[str, Any] = {
 }
 TIMED_BATCH_SIZES = (1, 32)
 TIMED_ROWS = 64
-
-
-@dataclass
-class CertifiedSpeed:
-    """What a promise brought.
-
-    Args:
-        name (`str`): of the operating point, for `exit_threshold=`.
-        promised (`float`): agreement with full depth.
-        depth (`float`): mean exit layer of the certifying texts.
-        agreement (`float`): with full depth, of the certifying texts.
-        accuracy (`float`, *optional*): of the certifying texts, where labels are known.
-        by_maximum_probability (`float`, *optional*): depth of maximum probability under the same promise.
-        reason (`str`, *optional*): why exits are off, if they are.
-        speedups (`dict[str, Reported]`): time at full depth over time with exits, by batch size.
-    """
-
-    name: str
-    promised: float
-    depth: float
-    agreement: float
-    accuracy: float | None = None
-    by_maximum_probability: float | None = None
-    reason: str | None = None
-    speedups: dict[str, Reported] = field(default_factory=dict)
-
-
-@dataclass
-class AddedExits:
-    """What [`add_exits`] has done.
-
-    Args:
-        output (`str`): folder of the exits.
-        base (`str`): the classifier.
-        num_layers (`int`): of it.
-        learning, certifying (`int`): texts that exits learned from, and that promises were certified on.
-        risk (`float`): probability with which a promise may fail.
-        speeds (`list[CertifiedSpeed]`): one per agreement, as they were asked for.
-        accuracy (`float`, *optional*): of full depth on the certifying texts, where labels are known.
-        seconds (`dict[str, float]`): of the pass over the texts, of all that was learned from it, and of the whole.
-    """
-
-    output: str
-    base: str
-    num_layers: int
-    learning: int
-    certifying: int
-    risk: float
-    speeds: list[CertifiedSpeed]
-    accuracy: float | None
-    seconds: dict[str, float]
 
 
 def add_exits(
@@ -270,21 +216,18 @@ def _certified(model: Any, store: ExitStore, level: float, risk: float) -> Calib
 
 
 def _speed(model: Any, name: str, point: CalibratedPoint, store: ExitStore, data: TextsToLearn) -> CertifiedSpeed:
-    scores = score_store(store, "policy", model, criterion_settings(model, point.alpha))
-    taken = exits_taken("policy", point.thresholds, scores.scores)
+    taken = point.taken_exits(score_store(store, "policy", model, criterion_settings(model, point.alpha)))
+    rivals = score_store(store, "max_probability", model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rival = calibrate_agreement(
-            score_store(store, "max_probability", model), point.levels["epsilon"], delta=point.levels["delta"]
-        )
-    by_rival = exits_taken("max_probability", rival.thresholds, score_store(store, "max_probability", model).scores)
+        rival = calibrate_agreement(rivals, point.levels["epsilon"], delta=point.levels["delta"])
     found = CertifiedSpeed(
         name,
         1 - point.levels["epsilon"],
         _depth(store, taken),
         1 - float(store.disagrees.gather(1, taken.unsqueeze(1)).float().mean()),
+        _depth(store, rival.taken_exits(rivals)),
         None if data.labels is None else _accuracy(store, data, taken),
-        _depth(store, by_rival),
         point.reason,
     )
     if point.reason is not None:
@@ -321,4 +264,4 @@ def _time(model: Any, speeds: list[CertifiedSpeed], data: TextsToLearn, tokenize
             speed.speedups[str(size)] = executed.speedup.reported
 
 
-__all__ = ["AddedExits", "CertifiedSpeed", "add_exits", "load_classifier"]
+__all__ = ["add_exits", "load_classifier"]
