@@ -30,6 +30,7 @@ _PUBLIC = {
     "ClassifierExitConfigMixin": "exits.configuration",
     "ConsistentEETrainer": "training.trainer",
     "ConsistentEETrainingArguments": "training.training_args",
+    "CertifiedSpeed": "adding.report",
     "CostTable": "calibration.cost_table",
     "DecoderExitConfigMixin": "exits.configuration",
     "EarlyExitCache": "generation.cache",

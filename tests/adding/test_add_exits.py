@@ -13,11 +13,14 @@ import logging
 import families
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from bulk_reference import draw_texts, tokenizer_for, word_tokenizer
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from transformers_cee import add_exits
+from transformers_cee.adding.data import class_ids
 from transformers_cee.cli import main
 
 
@@ -25,6 +28,7 @@ from transformers_cee.cli import main
 TEXTS = 600
 SHORT = [" ".join(text.split()[: 1 + number % 8 // 7]) for number, text in enumerate(draw_texts(TEXTS))]
 QUIET = {"disable_tqdm": True}
+TABLE = Dataset.from_dict({"text": draw_texts(60), "label": [number % 3 for number in range(60)]})
 
 
 def fine_tuned(model_type: str, folder, **fields):
@@ -51,7 +55,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def added(base, tmp_path_factory):
-    output = tmp_path_factory.mktemp("exits")
+    output = tmp_path_factory.mktemp("exits") / "made"
     before = digest(base[0])
     found = add_exits(base[0], SHORT, output, agreement=[0.8, 0.5], exit_layers=[1, 2, 3, 4], **QUIET)
     assert digest(base[0]) == before, "the classifier was changed"
@@ -213,7 +217,10 @@ def test_command(base, tmp_path, capsys):
         ({"texts": "no.txt"}, "there is no such file"),
         ({"exit_layers": [4]}, r"`exit_layers`=\[4\] has no exit before the last layer"),
         ({"exit_layers": [9]}, "exit_layers"),
-        ({"label_column": "label"}, "`label_column`='label' is of a file or a data set"),
+        ({"agreement": [0.9999999, 0.99999999]}, "must be numbers that differ in their first six digits"),
+        ({"label_column": "label"}, "`label_column`='label' is of a data set, or of a file with columns"),
+        ({"label_column": "kind", "texts": TABLE}, "`label_column`='kind' is no column of the data set"),
+        ({"label_column": "label", "texts": TABLE.to_iterable_dataset()}, "is a stream"),
         ({"batch_size": 0}, "`batch_size`=0"),
     ],
 )
@@ -235,8 +242,49 @@ def test_other_checkpoints_are_refused(base, added, tmp_path):
     fine_tuned("bert_cee", tmp_path / "regression", num_labels=1)
     with pytest.raises(ValueError, match="is a regression"):
         add_exits(tmp_path / "regression", **asked)
-    with pytest.raises(ValueError, match="holds a whole model"):
-        add_exits(base[0], **{**asked, "output": base[0]})
+
+
+def test_states_are_in_the_precision_of_the_model(base, tmp_path, monkeypatch):
+    """Whatever other trainers of the process have asked for."""
+    texts = draw_texts(80)
+    alone = add_exits(base[0], texts, tmp_path / "alone", agreement=0.5, **QUIET)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    try:
+        assert Accelerator(cpu=True).mixed_precision == "bf16"
+        again = add_exits(base[0], texts, tmp_path / "again", agreement=0.5, **QUIET)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert again.speeds[0].depth == alone.speeds[0].depth
+    weights = [(tmp_path / name / "exits.safetensors").read_bytes() for name in ("alone", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_folders_are_not_written_over(base, added, tmp_path):
+    with pytest.raises(ValueError, match="exists and is no empty folder"):
+        add_exits(base[0], draw_texts(60), added[0], **QUIET)
+
+
+def test_a_base_is_found_from_everywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base[0].parent)
+    add_exits(base[0].name, draw_texts(60), tmp_path / "exits", agreement=0.5, **QUIET)
+    monkeypatch.chdir(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "exits")
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "expected"),
+    [
+        (["b", "a"], {0: "a", 1: "b"}, [1, 0]),
+        (["1", "0"], {0: "a", 1: "b"}, [1, 0]),
+        ([1, 0], {0: "a", 1: "b"}, [1, 0]),
+        # Texts are names, numbers count classes.
+        (["1", "2"], {0: "1", 1: "2", 2: "3"}, [0, 1]),
+        ([1, 2], {0: "1", 1: "2", 2: "3"}, [1, 2]),
+    ],
+)
+def test_labels_are_names_or_numbers_of_classes(given, names, expected):
+    assert class_ids(given, BertConfig(id2label=names), "label").tolist() == expected
 
 
 def test_unknown_labels(base, tmp_path):

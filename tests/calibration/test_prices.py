@@ -134,6 +134,17 @@ def test_exits_that_never_agree(fitted):
     assert point.reason
 
 
+@torch.no_grad()
+def test_exits_that_were_closed_stay_closed(fitted):
+    model, rows, store, _ = fitted
+    point = calibrate_price(store, model, 0.5, 0.1, min_exit_layer=4)
+    assert point.reason is None and point.thresholds[:3] == [1.0] * 3
+    point.save_to(model, "late")
+    layers = model(**pad(rows), exit_threshold="late").exit_layers
+    assert 4 <= int(layers.min()) < 6
+    model.config.exit_operating_points = {}
+
+
 def test_texts_are_the_units_of_tokens():
     model = tiny_llama(**{**CONDITIONED, "policy_inputs": "state"})
     generator = torch.Generator().manual_seed(0)

@@ -26,19 +26,17 @@ def test_level_of_the_root_logger_is_given_back_after_an_error():
 def test_masks_of_lengths_that_are_tensors(monkeypatch, release, changes):
     monkeypatch.setattr("transformers_cee.engines.tracing.version", lambda name: release)
     seen = []
-    stock = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager")}
-    try:
-        for name in stock:
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = lambda q_length, **asked: seen.append((q_length, asked))
-        with pytest.raises(RuntimeError), tracing():
-            for length in (torch.tensor(3), 3):
-                ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](q_length=length, kv_length=3)
-            raise RuntimeError
-        (positions, asked), (number, _) = seen
-        assert asked == {"kv_length": 3} and number == 3
-        assert positions.tolist() == ([0, 1, 2] if changes else 3)
-        ALL_MASK_ATTENTION_FUNCTIONS["eager"](q_length=torch.tensor(2))
-        assert seen[-1][0].tolist() == 2, "outside of a trace nothing changes"
-    finally:
-        for name, make in stock.items():
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = make
+    for name in ("sdpa", "eager"):
+        shared = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+        monkeypatch.setitem(shared, name, lambda q_length, **asked: seen.append((q_length, asked)))
+    with pytest.raises(RuntimeError), tracing():
+        for length in (torch.tensor(3), 3):
+            ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](q_length=length, kv_length=3)
+        raise RuntimeError
+    (positions, asked), (number, _) = seen
+    assert asked == {"kv_length": 3} and number == 3
+    assert positions.tolist() == ([0, 1, 2] if changes else 3)
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"](q_length=torch.tensor(2))
+    assert seen[-1][0].tolist() == 2, "outside of a trace nothing changes"
+    # What is registered afterwards is not hidden by anything that was left.
+    assert "sdpa" not in ALL_MASK_ATTENTION_FUNCTIONS._local_mapping

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +51,26 @@ def read_texts(texts: Any, text_column: str, label_column: str | None) -> tuple[
         raise ValueError(
             f"`texts` holds {len(found)} texts; exits learn from at least {FEWEST_TEXTS}, better from thousands."
         )
-    if label_column is None:
-        return found, None
-    if not hasattr(texts, "select_columns") and not isinstance(texts, str) and not hasattr(texts, "__fspath__"):
-        raise ValueError(f"`label_column`={label_column!r} is of a file or a data set; `texts` is a list.")
-    return found, [label for _, label in find_texts(texts, label_column).read()]
+    return found, None if label_column is None else _labels(texts, label_column, len(found))
+
+
+def _labels(texts: Any, label_column: str, rows: int) -> list[Any]:
+    """What stands in a column beside the texts."""
+    is_file = isinstance(texts, (str, os.PathLike))
+    if not hasattr(texts, "select_columns") and not (is_file and not os.fspath(texts).lower().endswith(".txt")):
+        raise ValueError(f"`label_column`={label_column!r} is of a data set, or of a file with columns.")
+    try:
+        source = find_texts(texts, label_column)
+        if not source.is_lasting:
+            raise ValueError(
+                f"`label_column`={label_column!r}: `texts` is a stream, which is read once; store it first."
+            )
+        labels = [label for _, label in source.read()]
+    except ValueError as error:
+        raise ValueError(str(error).replace("`text_column`", "`label_column`")) from error
+    if len(labels) != rows:
+        raise ValueError(f"`label_column`={label_column!r} has {len(labels)} labels for {rows} texts.")
+    return labels
 
 
 def class_ids(labels: list[Any], config: Any, label_column: str | None) -> Tensor:
@@ -66,7 +82,9 @@ def class_ids(labels: list[Any], config: Any, label_column: str | None) -> Tenso
     if config.problem_type == "multi_label_classification":
         raise ValueError(f"`label_column`={label_column!r}: the model tells many labels per text; accepted is None.")
     ids = {str(name): index for index, name in config.id2label.items()}
-    if ids.keys().isdisjoint(map(str, labels)):
+    # Numbers that are no texts count classes.
+    are_numbers = all(isinstance(label, int) and not isinstance(label, bool) for label in labels)
+    if are_numbers or ids.keys().isdisjoint(map(str, labels)):
         ids = {str(index): index for index in config.id2label}
     wrong = next((number for number, label in enumerate(labels, start=1) if str(label) not in ids), None)
     if wrong is not None:

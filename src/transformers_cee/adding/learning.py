@@ -67,7 +67,8 @@ def learn_policies(model: Any, store: ExitStore, learning: Tensor, seed: int, di
         loss="disagreement",
         is_conditioned=True,
     )
-    with torch.random.fork_rng(devices=[]):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model.exit_policies.reset_parameters()
     objective = PolicyObjective(
@@ -76,7 +77,7 @@ def learn_policies(model: Any, store: ExitStore, learning: Tensor, seed: int, di
     optimizer = torch.optim.Adam(objective.parameters(), lr=POLICY_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=POLICY_STEPS)
     drawn = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
         for _ in tqdm(range(POLICY_STEPS), desc="Exit policies", disable=disable_tqdm):
             some = torch.randint(len(rewards), (POLICY_ROWS,), generator=drawn)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedConfig
 from transformers.utils import logging
@@ -32,9 +31,9 @@ from transformers_cee.exits.fields import check_field, whole
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.numbers import plain, share
 from transformers_cee.families import MODELS
-from transformers_cee.modeling.exits_folder import EXITS, check_target
+from transformers_cee.modeling.exits_folder import EXITS
 from transformers_cee.modeling.exits_saving import FromElsewhere
-from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.filling import OneProcess, collect_exits
 from transformers_cee.stores.store import ExitStore
 
 
@@ -64,7 +63,6 @@ def add_exits(
     text_column: str = "text",
     label_column: str | None = None,
     exit_layers: int | list[int] | None = None,
-    processing_class: Any = None,
     batch_size: int = 32,
     device: str = "cpu",
     seed: int = 42,
@@ -95,7 +93,6 @@ def add_exits(
         label_column (`str`, *optional*):
             Column of true labels. Nothing learns from them; the accuracy is reported.
         exit_layers (`int` or `list[int]`, *optional*): as in a config; by default a text may leave after every layer.
-        processing_class (*optional*): the tokenizer; by default that of the classifier.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch of the pass.
         device (`str`, *optional*, defaults to `"cpu"`): where the classifier runs.
         seed (`int`, *optional*, defaults to 42): of the cut in two and of what is drawn in learning.
@@ -116,10 +113,10 @@ def add_exits(
     levels = _levels(agreement)
     share("risk", risk)
     check_field("batch_size", batch_size, whole(1))
-    check_target(output)
+    _check_output(output)
     given, labels = read_texts(texts, text_column, label_column)
     found = load_classifier(model, exit_layers, device)
-    tokenizer = AutoTokenizer.from_pretrained(model) if processing_class is None else processing_class
+    tokenizer = AutoTokenizer.from_pretrained(model)
     ids = None if labels is None else class_ids(labels, found.config, label_column)
     data = prepare(given, ids, tokenizer, found, seed)
     seconds, begun = {}, time.perf_counter()
@@ -133,13 +130,14 @@ def add_exits(
         held_out = store.select(data.certifying)
         del store
     seconds["learning"] = time.perf_counter() - begun
-    points = {f"agreement-{level:g}": _certified(found, held_out, level, risk) for level in levels}
+    points = {_name(level): _certified(found, held_out, level, risk) for level in levels}
     speeds = [_speed(found, name, point, held_out, data) for name, point in points.items()]
     for name, point in points.items():
         point.save_to(found, name)
     if speeds[0].reason is None:
         found.config.exit_threshold = speeds[0].name
-    found.save_exits(output, base=model)
+    # The folder is found from everywhere, so its base must be, too.
+    found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
     _time(found, speeds, data, tokenizer)
     seconds["all"] = time.perf_counter() - start
     accuracy = None if data.labels is None else _accuracy(held_out, data, _last(held_out))
@@ -184,12 +182,25 @@ def _has_exits(source: str) -> bool:
     return values.get("model_type") in MODELS
 
 
+def _check_output(output: str | os.PathLike[str]) -> None:
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"`output`={os.fspath(output)!r} exists and is no empty folder; give another name.")
+
+
 def _levels(agreement: float | Sequence[float]) -> list[float]:
     given = plain(agreement)
     levels = given if isinstance(given, list) else [given]
     if not levels:
         raise ValueError(f"`agreement`={agreement!r} must be at least one number strictly between 0 and 1.")
-    return [share("agreement", level) for level in levels]
+    found = [share("agreement", level) for level in levels]
+    if len({_name(level) for level in found}) < len(found):
+        raise ValueError(f"`agreement`={agreement!r} must be numbers that differ in their first six digits.")
+    return found
+
+
+def _name(level: float) -> str:
+    return f"agreement-{level:g}"
 
 
 def _stored(
@@ -199,7 +210,7 @@ def _stored(
         model,
         data.rows,
         DataCollatorWithPadding(tokenizer),
-        Accelerator(cpu=model.device.type == "cpu"),
+        OneProcess(model.device),
         problem_type=resolve_problem_type(model.config.problem_type, model.config.num_labels),
         batch_size=batch_size,
         directory=folder,
@@ -251,7 +262,9 @@ def _accuracy(store: ExitStore, data: TextsToLearn, taken: Tensor) -> float:
 
 def _time(model: Any, speeds: list[CertifiedSpeed], data: TextsToLearn, tokenizer: Any) -> None:
     """Measures the time of each promise on some of the certifying texts, in turn with full depth."""
-    rows = data.rows.select(data.certifying[:TIMED_ROWS].tolist())
+    # From everywhere: files may be sorted.
+    step = max(1, len(data.certifying) // TIMED_ROWS)
+    rows = data.rows.select(data.certifying[::step][:TIMED_ROWS].tolist())
     collate = DataCollatorWithPadding(tokenizer)
     on = [speed for speed in speeds if speed.reason is None]
     for size in TIMED_BATCH_SIZES if on else ():

@@ -81,7 +81,10 @@ def calibrate_price(
     if certified < 2:
         return exits_off(walks[0], "agreement", levels, METHOD, _reason(certified, units, epsilon, delta), units)
     _, alpha, threshold = family[certified - 2]
-    thresholds = [float(threshold)] * (walks[0].num_exits - 1) + [CRITERIA["policy"].off]
+    off = CRITERIA["policy"].off
+    # Exits that were closed stay so wherever the point is used.
+    closed = (scores[alpha].oriented == -math.inf).all(0).tolist()
+    thresholds = [*(off if one else float(threshold) for one in closed), off]
     return CalibratedPoint("policy", thresholds, "agreement", levels, METHOD, units, alpha, fitted_on=walks[0].made_on)
 
 

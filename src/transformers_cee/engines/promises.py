@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
@@ -21,7 +21,7 @@ from transformers_cee.calibration.scores import RISKS, ExitScores, score_store
 from transformers_cee.engines.graphs import problem_type
 from transformers_cee.evaluation.exit_budget import fit_exit_budgets
 from transformers_cee.exits.deciding import criterion_settings, price_of_budget
-from transformers_cee.stores.filling import collect_exits
+from transformers_cee.stores.filling import OneProcess, collect_exits
 from transformers_cee.stores.store import ExitStore
 
 
@@ -100,7 +100,7 @@ def exits_of(model: Any, rows: Any, processing_class: Any, batch_size: int = 32)
         model,
         rows,
         DataCollatorWithPadding(processing_class),
-        Accelerator(cpu=True),
+        OneProcess(torch.device("cpu")),
         problem_type=problem_type(model.config),
         batch_size=batch_size,
         tolerance=model.config.exit_tolerance,

@@ -36,16 +36,16 @@ def _masks_of_any_length() -> Iterator[None]:
     if Version(version("transformers")) >= _LENGTHS_MAY_BE_TENSORS:
         yield
         return
-    stock = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager")}
-    for name, make in stock.items():
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(_of_positions, make)
+    # An entry of the object's own stands before those that all such objects share.
+    own = dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping)
+    for name in ("sdpa", "eager"):
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(_of_positions, ALL_MASK_ATTENTION_FUNCTIONS[name])
     try:
         # Of positions it says that they are deprecated.
         with _level_kept(logging.getLogger("transformers.masking_utils"), logging.ERROR):
             yield
     finally:
-        for name, make in stock.items():
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = make
+        ALL_MASK_ATTENTION_FUNCTIONS._local_mapping = own
 
 
 def _of_positions(make: Callable[..., Any], *, q_length: Any, **asked: Any) -> Any:

@@ -29,7 +29,8 @@ class FittedHead:
     Args:
         weight (`Tensor` of shape `(labels, hidden)`), bias (`Tensor` of shape `(labels,)`): of the head.
         held_out (`Tensor` of shape `(rows, labels)`):
-            Logits of the rows that it was fitted on, each from a head that has not seen the row.
+            Logits of the rows that it was fitted on, each from a head that has not seen the row, but for the scale of
+            states, which is that of all rows.
         penalty (`float`): chosen weight of the squared norm.
     """
 

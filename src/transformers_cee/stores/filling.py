@@ -5,7 +5,9 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -49,11 +51,30 @@ def similar_length_batches(rows: Sequence[int], lengths: Sequence[int], batch_si
     return [[rows[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
 
 
+@dataclass
+class OneProcess:
+    """What filling a store asks of an accelerator, for this process alone and in the model's own precision.
+    Accelerators share their precision and device with all others of the process.
+
+    Args:
+        device (`torch.device`): of the model.
+    """
+
+    device: torch.device
+    num_processes: ClassVar[int] = 1
+    process_index: ClassVar[int] = 0
+    is_local_main_process: ClassVar[bool] = True
+
+    @staticmethod
+    def autocast() -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def collect_exits(
     model: nn.Module,
     dataset: Any,
     data_collator: Any,
-    accelerator: Accelerator,
+    accelerator: Accelerator | OneProcess,
     *,
     problem_type: str,
     batch_size: int = 32,
@@ -74,7 +95,7 @@ def collect_exits(
         model (`nn.Module`): an early-exit model, unwrapped; runs in evaluation mode and is left as it was.
         dataset (sized, indexable): rows with `labels`; only the model's inputs.
         data_collator (`Callable`): makes a batch of tensors from a list of rows; the same labels whenever it is asked.
-        accelerator (`Accelerator`): device, precision and processes.
+        accelerator (`Accelerator` or `OneProcess`): device, precision and processes.
         problem_type (`str`): what logits and labels mean, one of `exits.losses.PROBLEM_TYPES`.
         batch_size (`int`): rows per batch.
         directory (`str`, *optional*): where states larger than `memory_limit_mb` are memory-mapped.
@@ -161,7 +182,7 @@ def _outputs(
     model: nn.Module,
     dataset: Any,
     data_collator: Any,
-    accelerator: Accelerator,
+    accelerator: Accelerator | OneProcess,
     batches: list[list[int]],
     kept: Tensor,
     problem_type: str,
@@ -182,7 +203,7 @@ def _outputs(
         wanted = (column < kept.to(row.device)[row]) & (mine < len(batches))
         truth = [name for name, value in parts.items() if value.dtype == torch.bool]
         parts = {name: value[wanted].contiguous() for name, value in parts.items()}
-        if accelerator.num_processes > 1:
+        if isinstance(accelerator, Accelerator) and accelerator.num_processes > 1:
             # Truth values as numbers, since padding turns them into others.
             parts |= {name: parts[name].to(torch.int8) for name in truth}
             parts = {name: accelerator.pad_across_processes(value, pad_index=-1) for name, value in parts.items()}
