@@ -81,7 +81,7 @@ def learn_policies(model: Any, store: ExitStore, learning: Tensor, seed: int, di
         torch.manual_seed(seed)
         for _ in tqdm(range(POLICY_STEPS), desc="Exit policies", disable=disable_tqdm):
             some = torch.randint(len(rewards), (POLICY_ROWS,), generator=drawn)
-            batch = {name: value.to(model.device) for name, value in rewards.__getitems__(some.tolist()).items()}
+            batch = {name: value.to(model.device) for name, value in rewards.__getitems__(some).items()}
             optimizer.zero_grad()
             objective(**batch)["loss"].backward()
             optimizer.step()

@@ -100,7 +100,7 @@ def add_exits(
 
     Returns:
         [`AddedExits`]: what was reached. Where the texts do not certify the first agreement, exits are off by default,
-        with a warning that says what they do certify.
+        with a warning that says why.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -115,7 +115,7 @@ def add_exits(
     check_field("batch_size", batch_size, whole(1))
     _check_output(output)
     given, labels = read_texts(texts, text_column, label_column)
-    found = load_classifier(model, exit_layers, device)
+    found = _load_classifier(model, exit_layers, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = None if labels is None else class_ids(labels, found.config, label_column)
     data = prepare(given, ids, tokenizer, found, seed)
@@ -149,7 +149,7 @@ def add_exits(
     return added
 
 
-def load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int] | None, device: str = "cpu") -> Any:
+def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int] | None, device: str = "cpu") -> Any:
     """A classifier with exits that have learned nothing yet.
 
     Raises:
@@ -221,7 +221,7 @@ def _stored(
 
 def _certified(model: Any, store: ExitStore, level: float, risk: float) -> CalibratedPoint:
     with warnings.catch_warnings():
-        # Said once, with what the texts do certify.
+        # Said once, with the name of the point.
         warnings.simplefilter("ignore")
         return calibrate_price(store, model, 1 - level, risk)
 
@@ -277,4 +277,4 @@ def _time(model: Any, speeds: list[CertifiedSpeed], data: TextsToLearn, tokenize
             speed.speedups[str(size)] = executed.speedup.reported
 
 
-__all__ = ["add_exits", "load_classifier"]
+__all__ = ["add_exits"]

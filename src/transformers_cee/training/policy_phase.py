@@ -138,7 +138,7 @@ class StoredRewards(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
         entries = self.entries[indices]
         batch = {"states": self.store.states[entries], "rewards": self.rewards[entries]}
         for name, value in (("features", self.store.features), ("prices", self.prices)):
