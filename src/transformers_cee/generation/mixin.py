@@ -2,8 +2,10 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """`generate` with exits, by the hooks of transformers' own `GenerationMixin`."""
 
+import copy
 import inspect
 import math
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +24,7 @@ from transformers_cee.exits.numbers import plain
 from transformers_cee.generation.account import ExitAccount, open_account
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
+from transformers_cee.generation.drafters import EARLY_EXIT, LOOKUP, check_exit_verify, open_verification
 
 
 EXIT_ARGUMENTS = (
@@ -32,6 +35,7 @@ EXIT_ARGUMENTS = (
     "skipped_kv",
     "exit_threshold_decay",
     "exits_must_pay",
+    "exit_verify",
 )
 # Fields that make generation check several drafted tokens at once, which is not a decode step.
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -82,6 +86,12 @@ class EarlyExitGenerationMixin(GenerationMixin):
     - `exits_must_pay` (`bool`, defaults to False): a step runs without exits while asking them has cost this call more
       layers than it saved, see [`ExitAccount`]. The call is then slower than without exits by what they cost in two
       steps and a hundredth at most; but where a token leaves depends on the rows beside it and the tokens before it.
+    - `exit_verify` (`bool`, defaults to False): nothing leaves, but tokens are drafted, and the whole model verifies
+      several at a time: the text is the one that it writes without exits. Who drafts is said as in transformers:
+      `prompt_lookup_num_tokens` (what followed the same tokens before, of up to `max_matching_ngram_size`), and
+      `assistant_early_exit` (the layer whose exit drafts up to `num_assistant_tokens`, while `exit_threshold` lets
+      them leave there). The output then has `accepted_drafts` (rows, passes), −1 where a row had stopped, and
+      `tokens_per_pass`.
 
     With `return_dict_in_generate=True` the output also has `exit_layers` (rows, new tokens): the layer (1-based) of
     each new token; the first comes from the prompt's pass at full depth; 0 behind the end of a row.
@@ -114,6 +124,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
         settings = self._exit_settings(asked, generation_config, self.generation_config)
         trace = ExitTrace()
         decision = self._decision(settings)
+        if check_exit_verify(settings.get("exit_verify")):
+            return self._generate_verified(decision, settings, inputs, generation_config, *args, **kwargs)
         if decision is not None:
             self.check_walk(rows_leave=True)
             trace.decay = settings.get("exit_threshold_decay")
@@ -122,7 +134,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
             if settings.get("exits_must_pay"):
                 trace.account = self._open_account(decision, settings.get("min_exit_layer"))
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
-            _check_way_to_generate({**given.arguments, **kwargs}, generation_config, self.generation_config)
+            _check_way_to_generate(_asked({**given.arguments, **kwargs}, generation_config, self.generation_config))
         outer = _TRACE.set(trace)
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -134,6 +146,34 @@ class EarlyExitGenerationMixin(GenerationMixin):
         if isinstance(output, ModelOutput) and trace.exit_layers:
             output["exit_layers"] = _layers_of_tokens(trace, output)
         return output
+
+    def _generate_verified(
+        self,
+        decision: ExitDecision | None,
+        settings: dict[str, Any],
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.check_walk(rows_leave=True)
+        given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
+        ask = _asked({**given.arguments, **kwargs}, generation_config, self.generation_config)
+        _check_caches(ask)
+        verification = open_verification(self, ask, decision, settings, ask("streamer"))
+        # Transformers would take them for its own way to draft.
+        for name in (LOOKUP, EARLY_EXIT):
+            kwargs.pop(name, None)
+            if getattr(generation_config or self.generation_config, name, None) is not None:
+                generation_config = copy.deepcopy(generation_config or self.generation_config)
+                setattr(generation_config, name, None)
+        kwargs["custom_generate"] = verification
+        outer = _TRACE.set(ExitTrace())
+        try:
+            output = super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            _TRACE.reset(outer)
+        return verification.noted(output) if isinstance(output, ModelOutput) else output
 
     # The two hooks of transformers that are no part of its public interface.
 
@@ -322,13 +362,8 @@ def _check_decay(decay: Any, criterion: str) -> None:
         )
 
 
-def _check_way_to_generate(asked: dict[str, Any], *configs: GenerationConfig | None) -> None:
-    """Raises `ValueError` where exits meet a way to generate that does not support them.
-
-    Args:
-        asked (`dict`): arguments of `generate`.
-        configs: where it looks for what is not among them, first come first.
-    """
+def _asked(asked: dict[str, Any], *configs: GenerationConfig | None) -> Callable[[str], Any]:
+    """Finds what a call of `generate` says under a name: among its arguments, or in configs, first come first."""
 
     def value(name: str) -> Any:
         if name in asked:
@@ -336,14 +371,27 @@ def _check_way_to_generate(asked: dict[str, Any], *configs: GenerationConfig | N
         found = (getattr(config, name, None) for config in configs)
         return next((one for one in found if one is not None), None)
 
+    return value
+
+
+def _check_way_to_generate(ask: Callable[[str], Any]) -> None:
+    """Raises `ValueError` where exits meet a way to generate that does not support them."""
     for name in _DRAFTING:
-        if value(name):
-            raise ValueError(f"`{name}` and exits exclude each other; set `exit_threshold`=1.0.")
-    if value("use_cache") is False:
+        if ask(name):
+            raise ValueError(
+                f"`{name}` and exits exclude each other; set `exit_threshold`=1.0, or `exit_verify`=True to let "
+                "exits draft."
+            )
+    _check_caches(ask)
+
+
+def _check_caches(ask: Callable[[str], Any]) -> None:
+    """Raises `ValueError` for caches that single rows cannot write into."""
+    if ask("use_cache") is False:
         raise ValueError("`use_cache`=False leaves no decode steps to exit from; set `exit_threshold`=1.0.")
-    if value("cache_implementation") not in (None, "dynamic"):
+    if ask("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
-            f"`cache_implementation`={value('cache_implementation')!r} does not work with exits; accepted "
+            f"`cache_implementation`={ask('cache_implementation')!r} does not work with exits; accepted "
             "are None and 'dynamic'. Set `exit_threshold`=1.0 for other caches."
         )
 

@@ -1,0 +1,91 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What drafting and verifying cost on the machine at hand, measured once per model and process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from transformers_cee.generation.cache import EarlyExitCache
+from transformers_cee.generation.slots import SlotPass
+
+
+# Columns that stand in the cache while it is measured, and tokens of a pass that verifies.
+_CONTEXT, _TOKENS, _ROUNDS = 32, 5, 5
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """Shares of one decode step of one row at full depth.
+
+    Args:
+        verify (`float`): one more token of a row.
+        layer (`float`): a layer on one token.
+        head (`float`): the LM head on one token.
+    """
+
+    verify: float
+    layer: float
+    head: float
+
+
+_MEASURED: WeakKeyDictionary[Any, dict[Any, DraftCosts]] = WeakKeyDictionary()
+
+
+def draft_costs(model: Any) -> DraftCosts:
+    """Costs of a model where it runs now, medians of five rounds."""
+    key = (str(model.device), model.dtype, torch.get_num_threads())
+    known = _MEASURED.setdefault(model, {})
+    if key not in known:
+        known[key] = _measure(model)
+    return known[key]
+
+
+@torch.no_grad()
+def _measure(model: Any) -> DraftCosts:
+    decoder, layers = model.as_decoder, model.config.num_hidden_layers
+    embed = model.get_input_embeddings()
+    tokens = torch.zeros(1, _CONTEXT, dtype=torch.long, device=embed.weight.device)
+    cache, none = EarlyExitCache(layers), torch.zeros(1, dtype=torch.long, device=tokens.device)
+    states = embed(tokens)
+    rotary = decoder.rotary(states, torch.arange(_CONTEXT, device=tokens.device).unsqueeze(0))
+    keys, values = decoder.project(0, layers, states, rotary)
+    for layer, key, value in zip(cache.layers, keys, values, strict=True):
+        layer.update(key, value)
+
+    def run(columns: int) -> float:
+        first = none + _CONTEXT
+        walk = SlotPass(decoder, cache, first, columns, _CONTEXT, _CONTEXT + columns - 1, None, none, states[0, :0])
+        return _seconds(lambda: walk.run(states[:, :columns], 0, layers), model)
+
+    def head(columns: int) -> float:
+        return _seconds(lambda: model.exit_logits(states[:, :columns], model.last_exit), model)
+
+    ways: list[Callable[[], float]] = [
+        lambda: run(1), lambda: run(_TOKENS), lambda: head(1), lambda: head(_TOKENS)
+    ]  # fmt: skip
+    for way in ways:
+        way()
+    rounds = [[way() for way in ways] for _ in range(_ROUNDS)]
+    one, many, head_one, head_many = (median(times) for times in zip(*rounds, strict=True))
+    step = one + head_one
+    more = max(0.0, many + head_many - step) / (_TOKENS - 1)
+    return DraftCosts(more / step, one / layers / step, head_one / step)
+
+
+def _seconds(run: Callable[[], Any], model: Any) -> float:
+    start = perf_counter()
+    run()
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+    return perf_counter() - start
+
+
+__all__ = ["DraftCosts", "draft_costs"]

@@ -1,0 +1,232 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Who drafts tokens for the whole model to verify, and when a draft stops paying."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from transformers_cee.exits.criteria import ExitCriterion, ExitStep
+from transformers_cee.generation.draft_costs import DraftCosts
+from transformers_cee.generation.growing import GrowingTexts
+from transformers_cee.generation.slots import SlotPass
+
+
+@dataclass
+class Drafts:
+    """What a drafter proposes.
+
+    Args:
+        tokens (`LongTensor` of shape `(rows, drafts)`): proposed tokens.
+        counts (`LongTensor` of shape `(rows,)`): how many of them count; what stands behind is thrown away.
+        probabilities (`Tensor` of shape `(rows, drafts, vocabulary)`, *optional*):
+            What each was drawn from; None where it is certain what the drafter says.
+        states (`Tensor` of shape `(rows, drafts + 1, hidden)`, *optional*):
+            Of each row's last token and the drafts, behind the layers that they have passed.
+        layers_done (`int`): those layers, whose keys and values the cache holds.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    probabilities: Tensor | None = None
+    states: Tensor | None = None
+    layers_done: int = 0
+
+
+@dataclass
+class Drafting:
+    """What drafters get of one call of `generate`.
+
+    Args:
+        model (`EarlyExitCausalLM`): the model.
+        texts (`GrowingTexts`): what there is so far.
+        at (`Callable`): a pass over so many tokens of each row, whose first one stands so far from the last token.
+        draw (`Callable`):
+            From logits (rows, vocabulary) to tokens (rows,), and the probabilities (rows, vocabulary) that they were
+            drawn from, None where the most probable is taken.
+    """
+
+    model: Any
+    texts: GrowingTexts
+    at: Callable[[int, int], SlotPass]
+    draw: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Drafter(ABC):
+    """Proposes tokens. An object belongs to one call of `generate`."""
+
+    name: ClassVar[str]
+    # Tokens of a draft at most.
+    most_tokens: int
+
+    def cost(self, costs: DraftCosts) -> float:
+        """What drafting one token costs, in decode steps at full depth."""
+        return 0.0
+
+    @abstractmethod
+    def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
+        """Drafts for some rows, or None where there is nothing to propose.
+
+        Args:
+            room (`LongTensor` of shape `(rows,)`): how many tokens each row may get.
+            pays (`DraftsPay`): says whether one more is worth it.
+        """
+
+
+class DraftsPay:
+    """When a draft goes on: while the chance that it is accepted in full exceeds what it costs.
+
+    With R tokens for each decode step's worth of time so far, one more draft costs R·(c_d + c_v) tokens: what the time
+    to draft it and to verify one more token per row would give otherwise. It gains a token with the product of the
+    chances of all drafts up to it. Where not even the first pays, one is tried now and then, ever more rarely.
+
+    Args:
+        draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
+    """
+
+    # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
+    _PRIOR, _TRIES, _FORGET = 0.7, 4.0, 0.97
+
+    def __init__(self, draft_cost: float, verify_cost: float) -> None:
+        self.cost, self.draft_cost, self.verify_cost = draft_cost + verify_cost, draft_cost, verify_cost
+        self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
+        self.tokens, self.time = 1.0, 1.0
+        self.waits, self.patience = 0, 8
+
+    @property
+    def chance(self) -> float:
+        """Of a draft to be accepted when all before it are."""
+        return self.held / self.tried
+
+    @property
+    def least(self) -> float:
+        """Chance from which a draft pays."""
+        return self.cost * self.tokens / self.time
+
+    def most(self, room: int) -> int:
+        """Drafts that pay where each has the same chance."""
+        if room == 0:
+            return 0
+        if self.waits:
+            self.waits -= 1
+            return 0
+        product, count = self.chance, 0
+        while count < room and product > self.least:
+            product, count = product * self.chance, count + 1
+        if count == 0:
+            self.waits, self.patience = self.patience, min(1024, 2 * self.patience)
+            return 1
+        self.patience = 8 if count else self.patience
+        return count
+
+    def note(self, drafts: int, tried: int, held: int, tokens: float) -> None:
+        """What came of a pass.
+
+        Args:
+            drafts (`int`): columns of drafts.
+            tried, held (`int`): drafts whose turn came, over all rows, and those of them that were accepted.
+            tokens (`float`): mean tokens that a row got.
+        """
+        self.tried, self.held = self._FORGET * self.tried + tried, self._FORGET * self.held + held
+        self.tokens = self._FORGET * self.tokens + tokens
+        self.time = self._FORGET * self.time + 1 + self.cost * drafts
+
+
+class PromptLookup(Drafter):
+    """The tokens that followed the last ones where these stood before in the same text (prompt lookup decoding, Saxena
+    2023).
+
+    Args:
+        most (`int`): tokens of a draft at most.
+        ngram (`int`): so many last tokens are looked for, then one less, and so on.
+    """
+
+    name = "lookup"
+
+    def __init__(self, most: int, ngram: int) -> None:
+        self.most_tokens, self.ngram = most, ngram
+
+    def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
+        texts = drafting.texts
+        follows = self._follows(texts)
+        counts = torch.where(follows > 0, torch.minimum(texts.lengths - follows, room), 0)
+        most = pays.most(min(self.most_tokens, int(counts.max())))
+        if most == 0:
+            return None
+        places = follows.unsqueeze(1) + torch.arange(most, device=follows.device)
+        return Drafts(texts.tokens.gather(1, places), counts.clamp_max(most))
+
+    def _follows(self, texts: GrowingTexts) -> Tensor:
+        """Column (rows,) of what followed the longest and latest match, 0 where there is none."""
+        longest = int(texts.lengths.max())
+        tokens, found = texts.tokens[:, :longest], torch.zeros_like(texts.lengths)
+        for ngram in range(min(self.ngram, longest - 1), 0, -1):
+            ends = torch.arange(ngram, longest, device=tokens.device)
+            same = torch.ones(len(tokens), len(ends), dtype=torch.bool, device=tokens.device)
+            for back in range(1, ngram + 1):
+                wanted = tokens.gather(1, (texts.lengths - back).unsqueeze(1))
+                same &= tokens[:, ngram - back : longest - back] == wanted
+            same &= ends < texts.lengths.unsqueeze(1)
+            found = torch.where(found > 0, found, (same * ends).amax(1))
+        return found
+
+
+class ExitDrafts(Drafter):
+    """The exit behind one layer proposes tokens, as long as its criterion lets them leave there. The whole model goes
+    on with their keys, values and states (self-speculation: Kangaroo, Liu et al. 2024; LayerSkip, Elhoushi et al.
+    2024).
+
+    Args:
+        index (`int`): the exit (0-based).
+        layer (`int`): the layer (1-based) it stands behind.
+        most (`int`): tokens of a draft at most.
+        criterion (`Callable`): makes the criterion of one token per row.
+    """
+
+    name = "exits"
+
+    def __init__(self, index: int, layer: int, most: int, criterion: Callable[[], ExitCriterion]) -> None:
+        self.index, self.layer, self.most_tokens, self.criterion = index, layer, most, criterion
+
+    def cost(self, costs: DraftCosts) -> float:
+        return self.layer * costs.layer + costs.head
+
+    def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
+        most = pays.most(min(self.most_tokens, int(room.max())))
+        if most == 0:
+            return None
+        model, texts = drafting.model, drafting.texts
+        goes_on, counts = room > 0, torch.zeros_like(room)
+        token = texts.last(1)
+        tokens: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        states: list[Tensor] = []
+        while True:
+            embedded = model.get_input_embeddings()(token)
+            states.append(drafting.at(len(tokens), 1).run(embedded, 0, self.layer))
+            if len(tokens) == most:
+                break
+            state = model.exit_state(states[-1][:, 0], self.index)
+            step = ExitStep(self.index, state, lambda state: model.exit_logits(state, self.index))
+            criterion = self.criterion()
+            goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
+            if not bool(goes_on.any()):
+                break
+            drawn, probability = drafting.draw(step.logits)
+            counts = counts + goes_on
+            goes_on = goes_on & (counts < room)
+            token = drawn.unsqueeze(1)
+            tokens.append(token)
+            probabilities += [] if probability is None else [probability]
+        drafted = torch.cat(tokens, 1) if tokens else texts.tokens.new_empty(len(texts), 0)
+        drawn_from = torch.stack(probabilities, 1) if probabilities else None
+        return Drafts(drafted, counts, drawn_from, torch.cat(states, 1), self.layer)
+
+
+__all__ = ["Drafter", "Drafting", "Drafts", "DraftsPay", "ExitDrafts", "PromptLookup"]

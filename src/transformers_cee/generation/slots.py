@@ -1,0 +1,108 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Passes over texts that grow at different speeds. A token's keys and values stand in that column of the cache which
+is its own place in its row. To take tokens back is to remember a smaller length: the masks hide what stands behind it
+until it is written over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.exits.row_batch import SLIDING
+from transformers_cee.generation.cache import EarlyExitCache
+from transformers_cee.generation.decoding import Decoder
+
+
+class SlotPass:
+    """Tokens of one pass, in the columns `first`, `first` + 1, … of each row.
+
+    Args:
+        decoder (`Decoder`): the decoder.
+        cache (`EarlyExitCache`): its layers get the columns that they lack.
+        first (`LongTensor` of shape `(rows,)`): column of each row's first token.
+        columns (`int`): tokens of each row.
+        aligned (`int`, *optional*): the column where all rows begin, if it is one for all.
+        last (`int`): largest column of all rows.
+        padding (`Tensor` of shape `(rows, prompt)`, *optional*): 1 at tokens, 0 at padding, of the first columns.
+        shifts (`LongTensor` of shape `(rows,)`): by how much a token's column exceeds its position.
+        like (`Tensor`): of the type and on the device of hidden states.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: EarlyExitCache,
+        first: Tensor,
+        columns: int,
+        aligned: int | None,
+        last: int,
+        padding: Tensor | None,
+        shifts: Tensor,
+        like: Tensor,
+    ) -> None:
+        self.decoder, self.cache, self.aligned, self.total = decoder, cache, aligned, last + 1
+        self.columns = first.unsqueeze(1) + torch.arange(columns, device=first.device)
+        self.rows = torch.arange(len(first), device=first.device).unsqueeze(1)
+        self.positions = self.columns - shifts.unsqueeze(1)
+        shape = like.new_empty(len(first), columns, decoder.config.hidden_size)
+        self.rotary = decoder.rotary(shape, self.positions)
+        self.masks = {kind: self._mask(kind, padding, shape) for kind in dict.fromkeys(decoder.layer_types)}
+        for layer in cache.layers:
+            if layer.length < self.total:
+                layer.reserve(self.total - layer.length)
+
+    def run(self, states: Tensor, start: int, stop: int) -> Tensor:
+        """The layers `start..stop−1` (0-based) on input states (rows, columns, hidden)."""
+        for index in range(start, stop):
+            states = self.decoder.layers[index](
+                states,
+                attention_mask=self.masks[self.decoder.layer_types[index]],
+                position_embeddings=self.rotary,
+                position_ids=self.positions,
+                use_cache=True,
+                **{CACHE_NAME: self},
+            )
+        return states
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer takes for its cache: writes the pass's columns, gives all up to the last."""
+        layer = self.cache.layers[layer_idx]
+        found = []
+        for held, new in ((layer.keys, key_states), (layer.values, value_states)):
+            assert held is not None
+            if self.aligned is None:
+                held[self.rows, :, self.columns] = new.transpose(1, 2).to(held.dtype)
+            else:
+                held.narrow(2, self.aligned, new.shape[2]).copy_(new)
+            found.append(held.narrow(2, 0, self.total))
+        return found[0], found[1]
+
+    def _mask(self, kind: str, padding: Tensor | None, like: Tensor) -> Tensor | None:
+        """Mask (rows, 1, columns, all columns) as the attention implementation takes it; None where all is seen."""
+        window = self.decoder.config.sliding_window if kind == SLIDING else None
+        single = self.aligned is not None and self.columns.shape[1] == 1
+        if single and padding is None and (window is None or self.total <= window):
+            return None
+        places = torch.arange(self.total, device=self.columns.device)
+        ahead = self.columns.unsqueeze(-1) - places
+        seen = ahead >= 0
+        if window is not None:
+            seen &= ahead < window
+        if padding is not None:
+            hidden = torch.ones(len(padding), self.total, dtype=torch.bool, device=seen.device)
+            hidden[:, : padding.shape[1]] = padding[:, : self.total] != 0
+            # A row of padding alone would have nothing to look at.
+            seen = seen & hidden.unsqueeze(1) | (ahead == 0)
+        mask = seen.unsqueeze(1)
+        if self.decoder.config._attn_implementation == "eager":
+            return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+        return mask
+
+
+__all__ = ["SlotPass"]

@@ -1,0 +1,309 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Decoding in which drafts are verified by the whole model: the text is the one that it would write alone.
+
+Greedy drafts stand as long as each is the whole model's own choice. Drawn ones are accepted with probability
+min(1, p/q), and the first that is not is drawn anew from what p has more than q (speculative sampling: Leviathan et
+al. 2023; Chen et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.generation.cache import EarlyExitCache
+from transformers_cee.generation.draft_costs import DraftCosts
+from transformers_cee.generation.drafting import Drafter, Drafting, Drafts, DraftsPay
+from transformers_cee.generation.growing import GrowingTexts
+from transformers_cee.generation.slots import SlotPass
+
+
+# They look at the scores alone: all places can be given to them at once.
+_WARPERS = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TopHLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+    )
+    if hasattr(logits_process, name)
+)
+
+
+class Verification:
+    """One call of `generate` whose drafts are verified.
+
+    Args:
+        model (`EarlyExitCausalLM`): the model.
+        drafters (sequence of `Drafter`): asked one after the other, until one proposes something.
+        costs (`DraftCosts`): what drafting and verifying cost.
+        streamer (`BaseStreamer`, *optional*): gets new tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        drafters: Sequence[Drafter],
+        costs: DraftCosts,
+        streamer: BaseStreamer | None = None,
+    ) -> None:
+        self.model, self.drafters, self.streamer = model, drafters, streamer
+        self.pays = {drafter.name: DraftsPay(drafter.cost(costs), costs.verify) for drafter in drafters}
+        self.decoder = model.as_decoder
+        # Of each pass, how many drafts of each row (rows,) were accepted, −1 where it had stopped.
+        self.accepted: list[Tensor] = []
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """What `generate` calls to decode, see `custom_generate` there."""
+        self.processors, self.samples = logits_processor, generation_config.do_sample
+        self.warpers = LogitsProcessorList(one for one in logits_processor if isinstance(one, _WARPERS))
+        length = stopping_criteria.max_length or generation_config.max_length
+        pad = generation_config._pad_token_tensor
+        pad = None if pad is None else int(pad)
+        most = max(drafter.most_tokens for drafter in self.drafters)
+        self.texts = GrowingTexts(input_ids, length, most + 1, stopping_criteria, pad, self.streamer)
+        wants = generation_config.return_dict_in_generate
+        self.scores: list[Tensor] | None = [] if wants and generation_config.output_scores else None
+        self.logits: list[Tensor] | None = [] if wants and generation_config.output_logits else None
+
+        given = model_kwargs[CACHE_NAME]
+        self.cache = model_kwargs[CACHE_NAME] = EarlyExitCache.from_cache(
+            given, model.config.num_hidden_layers, model.layer_types
+        )
+        self._place(self._prefill(input_ids, generation_config, model_kwargs), model_kwargs)
+        texts = self.texts
+        while texts.tell(self.scores):
+            drafts = self._draft()
+            columns = 0 if drafts is None else drafts.tokens.shape[1]
+            states = self._states(drafts, columns)
+            logits = self._logits(states)
+            scores = self._processed(logits)
+            counts = torch.zeros_like(texts.lengths) if drafts is None else drafts.counts
+            accepted, chosen = self._choose(scores, drafts, counts)
+            self._keep(logits, scores, accepted)
+            grew, before = texts.grows, texts.lengths
+            texts.extend(accepted, chosen)
+            self.accepted.append(torch.where(grew, accepted, -1))
+            if drafts is not None:
+                self._note(drafts, accepted, texts.lengths - before, grew)
+        if self.streamer is not None:
+            self.streamer.end()
+        if wants or getattr(given, "_is_user_defined", False):
+            self._complete()
+        if not wants:
+            return texts.sequences
+        count = texts.told - texts.prompt
+        return GenerateDecoderOnlyOutput(
+            sequences=texts.sequences,
+            scores=None if self.scores is None else tuple(self.scores[:count]),
+            logits=None if self.logits is None else tuple(self.logits[:count]),
+            **{CACHE_NAME: self.cache},
+        )
+
+    def noted(self, output: Any) -> Any:
+        """The output of `generate` with what verification did."""
+        texts = self.texts
+        behind = torch.arange(texts.prompt, texts.told, device=texts.lengths.device)
+        layers = torch.full((len(texts), len(behind)), len(self.decoder.layers), device=behind.device)
+        lengths = texts.ended.unsqueeze(1)
+        output["exit_layers"] = layers.masked_fill(behind >= lengths, 0)
+        rows = [len(texts), 0]
+        accepted = torch.stack(self.accepted, 1) if self.accepted else texts.lengths.new_empty(rows)
+        output["accepted_drafts"] = accepted
+        passes = int((accepted >= 0).sum())
+        # The prompt's pass gave the first token of each row.
+        output["tokens_per_pass"] = (int((lengths - texts.prompt).sum()) - len(texts)) / passes if passes else 1.0
+        return output
+
+    # The prompt
+
+    def _prefill(self, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Tensor:
+        """Runs the prompt as `generate` does, in one or many chunks; logits (rows, 1, vocabulary) of its end."""
+        output = self.model._prefill(input_ids, config, model_kwargs)
+        return output.logits[:, -1:]
+
+    def _place(self, logits: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Finds out where tokens stand, and appends the first one."""
+        texts, mask = self.texts, model_kwargs.get("attention_mask")
+        held = self.cache.get_seq_length()
+        # Prompts of embeddings, and virtual tokens, stand in the cache alone.
+        self.ahead = held - texts.prompt
+        self.padding = mask
+        shifts = torch.zeros(len(texts), dtype=torch.long, device=logits.device)
+        if mask is not None:
+            shifts = (mask == 0).sum(1)
+        positions = model_kwargs.get("position_ids")
+        if positions is not None:
+            shifts = (held - 1 - positions[..., -1]).to(shifts.device).expand(len(texts))
+        self.shifts = shifts
+        scores = self._processed(logits)
+        accepted, chosen = self._choose(scores, None, torch.zeros_like(texts.lengths))
+        self._keep(logits, scores, accepted)
+        texts.extend(accepted, chosen)
+
+    # One pass
+
+    def at(self, offset: int, columns: int) -> SlotPass:
+        """A pass over so many tokens of each row, whose first one stands `offset` behind the row's last token."""
+        first = self.texts.lengths - 1 + self.ahead + offset
+        low, high = int(first.min()), int(first.max())
+        aligned = low if low == high else None
+        like = self.model.get_input_embeddings().weight
+        last = high + columns - 1
+        return SlotPass(
+            self.decoder, self.cache, first, columns, aligned, last, self.padding, self.shifts, like[:0, :0]
+        )
+
+    def _draft(self) -> Drafts | None:
+        drafting = Drafting(self.model, self.texts, self.at, self._draw)
+        room = self.texts.room
+        for drafter in self.drafters:
+            drafts = drafter.draft(drafting, room, self.pays[drafter.name])
+            if drafts is not None:
+                self.drafter = drafter.name
+                if drafts.tokens.shape[1]:
+                    self.texts.draft(drafts.tokens)
+                return drafts
+        return None
+
+    def _states(self, drafts: Drafts | None, columns: int) -> Tensor:
+        """Last hidden states (rows, columns + 1, hidden) of the last token and the drafts."""
+        layers = len(self.decoder.layers)
+        run = self.at(0, columns + 1)
+        if drafts is not None and drafts.states is not None:
+            return run.run(drafts.states, drafts.layers_done, layers)
+        return run.run(self.model.get_input_embeddings()(self.texts.last(columns + 1)), 0, layers)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits (rows, columns, vocabulary)."""
+        return self.model.exit_logits(self.model.exit_state(states, self.model.last_exit), self.model.last_exit)
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """What `generate` makes of logits (rows, columns, vocabulary): those of a column are behind one draft more."""
+        scores = logits.to(torch.float32)
+        if not self.processors:
+            return scores
+        rows, columns, _ = scores.shape
+        if len(self.warpers) == len(self.processors):
+            return self.processors(self.texts.tokens[:, :0], scores.flatten(0, 1).clone()).view_as(scores)
+        offsets = torch.arange(columns, device=scores.device).expand(rows, columns)
+        lengths = self.texts.lengths.unsqueeze(1) + offsets
+        found = scores.clone()
+        # Whoever looks at the text sees the whole batch at one length; rows of another length have their own turn.
+        for length in lengths[self.texts.grows].unique().tolist():
+            here = (lengths == length) & self.texts.grows.unsqueeze(1)
+            column = here.int().argmax(1)
+            asked = scores[torch.arange(rows, device=scores.device), column]
+            answer = self.processors(self.texts.tokens[:, :length], asked)
+            found[here] = answer[here.any(1)].to(found.dtype)
+        return found
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A draft of each row from logits (rows, vocabulary)."""
+        if not self.samples:
+            return logits.argmax(-1), None
+        scores = self.warpers(self.texts.tokens[:, :0], logits.to(torch.float32, copy=True))
+        probabilities = scores.softmax(-1)
+        return torch.multinomial(probabilities, 1).squeeze(1), probabilities
+
+    def _choose(self, scores: Tensor, drafts: Drafts | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafts (rows,) stand, and the token (rows,) that follows them."""
+        columns = scores.shape[1] - 1
+        drafted = None if drafts is None or not columns else drafts.tokens
+        if not self.samples:
+            choice = scores.argmax(-1)
+            accepted = torch.zeros_like(counts)
+            if drafted is not None:
+                accepted = _first(choice[:, :-1] == drafted, counts)
+            return accepted, choice.gather(1, accepted.unsqueeze(1)).squeeze(1)
+        probabilities = scores.softmax(-1)
+        if drafted is None:
+            return torch.zeros_like(counts), torch.multinomial(probabilities[:, 0], 1).squeeze(1)
+        assert drafts is not None
+        wanted = probabilities[:, :-1].gather(-1, drafted.unsqueeze(-1)).squeeze(-1)
+        given = drafts.probabilities
+        had = 1.0 if given is None else given.gather(-1, drafted.unsqueeze(-1)).squeeze(-1)
+        accepted = _first(torch.rand_like(wanted) * had < wanted, counts)
+        rows = torch.arange(len(scores), device=scores.device)
+        rest = probabilities[rows, accepted]
+        # The one that was refused is drawn anew from what it had too little of.
+        refused, place = accepted < counts, accepted.clamp_max(columns - 1)
+        if given is None:
+            less = torch.zeros_like(rest).scatter_(1, drafted.gather(1, place.unsqueeze(1)), 1.0)
+        else:
+            less = given[rows, place]
+        left = (rest - less).clamp_min(0)
+        left = torch.where(left.sum(-1, keepdim=True) > 0, left, rest)
+        return accepted, torch.multinomial(torch.where(refused.unsqueeze(1), left, rest), 1).squeeze(1)
+
+    def _keep(self, logits: Tensor, scores: Tensor, accepted: Tensor) -> None:
+        """Notes scores and logits of the tokens that rows get, each in its column."""
+        for kept, new in ((self.scores, scores), (self.logits, logits.to(torch.float32))):
+            if kept is None:
+                continue
+            texts = self.texts
+            for column in range(new.shape[1]):
+                places = texts.lengths + column - texts.prompt
+                gets = texts.grows & (column <= accepted)
+                for place in places[gets].unique().tolist():
+                    while len(kept) <= place:
+                        kept.append(torch.zeros_like(new[:, 0]))
+                    here = gets & (places == place)
+                    kept[place][here] = new[here, column]
+
+    def _note(self, drafts: Drafts, accepted: Tensor, grown: Tensor, grew: Tensor) -> None:
+        # The first draft that is refused had its turn, too.
+        tried = torch.where(grew, torch.minimum(accepted + 1, drafts.counts), 0).sum()
+        held, tokens = torch.where(grew, accepted, 0).sum(), torch.where(grew, grown, 0).sum()
+        found = torch.stack([tried, held, tokens, grew.sum()]).tolist()
+        self.pays[self.drafter].note(drafts.tokens.shape[1], found[0], found[1], found[2] / max(1, found[3]))
+
+    def _complete(self) -> None:
+        """Leaves the cache as `generate` does: all tokens but the last one, padding behind a row's end included."""
+        texts = self.texts
+        wanted = texts.told - 1
+        lacking = wanted - int(texts.ended.min()) + 1
+        if lacking > 0:
+            first = torch.full_like(texts.lengths, wanted - lacking + self.ahead)
+            like = self.model.get_input_embeddings().weight
+            place = int(first[0])
+            run = SlotPass(
+                self.decoder, self.cache, first, lacking, place, place + lacking - 1, self.padding, self.shifts,
+                like[:0, :0],
+            )  # fmt: skip
+            tokens = texts.tokens[:, wanted - lacking : wanted]
+            run.run(self.model.get_input_embeddings()(tokens), 0, len(self.decoder.layers))
+        surplus = self.cache.get_seq_length() - wanted - self.ahead
+        if surplus > 0:
+            self.cache.crop(-surplus)
+
+
+def _first(stands: Tensor, counts: Tensor) -> Tensor:
+    """How many drafts (rows,) stand before the first that does not, of those that count (rows,)."""
+    counted = torch.arange(stands.shape[1], device=stands.device) < counts.unsqueeze(1)
+    return (stands & counted).int().cumprod(1).sum(1)
+
+
+__all__ = ["Verification"]
