@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.generation.draft_costs import DraftCosts
 
 
 FAMILIES = families.of_kind("decoder")
@@ -37,6 +38,23 @@ def check_window(model_type, length):
     """The test would not see a window that nothing is longer than."""
     window = families.FAMILIES[model_type].window
     assert window is None or length > window + 1
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("way", ["exit", "jump"])
+def test_verified_text_is_the_stock_models(model_type, way, monkeypatch):
+    monkeypatch.setattr("transformers_cee.generation.drafters.draft_costs", lambda model: DraftCosts(0.02, 0.02, 0.02))
+    fields = {"drafter_layer": 3, "drafter_vocab_size": 40} if way == "jump" else {}
+    model = families.model(model_type, seed=2, **fields).double()
+    stock = families.twin(model).double()
+    _, batch = prompts(model_type)
+    asked = {"max_new_tokens": 2 * NEW_TOKENS, "do_sample": False, "eos_token_id": [3, 4, 5], "pad_token_id": 0}
+    expected = stock.generate(**batch, **asked)
+    drafts = {"assistant_early_exit": model.layer_numbers[0]} if way == "exit" else {"prompt_lookup_num_tokens": 4}
+    found = model.generate(**batch, **asked, **drafts, exit_verify=True, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    check_window(model_type, found.sequences.shape[1])
+    assert found.accepted_drafts.shape[1] > 1
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

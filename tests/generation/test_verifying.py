@@ -24,12 +24,16 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.fitting.drafter import fit_drafter
 from transformers_cee.generation import drafters
 from transformers_cee.generation.draft_costs import DraftCosts, draft_costs
 from transformers_cee.generation.drafting import DraftsPay
 
 
+# Those with "jump" in their name on a model that has a drafter.
 DRAFTERS = {
+    "jump": {},
+    "lookup and jump": {"prompt_lookup_num_tokens": 3},
     "lookup": {"prompt_lookup_num_tokens": 5},
     "exit": {"assistant_early_exit": 2, "exit_threshold": 0.0, "exit_criterion": "max_probability"},
     "policy": {"exit_threshold": 0.5, "num_assistant_tokens": 4},
@@ -53,9 +57,20 @@ def costs():
         yield
 
 
-def wide(seed=0, **options):
+def wide(seed=0, drafter="", **options):
     """In double precision passes over one token and over several choose alike."""
-    return tiny_llama(seed, **options).double()
+    fields = {"drafter_layer": 3, "drafter_vocab_size": 50} if "jump" in drafter else {}
+    model = tiny_llama(seed, **fields, **options)
+    if fields:
+        fit(model)
+    return model.double()
+
+
+def fit(model):
+    """The solved start is enough for some drafts to be accepted."""
+    prompt = torch.randint(3, 60, (8, 4), generator=torch.Generator().manual_seed(0)) % model.config.vocab_size
+    ids = model.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    list(fit_drafter(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]))
 
 
 def stock(model):
@@ -90,7 +105,7 @@ def run(model, batch, **options):
     seed=st.integers(0, 5),
 )
 def test_the_text_is_the_stock_models(lengths, ends, processors, drafter, attention, new, seed):
-    model = wide(seed, eos_token_id=ends)
+    model = wide(seed, drafter, eos_token_id=ends)
     if attention == "eager":
         # Its masks overflow in double precision.
         model.float().set_attn_implementation(attention)
@@ -110,7 +125,7 @@ def test_the_text_is_the_stock_models(lengths, ends, processors, drafter, attent
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_drafts_are_accepted_and_refused(drafter):
-    model, accepted = wide(), []
+    model, accepted = wide(0, drafter), []
     for seed in range(4):
         found = run(model, repeating((9, 7, 9), seed), exit_verify=True, eos_token_id=None, **DRAFTERS[drafter])
         passes, rows = found.accepted_drafts.shape[1], len(found.sequences)
@@ -129,7 +144,7 @@ def held(cache):
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("lengths", [(9,), (9, 4, 6)])
 def test_the_cache_goes_on(drafter, lengths):
-    model = wide(3, eos_token_id=list(range(2, 9)))
+    model = wide(3, drafter, eos_token_id=list(range(2, 9)))
     batch = repeating(lengths, 3)
     found = run(model, batch, exit_verify=True, **DRAFTERS[drafter])
     expected = run(model, batch)
@@ -208,29 +223,31 @@ def test_processors_see_whole_batches():
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_sampling_follows_the_whole_models_distribution(drafter):
-    """All texts of three tokens, against their probabilities under the model without a cache."""
+    """All texts of four tokens, against their probabilities under the model without a cache."""
     size, draws, temperature = 6, 20_000, 0.8
-    model = tiny_llama(4, vocab_size=size, eos_token_id=None, pad_token_id=0, bos_token_id=1)
+    fields = {"drafter_layer": 3, "drafter_vocab_size": 4} if "jump" in drafter else {}
+    model = tiny_llama(4, vocab_size=size, eos_token_id=None, pad_token_id=0, bos_token_id=1, **fields)
+    if fields:
+        fit(model)
     prompt = torch.tensor([[3, 4, 5, 3, 4]])
     torch.manual_seed(0)
     found = model.generate(
-        prompt, do_sample=True, temperature=temperature, top_k=5, max_new_tokens=3, num_return_sequences=draws,
+        prompt, do_sample=True, temperature=temperature, top_k=5, max_new_tokens=4, num_return_sequences=draws,
         exit_verify=True, return_dict_in_generate=True, **DRAFTERS[drafter],
     )  # fmt: skip
-    accepted = found.accepted_drafts[:, :2]
+    accepted = found.accepted_drafts
     assert accepted.max() > 0 and (accepted == 0).any()
-    texts = torch.tensor(list(itertools.product(range(size), repeat=3)))
+    texts = torch.tensor(list(itertools.product(range(size), repeat=4)))
     with torch.no_grad():
-        logits = model(torch.cat((prompt.expand(len(texts), -1), texts), 1)).logits[:, -4:-1] / temperature
+        logits = model(torch.cat((prompt.expand(len(texts), -1), texts), 1)).logits[:, -5:-1] / temperature
     logits = logits.masked_fill(logits < logits.topk(5).values[..., -1:], -torch.inf)
     chances = logits.softmax(-1).gather(2, texts.unsqueeze(2)).squeeze(2).prod(1)
-    counts = torch.bincount((found.sequences[:, -3:] * torch.tensor([36, 6, 1])).sum(1), minlength=216)
+    counts = torch.bincount((found.sequences[:, -4:] * size ** torch.arange(3, -1, -1)).sum(1), minlength=size**4)
     usual = chances * draws > 5
-    assert counts[chances == 0].sum() == 0 and usual.sum() > 20
-    rest = [counts[~usual].sum(), chances[~usual].sum() * draws]
-    seen, wanted = torch.cat((counts[usual], rest[0][None])), torch.cat((chances[usual] * draws, rest[1][None]))
-    surprise = ((seen - wanted) ** 2 / wanted.clamp_min(1e-9)).sum()
-    freedom = int(usual.sum())
+    assert counts[chances == 0].sum() == 0 and usual.sum() > 50
+    seen = torch.cat((counts[usual], counts[~usual].sum()[None]))
+    wanted = torch.cat((chances[usual], chances[~usual].sum()[None])) * draws
+    surprise, freedom = ((seen - wanted) ** 2 / wanted.clamp_min(1e-9)).sum(), int(usual.sum())
     assert surprise < freedom + 4 * (2 * freedom) ** 0.5
 
 

@@ -57,6 +57,7 @@ _KINDS = {
     "policy_alphas": Kind(_are_alphas, "two rising positive numbers"),
     "reward_alpha": number(0),
     "exit_head_rank": whole(1),
+    "drafter_vocab_size": whole(1),
 }
 
 
@@ -307,12 +308,17 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         skipped_kv (`str`, *optional*, defaults to `"copy"`):
             Keys and values of a token at the layers that it skipped: `"copy"` projects its exit state, `"deferred"`
             computes them exactly, several tokens at a time, when a later token goes that deep.
+        drafter_layer (`int`, *optional*):
+            Layer (1-based, not the first) that the model's drafter stands for, see `JumpDrafter`; None for no drafter.
+        drafter_vocab_size (`int`, *optional*, defaults to 8192): tokens that the drafter may propose.
         kwargs: fields of `ExitConfigMixin`.
     """
 
     exit_head: str = "norm"
     exit_head_rank: int = 64
     skipped_kv: str = "copy"
+    drafter_layer: int | None = None
+    drafter_vocab_size: int = 8192
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *ExitConfigMixin.keys_to_ignore_at_inference,
@@ -333,6 +339,8 @@ class DecoderExitConfigMixin(ExitConfigMixin):
 
         LM_EXIT_HEADS.find(self.exit_head)
         check_skipped_kv(self.skipped_kv)
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        check_field("drafter_layer", self.drafter_layer, whole(2, max(2, layers)).or_none())
 
 
 _NUMBERS = (

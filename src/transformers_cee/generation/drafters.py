@@ -12,7 +12,7 @@ import torch
 from transformers_cee.exits.deciding import ExitDecision, model_criterion
 from transformers_cee.exits.fields import check_field, flag, whole
 from transformers_cee.generation.draft_costs import draft_costs
-from transformers_cee.generation.drafting import Drafter, ExitDrafts, PromptLookup
+from transformers_cee.generation.drafting import Drafter, ExitDrafts, JumpDrafts, PromptLookup
 from transformers_cee.generation.verifying import Verification
 
 
@@ -73,10 +73,13 @@ def open_verification(
         )
     most, lookup, layer = _number(ask, _MOST, _DRAFTS), ask(LOOKUP), ask(EARLY_EXIT)
     drafters: list[Drafter] = []
-    if lookup is not None or (layer is None and decision is None):
+    has_drafter = model.exit_drafter is not None
+    if lookup is not None or not (has_drafter or layer is not None or decision is not None):
         drafters.append(PromptLookup(_number(ask, LOOKUP, _LOOKED_UP), _number(ask, _NGRAM, _LONGEST)))
     if layer is not None or decision is not None:
         drafters.append(_exit_drafts(model, layer, decision, model.first_exit(settings.get("min_exit_layer")), most))
+    elif has_drafter:
+        drafters.append(JumpDrafts(model, most))
     # Only now do layers run.
     costs = draft_costs(model)
     return Verification(model, drafters, costs, streamer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import ExitCriterion, ExitStep
 from transformers_cee.generation.draft_costs import DraftCosts
@@ -64,6 +64,10 @@ class Drafter(ABC):
     name: ClassVar[str]
     # Tokens of a draft at most.
     most_tokens: int
+    # The layer (1-based) whose states the drafter wants to see of verified tokens.
+    looks_behind: int | None = None
+    # Those (rows, hidden) of the last verified token of each row; None where no pass has given them.
+    seen: Tensor | None = None
 
     def cost(self, costs: DraftCosts) -> float:
         """What drafting one token costs, in decode steps at full depth."""
@@ -116,13 +120,13 @@ class DraftsPay:
         if self.waits:
             self.waits -= 1
             return 0
+        if self.chance <= self.least:
+            self.waits, self.patience = self.patience, min(1024, 2 * self.patience)
+            return 1
+        self.patience = 8
         product, count = self.chance, 0
         while count < room and product > self.least:
             product, count = product * self.chance, count + 1
-        if count == 0:
-            self.waits, self.patience = self.patience, min(1024, 2 * self.patience)
-            return 1
-        self.patience = 8 if count else self.patience
         return count
 
     def note(self, drafts: int, tried: int, held: int, tokens: float) -> None:
@@ -229,4 +233,66 @@ class ExitDrafts(Drafter):
         return Drafts(drafted, counts, drawn_from, torch.cat(states, 1), self.layer)
 
 
-__all__ = ["Drafter", "Drafting", "Drafts", "DraftsPay", "ExitDrafts", "PromptLookup"]
+class JumpDrafts(Drafter):
+    """The model's drafter proposes tokens, as long as the product of their probabilities pays; see `JumpDrafter`.
+
+    Args:
+        model (`EarlyExitCausalLM`): a model that has one.
+        most (`int`): tokens of a draft at most.
+    """
+
+    name = "jump"
+
+    def __init__(self, model: Any, most: int) -> None:
+        self.drafter, self.most_tokens = model.exit_drafter, most
+        self.looks_behind, self.vocab_size = model.config.drafter_layer, model.config.vocab_size
+        self.index = model.config.drafter_layer - 1
+        self.head = model.lm_head.weight.index_select(0, self.drafter.token_ids)
+
+    def cost(self, costs: DraftCosts) -> float:
+        predictor = self.drafter.predictor.weight.numel() + self.drafter.readout.weight.numel()
+        layer = sum(weight.numel() for weight in self.drafter.layer.parameters())
+        return costs.layer * (1 + predictor / layer) + costs.head * self.share
+
+    @property
+    def share(self) -> float:
+        """Of the vocabulary that it may draft."""
+        return len(self.drafter.token_ids) / self.vocab_size
+
+    def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
+        if self.seen is None:
+            return None
+        most = min(self.most_tokens, int(room.max()))
+        wanted = pays.most(most)
+        if wanted == 0:
+            return None
+        # Where drafts pay at all, their own probabilities say how many.
+        most = most if pays.patience == 8 else 1
+        model, texts, drafter, index = drafting.model, drafting.texts, self.drafter, self.index
+        goes_on, counts = room > 0, torch.zeros_like(room)
+        product = torch.ones_like(room, dtype=torch.float)
+        token, state = texts.last(1), self.seen.unsqueeze(1)
+        tokens: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        while len(tokens) < most:
+            embedded = model.get_input_embeddings()(token)
+            state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
+            logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
+            # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
+            product = product * logits.float().softmax(-1).amax(-1)
+            goes_on = goes_on & (counts < room) & (product > pays.least)
+            if not bool(goes_on.any()):
+                break
+            drawn, probability = drafting.draw(logits)
+            counts = counts + goes_on
+            token = drafter.token_ids[drawn].unsqueeze(1)
+            tokens.append(token)
+            if probability is not None:
+                full = probability.new_zeros(len(room), self.vocab_size)
+                probabilities.append(full.index_copy_(1, drafter.token_ids, probability))
+        if not tokens:
+            return None
+        return Drafts(torch.cat(tokens, 1), counts, torch.stack(probabilities, 1) if probabilities else None)
+
+
+__all__ = ["Drafter", "Drafting", "Drafts", "DraftsPay", "ExitDrafts", "JumpDrafts", "PromptLookup"]

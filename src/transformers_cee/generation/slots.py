@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.row_batch import SLIDING
@@ -58,15 +58,20 @@ class SlotPass:
     def run(self, states: Tensor, start: int, stop: int) -> Tensor:
         """The layers `start..stop−1` (0-based) on input states (rows, columns, hidden)."""
         for index in range(start, stop):
-            states = self.decoder.layers[index](
-                states,
-                attention_mask=self.masks[self.decoder.layer_types[index]],
-                position_embeddings=self.rotary,
-                position_ids=self.positions,
-                use_cache=True,
-                **{CACHE_NAME: self},
-            )
+            states = self.run_layer(self.decoder.layers[index], index, states)
         return states
+
+    def run_layer(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
+        """A layer that stands at `index` (0-based) on input states (rows, columns, hidden)."""
+        found: Tensor = layer(
+            states,
+            attention_mask=self.masks[self.decoder.layer_types[index]],
+            position_embeddings=self.rotary,
+            position_ids=self.positions,
+            use_cache=True,
+            **{CACHE_NAME: self},
+        )
+        return found
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

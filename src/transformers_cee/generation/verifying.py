@@ -105,6 +105,7 @@ class Verification:
             self._keep(logits, scores, accepted)
             grew, before = texts.grows, texts.lengths
             texts.extend(accepted, chosen)
+            self._show(accepted)
             self.accepted.append(torch.where(grew, accepted, -1))
             if drafts is not None:
                 self._note(drafts, accepted, texts.lengths - before, grew)
@@ -193,8 +194,22 @@ class Verification:
         layers = len(self.decoder.layers)
         run = self.at(0, columns + 1)
         if drafts is not None and drafts.states is not None:
-            return run.run(drafts.states, drafts.layers_done, layers)
-        return run.run(self.model.get_input_embeddings()(self.texts.last(columns + 1)), 0, layers)
+            states, done = drafts.states, drafts.layers_done
+        else:
+            states, done = self.model.get_input_embeddings()(self.texts.last(columns + 1)), 0
+        self.behind: dict[int, Tensor] = {}
+        for layer in sorted({one.looks_behind for one in self.drafters if one.looks_behind}):
+            if layer >= done:
+                states, done = run.run(states, done, layer), layer
+                self.behind[layer] = states
+        return run.run(states, done, layers)
+
+    def _show(self, accepted: Tensor) -> None:
+        """Gives drafters the states that they want to see, of the last token that was verified."""
+        rows = torch.arange(len(accepted), device=accepted.device)
+        for drafter in self.drafters:
+            states = self.behind.get(drafter.looks_behind) if drafter.looks_behind else None
+            drafter.seen = None if states is None else states[rows, accepted]
 
     def _logits(self, states: Tensor) -> Tensor:
         """Logits (rows, columns, vocabulary)."""

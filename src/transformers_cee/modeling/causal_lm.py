@@ -20,6 +20,7 @@ from transformers_cee.exits.cache_name import CACHE_NAME, takes_cache
 from transformers_cee.exits.configuration import check_skipped_kv
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.entries import ExitEntries, token_entries
+from transformers_cee.exits.jump_drafter import make_drafter
 from transformers_cee.exits.lm_heads import LMExitHeads, LMExitNorms
 from transformers_cee.exits.losses import check_training_without_labels, say_what_labels_train
 from transformers_cee.exits.outputs import ExitCausalLMOutput
@@ -78,6 +79,8 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         internal, norm = self.layer_numbers[:-1], type(self.model.norm)
         self.exit_norms = LMExitNorms(internal, config, lambda: norm(config.hidden_size, config.rms_norm_eps))
         self.exit_heads = LMExitHeads(internal, config)
+        kind = type(self.model.layers[0])
+        self.exit_drafter = make_drafter(config, lambda index: kind(config, index))
 
     def add_stock(self, config: Any) -> None:
         self.model = self.body_class(config)
@@ -89,6 +92,8 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         # Asked for single layers only: containers of classes outside of transformers are passed over when it loads.
         if any(module is norm for norm in self.exit_norms.norms) and isinstance(module, type(self.model.norm)):
             init.copy_(module.weight, self.model.norm.weight)
+        if self.exit_drafter is not None:
+            self.exit_drafter.start(module, self.layers[self.config.drafter_layer - 1])
         tied = self.config.tie_word_embeddings
         self.exit_heads.start(module, (self.model.embed_tokens if tied else self.lm_head).weight)
 

@@ -47,7 +47,8 @@ class GGUFLoadingMixin:
             stock.device
         )
         model.load_state_dict(stock.state_dict(), strict=False)
-        for module in (*model.exit_norms.modules(), *model.exit_heads.modules()):
+        own = (model.exit_norms, model.exit_heads, model.exit_drafter)
+        for module in (part for one in own if one is not None for part in one.modules()):
             model._init_weights(module)
         untrained = [name for name, _ in model.named_parameters() if name.startswith("exit_")]
         announce_untrained(model, untrained, os.path.join(pretrained_model_name_or_path, gguf_file))

@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 # Containers of what is an exit's own, and what a person calls it.
 _OWN = {"exit_heads": "heads", "exit_norms": "norms", "exit_policies": "policies"}
 _ESTIMATORS = "exit_estimators"
+_DRAFTER = "exit_drafter"
 _BY_POSITION = re.compile(
     r"^(exit_(heads|norms|policies)\.\w+|exit_estimators\.\w+\.(linears|projections))\.\d+\.|\.log_temperatures$"
 )
@@ -215,6 +216,7 @@ def announce_untrained(model: Any, names: Collection[str], source: Any = None) -
             layers.setdefault(spoken_exits(own), []).append(spoken)
     new = [f"{_listed(kinds)} of {found}" for found, kinds in layers.items()]
     new += [f"the estimator {name!r}" for name in sorted(_estimators_of(names))]
+    new += ["weights of the drafter"] if any(name.startswith(_DRAFTER + ".") for name in names) else []
     new += [f"`{task}`" for task in model.task_modules if any(name.startswith(task + ".") for name in names)]
     if new:
         loaded = "" if source is None else f" loaded from {source}"
@@ -263,14 +265,16 @@ def _review_base(model: Any, info: Any, request: _Request) -> None:
 
 def _is_new(model: Any, name: str) -> bool:
     """May a checkpoint lack this weight?"""
-    return name.split(".")[0] in (*_OWN, _ESTIMATORS) or any(name.startswith(one + ".") for one in model.task_modules)
+    return name.split(".")[0] in (*_OWN, _ESTIMATORS, _DRAFTER) or any(
+        name.startswith(one + ".") for one in model.task_modules
+    )
 
 
 def _is_left_out(model: Any, name: str) -> bool:
     """Is this weight of a checkpoint one that the config has no place for: of an exit that is not asked for, of a
     layer behind the last one, or of another task's head?"""
     container = name.split(".")[0]
-    if container == _ESTIMATORS:
+    if container in (_ESTIMATORS, _DRAFTER):
         return True
     if container in _OWN:
         return bool(set(layers_named([name])) - set(model.layer_numbers))

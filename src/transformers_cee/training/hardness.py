@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from transformers_cee.files import replacing
-from transformers_cee.training.parameters import ESTIMATORS, POLICIES
+from transformers_cee.training.parameters import OTHERS_OWN, POLICIES
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,7 @@ def fingerprint(model: nn.Module, dataset: Any) -> str:
     depend on."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
-        if POLICIES not in name and ESTIMATORS not in name:
+        if not any(part in name for part in (POLICIES, *OTHERS_OWN)):
             digest.update(name.encode())
             _update(digest, value)
     for index in range(len(dataset)):

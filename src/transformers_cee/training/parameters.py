@@ -10,8 +10,8 @@ from torch import nn
 
 
 POLICIES = "exit_policies"
-# Fitted afterwards, on stored exits: no step of the model trains them.
-ESTIMATORS = "exit_estimators"
+# No step of the model trains them: estimators are fitted on stored exits, the drafter has a phase of its own.
+OTHERS_OWN = ("exit_estimators", "exit_drafter")
 # Modules that exist for the exits' sake only.
 EXIT_MODULES = ("exit_heads", "exit_norms", POLICIES)
 
@@ -54,7 +54,7 @@ def freeze_for_model_step(model: nn.Module, trainable: str, policies: bool = Fal
     """
     for name, parameter in model.named_parameters():
         others = trainable in ("exits", "internal_exits") and not any(part in name for part in EXIT_MODULES)
-        if others or (POLICIES in name and not policies) or ESTIMATORS in name:
+        if others or (POLICIES in name and not policies) or any(part in name for part in OTHERS_OWN):
             parameter.requires_grad_(False)
     if trainable in ("last_exit", "internal_exits"):
         bare = bare_model(model)
