@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ from transformers_cee.engines.graphs import (
 LAYERS = "layers.xml"
 
 
+@cache
+def _core() -> Any:
+    """OpenVINO's runtime, one for the process and for ever.
+
+    With its plugin for CPUs each gives signal handlers another stack and, when it goes, frees that and puts back the
+    one before, which is gone if an older one went first: the next signal kills the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 @register_engine
 class OpenVINOEngine(Engine):
     """OpenVINO on the CPU. Static int8 has one scale per tensor, taken from texts: no row has an influence on another.
@@ -44,10 +57,7 @@ class OpenVINOEngine(Engine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        import openvino
-
-        self.core = openvino.Core()
-        self.layers = self.core.read_model(self.folder / LAYERS)
+        self.layers = _core().read_model(self.folder / LAYERS)
 
     @classmethod
     def require(cls) -> None:
@@ -84,7 +94,7 @@ class OpenVINOEngine(Engine):
         found: dict[str, Any] = {HIDDEN: hidden}
         names = [name for name in sorted(cut.gives) if name != HIDDEN]
         if names:
-            exit_model = self.core.read_model(self.folder / f"{exit_name(cut)}.xml")
+            exit_model = _core().read_model(self.folder / f"{exit_name(cut)}.xml")
             of_exit = _inputs(exit_model)
             of_exit.pop(HIDDEN).output(0).replace(hidden)
             mask = of_exit.pop(MASK, None)
@@ -102,7 +112,7 @@ class OpenVINOEngine(Engine):
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bfloat16" else "f32",
         }
-        return _Block(self.core.compile_model(block, "CPU", options), list(taken), sorted(cut.gives))
+        return _Block(_core().compile_model(block, "CPU", options), list(taken), sorted(cut.gives))
 
 
 @contextmanager
