@@ -183,7 +183,7 @@ class TestLoadedAnew:
         same(model.eval(), again, exit_threshold=0.5)
 
 
-@pytest.mark.parametrize("first", ["peft", "transformers_cee"])
+@pytest.mark.parametrize("first", [pytest.param("peft", marks=pytest.mark.slow), "transformers_cee"])
 def test_another_process(first, tmp_path):
     """Whichever of PEFT and this package is imported first, nothing else has to be."""
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")

@@ -41,6 +41,10 @@ from transformers_cee import (
 from transformers_cee.families import MODELS
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 SIZES = "hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9"
 REGISTERED = f"""
 import sys
@@ -65,14 +69,15 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 assert targets["llama_cee"] == targets["llama"] and targets["bert_cee"] == targets["bert"]
 """
+# Each needs a process of its own, which takes seconds to begin.
 FIRST = [
     "pass",
-    "from transformers import AutoConfig",
+    slow("from transformers import AutoConfig"),
     # Loads the Auto classes half-way through the module that our model imports from.
     "from transformers import BertModel",
-    "from transformers import pipeline",
-    "from transformers import Trainer",
-    "import peft",
+    slow("from transformers import pipeline"),
+    slow("from transformers import Trainer"),
+    slow("import peft"),
 ]
 
 
@@ -103,12 +108,15 @@ def test_registered_whatever_is_imported_first(first):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_registered_when_others_were_first():
     done = run_python(REGISTERED, "import transformers.pipelines, torch, peft", "pass")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("first", ["BertForConsistentEE", "LlamaForConsistentEECausalLM", "exit_lora_config"])
+@pytest.mark.parametrize(
+    "first", [slow("BertForConsistentEE"), "LlamaForConsistentEECausalLM", slow("exit_lora_config")]
+)
 def test_registered_when_a_name_of_ours_is_first(first):
     done = run_python(REGISTERED, "pass", f"from transformers_cee import {first}")
     assert done.returncode == 0, done.stderr
@@ -201,7 +209,7 @@ def import_at_the_same_time(names):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("count", CHOSEN)
+@pytest.mark.parametrize("count", [slow("4"), "16", slow("12")])
 def test_threads_may_import_at_the_same_time(count):
     assert len(CHOSEN[count]) == int(count)
     import_at_the_same_time(CHOSEN[count])

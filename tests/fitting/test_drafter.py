@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_llama
+from datasets import Dataset
+from tiny import tiny_llama, training_arguments
+from transformers import TrainerCallback, default_data_collator
 from transformers.cache_utils import DynamicCache
 
-from transformers_cee import LlamaForConsistentEECausalLM
+from transformers_cee import ConsistentEETrainer, LlamaForConsistentEECausalLM
 from transformers_cee.exits.cache_name import CACHE_NAME
-from transformers_cee.fitting import drafter as fitting
-from transformers_cee.fitting.drafter import DrafterSettings, fit_drafter
+from transformers_cee.fitting.drafter import fit_drafter
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.slots import SlotPass
+from transformers_cee.modeling.roll_outs import read_text, roll_outs
 
 
 LAYER, TIME = 3, 12
@@ -43,10 +45,10 @@ def test_roll_outs_are_drafts_in_use(attention):
     model = model_with_drafter().eval()
     model.set_attn_implementation(attention)
     batch, drafter = texts(model), model.exit_drafter
-    read = fitting._read(model, batch)
+    read = read_text(model, **batch)
     learned, ids, seen = [], batch["input_ids"], []
     handle = drafter.readout.register_forward_hook(lambda _, given, out: learned.append(given[0]))
-    list(fitting._roll_out(model, read, 3))
+    list(roll_outs(model, read, 3))
     for start in (1, 4, 7):
         cache = DynamicCache()
         hidden = model.model(
@@ -68,24 +70,69 @@ def test_roll_outs_are_drafts_in_use(attention):
     assert max(seen) < 1e-5 and len(learned) == 3
 
 
-def test_it_learns_and_nothing_else_does():
+def trainer_of(model, folder, rows=24, **options):
+    ids = texts(model, rows, 16)["input_ids"]
+    made = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    args = training_arguments(
+        folder, phases=["drafter"], per_device_train_batch_size=4, drafter_learning_rate=1e-2, drafter_fit_tokens=100,
+        drafter_roll_outs=2, logging_steps=1, **options,
+    )  # fmt: skip
+    return ConsistentEETrainer(model=model, args=args, train_dataset=made, data_collator=default_data_collator)
+
+
+def test_it_learns_and_nothing_else_does(tmp_path):
     model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
     before = {name: value.clone() for name, value in model.state_dict().items() if "drafter" not in name}
-    batches = [texts(model, 8, 16, seed) for seed in range(40)]
-    steps = list(fit_drafter(model, batches, DrafterSettings(1e-2, 2, 100, 40)))
-    assert len(steps) == 39 and [step.tokens for step in steps[:2]] == [128, 256]
-    first, last = (sum(sum(one.losses) for one in part) for part in (steps[:5], steps[-5:]))
-    assert last < 0.8 * first
+    learns = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    trainer = trainer_of(model, tmp_path, drafter_num_train_epochs=8)
+    held_out = read_text(model, **texts(model, 16, 16, seed=9))
+    with torch.no_grad():
+        fit_drafter(model, [texts(model, 8, 16)], 100)
+        solved = sum(float(one.kl) for one in roll_outs(model, held_out, 2))
+    result = trainer.train()
+    assert list(result.phases) == ["drafter"]
+    with torch.no_grad():
+        learned = sum(float(one.kl) for one in roll_outs(model, held_out, 2))
+    assert learned < 0.8 * solved
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    ids = model.exit_drafter.token_ids
-    assert len(ids.unique()) == 40 and not model.exit_drafter.training
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == learns
+    assert len(model.exit_drafter.token_ids.unique()) == 40
+
+
+def test_resumed_runs_are_whole_ones(tmp_path):
+    weights = []
+    for stops in (False, True):
+        folder = tmp_path / str(stops)
+        options = {"drafter_num_train_epochs": 2, "save_strategy": "epoch"}
+        model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
+        trainer = trainer_of(model, folder, **options)
+        if stops:
+            trainer.add_callback(Stops())
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer = trainer_of(tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40), folder, **options)
+        trainer.train(resume_from_checkpoint=stops)
+        weights.append(trainer.model.exit_drafter.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-6)
+
+
+class Stops(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.epoch > 1:
+            raise KeyboardInterrupt
+
+
+def test_a_phase_without_a_drafter_is_refused_first(tmp_path):
+    with pytest.raises(ValueError, match="has 'drafter', and the model has none"):
+        trainer_of(tiny_llama(), tmp_path).check_phases(["drafter"])
 
 
 def test_words_are_those_said_most():
     model = tiny_llama(1, drafter_layer=2, drafter_vocab_size=5)
     batch = texts(model, 8, 16)
-    list(fit_drafter(model, [batch], DrafterSettings(closed_form_tokens=10)))
+    fit_drafter(model, [batch], 10)
     with torch.no_grad():
         said = model(**batch).logits.argmax(-1)
     counts = torch.bincount(torch.cat((said, batch["input_ids"])).flatten(), minlength=60)
@@ -99,8 +146,8 @@ def test_the_solved_readout_is_the_last_state_where_it_can_be():
         for part in (model.model.layers[3].self_attn.o_proj, model.model.layers[3].mlp.down_proj):
             part.weight.zero_()
     batch = texts(model, 8, 16)
-    list(fit_drafter(model, [batch], DrafterSettings(closed_form_tokens=10)))
-    read = fitting._read(model, batch)
+    fit_drafter(model, [batch], 10)
+    read = read_text(model, **batch)
     found = model.model.norm(model.exit_drafter.read(read.behind))
     torch.testing.assert_close(found, read.last, rtol=1e-2, atol=1e-2)
 
@@ -127,20 +174,12 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(again.exit_drafter.readout.weight, model.exit_drafter.readout.weight)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({}, r"`drafter_layer`=None of the config: the model has no drafter"),
-        ({"drafter_layer": 4}, r"`drafter_layer`=4 must be less than 4"),
-    ],
-)
-def test_nothing_to_fit(fields, message):
-    model = tiny_llama(**fields)
-    with pytest.raises(ValueError, match=message):
-        list(fit_drafter(model, [texts(tiny_llama())]))
+def test_nothing_to_fit():
+    with pytest.raises(ValueError, match=r"`drafter_layer`=None of the config: the model has no drafter"):
+        fit_drafter(tiny_llama(), [texts(tiny_llama())])
 
 
-@pytest.mark.parametrize("layer", [1, 5, 1.5, "last"])
+@pytest.mark.parametrize("layer", [1, 4, 5, 1.5, "last"])
 def test_layers_that_there_are(layer):
     with pytest.raises(ValueError, match="`drafter_layer`"):
         tiny_llama(drafter_layer=layer)

@@ -309,7 +309,8 @@ class DecoderExitConfigMixin(ExitConfigMixin):
             Keys and values of a token at the layers that it skipped: `"copy"` projects its exit state, `"deferred"`
             computes them exactly, several tokens at a time, when a later token goes that deep.
         drafter_layer (`int`, *optional*):
-            Layer (1-based, not the first) that the model's drafter stands for, see `JumpDrafter`; None for no drafter.
+            Layer (1-based, neither the first nor the last) that the model's drafter stands for, see `JumpDrafter`;
+            None for no drafter.
         drafter_vocab_size (`int`, *optional*, defaults to 8192): tokens that the drafter may propose.
         kwargs: fields of `ExitConfigMixin`.
     """
@@ -340,7 +341,7 @@ class DecoderExitConfigMixin(ExitConfigMixin):
         LM_EXIT_HEADS.find(self.exit_head)
         check_skipped_kv(self.skipped_kv)
         layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
-        check_field("drafter_layer", self.drafter_layer, whole(2, max(2, layers)).or_none())
+        check_field("drafter_layer", self.drafter_layer, whole(2, max(2, layers - 1)).or_none())
 
 
 _NUMBERS = (

@@ -22,6 +22,8 @@ class ExitTraining:
             gradient.
         token_loss (`TokenLoss`, *optional*): of decoders with `output_all_exits`: loss per token; cross-entropy by
             default.
+        roll_outs (`int`): of decoders with a drafter: so many tokens are drafted from every token on, and the loss is
+            the drafter's; 0 for none.
     """
 
     sample_exits: bool = False
@@ -29,3 +31,4 @@ class ExitTraining:
     gradient_equilibrium: bool = False
     output_policies: bool = False
     token_loss: TokenLoss | None = None
+    roll_outs: int = 0

@@ -28,6 +28,7 @@ from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, complete_waiting, decode_step
 from transformers_cee.modeling.base import OUTPUT_FLAGS, EarlyExitModel
+from transformers_cee.modeling.roll_outs import read_text, roll_outs
 
 
 @dataclass
@@ -261,6 +262,13 @@ class DecoderRuns(EarlyExitModel):
             **captured,
             **{CACHE_NAME: cache},
         )
+
+    def run_roll_outs(self, input_ids: Tensor, attention_mask: Tensor | None, ahead: int) -> ExitCausalLMOutput:
+        """The drafter's loss over a known text, in which it drafts so many tokens from every token on."""
+        found = list(roll_outs(self, read_text(self, input_ids, attention_mask), ahead))
+        loss = torch.stack([one.loss for one in found]).mean()
+        accepted = torch.stack([one.accepted for one in found])
+        return ExitCausalLMOutput(loss=loss, accepted_drafts=accepted)
 
     # Parts
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.exit_evaluation import ExitEvaluationTrainer, ExitLoopOutput
@@ -31,6 +31,9 @@ def phase_arguments(
     own = copy.copy(args)
     own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
     own.push_to_hub = False
+    if phase.trainable == "drafter":
+        # No evaluation of exits can change.
+        own.eval_strategy, own.load_best_model_at_end = IntervalStrategy.NO, False
     if phase.trainable == "internal_exits" and own.metric_for_best_model is not None:
         # Nothing else that an evaluation reports can change.
         own.metric_for_best_model, own.greater_is_better = "exit_loss", False

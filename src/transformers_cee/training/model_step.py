@@ -151,6 +151,26 @@ def consistent_phase(
     return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold}, args.trainable)
 
 
+def drafter_phase(args: ConsistentEETrainingArguments, exit_model: Any) -> ModelPhase:
+    """Phase `drafter`: the drafter learns from what the model says of the text, see `modeling.roll_outs`.
+
+    Raises:
+        ValueError: the model has no drafter.
+    """
+    if getattr(exit_model, "exit_drafter", None) is None:
+        raise ValueError(
+            f"`phases`={args.phases} has 'drafter', and the model has none: accepted are language models with "
+            "`drafter_layer` in their config."
+        )
+    options = ExitTraining(roll_outs=args.drafter_roll_outs)
+
+    def loss(model: nn.Module, inputs: dict[str, Any], state: TrainerState) -> tuple[Tensor, Any]:
+        outputs = model(**inputs, exit_training=options)
+        return outputs.loss, outputs
+
+    return ModelPhase(loss, {}, "drafter")
+
+
 def operating_point(exit_model: Any) -> tuple[str, Thresholds]:
     """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. A config
     without a threshold, whose exits are off, would show nothing of them; then it is the policy at 0.5. A budget does

@@ -46,12 +46,17 @@ def freeze_for_model_step(model: nn.Module, trainable: str, policies: bool = Fal
 
     Args:
         trainable (`str`): `"all"`; `"last_exit"` freezes what the internal exits have of their own; `"exits"` whatever
-            is not the exits' own; `"internal_exits"` also what the last exit has of its own.
+            is not the exits' own; `"internal_exits"` also what the last exit has of its own; `"drafter"` all but the
+            drafter.
         policies (`bool`): do the policies learn in this step?
 
     Raises:
         ValueError: nothing is left to train.
     """
+    if trainable == "drafter":
+        model.requires_grad_(False)
+        active_module(bare_model(model).exit_drafter).requires_grad_(True)
+        return
     for name, parameter in model.named_parameters():
         others = trainable in ("exits", "internal_exits") and not any(part in name for part in EXIT_MODULES)
         if others or (POLICIES in name and not policies) or any(part in name for part in OTHERS_OWN):

@@ -15,11 +15,12 @@ from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
 from transformers_cee.exits.policy import ExitPolicies, make_policies
+from transformers_cee.fitting.drafter import fit_drafter
 from transformers_cee.training.checkpoints import needs_of
 from transformers_cee.training.checks import check_hooks, check_phases
 from transformers_cee.training.hardness import fingerprint
 from transformers_cee.training.model_phase import ModelPhaseTrainer, phase_arguments
-from transformers_cee.training.model_step import ModelPhase, consistent_phase, heads_phase
+from transformers_cee.training.model_step import ModelPhase, consistent_phase, drafter_phase, heads_phase
 from transformers_cee.training.parameters import keeping_requires_grad
 from transformers_cee.training.phases import HARDNESS, PhaseLog
 from transformers_cee.training.rehearsal import subset
@@ -254,6 +255,11 @@ class ConsistentEETrainer(StoredExitsTrainer):
             family[alpha] = policies.eval()
         return family
 
+    def train_drafter(self) -> Any:
+        """Phase `drafter`: the drafter alone learns, first solved on some text, then by roll-outs."""
+        self.check_phases(["drafter"])
+        return self._drafter(self._folder("drafter"), None).output
+
     def train_consistent(self) -> RunOutput:
         """Phase `consistent`: rounds of a model step (loss at the exits that the policies take) and a policy step."""
         start = time.time()
@@ -269,6 +275,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
             "hardness": {HARDNESS: lambda folder, checkpoint: hardness_step(self)},
             "policy": {"policy": partial(policy_step, self)},
             "consistent": self._rounds(),
+            "drafter": {"drafter": self._drafter},
         }
         return {name: step for phase in self.args.phases for name, step in steps[phase].items()}
 
@@ -278,7 +285,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
     @property
     def _step_names(self) -> tuple[str, ...]:
         """Steps of all phases, those of a run before this one included."""
-        return (*self._heads_steps(), HARDNESS, "policy", *self._rounds())
+        return (*self._heads_steps(), HARDNESS, "policy", *self._rounds(), "drafter")
 
     def _rounds(self) -> dict[str, Step]:
         steps: dict[str, Step] = {}
@@ -303,6 +310,9 @@ class ConsistentEETrainer(StoredExitsTrainer):
 
     def _model_phases(self, phases: Collection[str]) -> list[ModelPhase]:
         """Those of the phases that train the model itself, all their stages."""
+        if "drafter" in phases:
+            # It is judged by no evaluation of exits.
+            drafter_phase(self.args, self._exit_model)
         found = list(map(self._heads_phase, self._heads_steps())) if "heads" in phases else []
         return [*found, self._consistent_phase()] if "consistent" in phases else found
 
@@ -331,6 +341,14 @@ class ConsistentEETrainer(StoredExitsTrainer):
             self.args.learning_rate if rate is None else rate,
             self.args.consistent_num_train_epochs,
         )
+
+    def _drafter(self, folder: str, checkpoint: str | bool | None) -> StepResult:
+        phase = drafter_phase(self.args, self._exit_model)
+        if self.args.drafter_fit_tokens and not checkpoint:
+            rows = self.get_train_dataloader()
+            fit_drafter(self._exit_model, rows, self.args.drafter_fit_tokens)
+        args = self.args
+        return self._train_model(phase, folder, checkpoint, args.drafter_learning_rate, args.drafter_num_train_epochs)
 
     def _train_model(
         self, phase: ModelPhase, folder: str, checkpoint: str | bool | None, learning_rate: float, epochs: float

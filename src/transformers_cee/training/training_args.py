@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 
-PHASES = ("heads", "hardness", "policy", "consistent")
+PHASES = ("heads", "hardness", "policy", "consistent", "drafter")
 POLICY_GRADIENTS = ("exact", "reinforce", "optimal_stopping")
 CONSISTENT_OBJECTIVES = ("expected", "sampled")
 TRAINABLE = ("all", "exits")
@@ -40,6 +40,10 @@ NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "hardness_tolerance": (float, *_AT_LEAST_0),
     "store_memory_limit_mb": (int, *_AT_LEAST_0),
     "eval_timing_rows": (int, *_AT_LEAST_0),
+    "drafter_learning_rate": (float, *_AT_LEAST_0),
+    "drafter_num_train_epochs": (float, *_AT_LEAST_0),
+    "drafter_roll_outs": (int, *_AT_LEAST_1),
+    "drafter_fit_tokens": (int, *_AT_LEAST_0),
 }
 
 
@@ -110,13 +114,17 @@ class ConsistentEETrainingArguments(TrainingArguments):
             of deeper layers (default), as generation with `skipped_kv="copy"` sees it.
         store_memory_limit_mb (`int`): exit states above this size (MB) are memory-mapped on disk.
         eval_exit_thresholds (`list[float]`): operating points of `evaluate()`.
+        drafter_learning_rate, drafter_num_train_epochs (`float`): of the phase `drafter`, in which a decoder's drafter
+            learns the model's own distribution, without labels; it is no phase by default.
+        drafter_roll_outs (`int`): tokens that it drafts from every token on while it learns.
+        drafter_fit_tokens (`int`): tokens that its start is solved on, see `fit_drafter`; 0 goes on from what it has.
         eval_timing_rows (`int`): rows on which `evaluate()` takes wall-clock times of an encoder; 0 takes none.
     """
 
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "heads_objective_options", "token_loss_options")
 
     phases: list[str] = field(
-        default_factory=lambda: list(PHASES), metadata={"help": f"Phases to run, of {', '.join(PHASES)}."}
+        default_factory=lambda: list(PHASES[:4]), metadata={"help": f"Phases to run, of {', '.join(PHASES)}."}
     )
     trainable: str = field(default="all", metadata={"help": "What learns: all or exits."})
     heads_objective: str = field(
@@ -178,6 +186,12 @@ class ConsistentEETrainingArguments(TrainingArguments):
     )
     eval_timing_rows: int = field(
         default=512, metadata={"help": "Rows on which evaluate() measures wall-clock; 0 for none."}
+    )
+    drafter_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of a decoder's drafter."})
+    drafter_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of the phase drafter."})
+    drafter_roll_outs: int = field(default=3, metadata={"help": "Tokens that are drafted from every token on."})
+    drafter_fit_tokens: int = field(
+        default=20_000, metadata={"help": "Tokens that the drafter's start is solved on; 0 goes on from what it has."}
     )
 
     def __post_init__(self) -> None:
