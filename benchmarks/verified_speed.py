@@ -165,7 +165,7 @@ def one_size(
                 about["passes"] += int((drafts >= 0).sum())
                 about["accepted"] += int(drafts.clamp_min(0).sum())
     names = [name for name in asked if size == 1 or not name.startswith("transformers")]
-    timings = Timer(rounds=args.rounds).run(
+    timings = Timer(rounds=args.rounds).time(
         {name: [partial(asked[name], **batch) for batch in timed] for name in names}, PLAIN, progress=tqdm
     )
     for name in names:

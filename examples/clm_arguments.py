@@ -21,6 +21,8 @@ LM_EXIT_FIELDS = (
     "exit_threshold",
     "min_exit_layer",
     "skipped_kv",
+    "drafter_layer",
+    "drafter_vocab_size",
     "policy_inputs",
     "policy_hidden_size",
     "policy_activation",
@@ -62,6 +64,12 @@ class LanguageModelArguments(CheckpointArguments):
         default=None, metadata={"help": "Keys and values of skipped layers: copy, deferred."}
     )
 
+    drafter_layer: int | None = field(
+        default=None,
+        metadata={"help": "Layer that the model's drafter stands for; the phase drafter trains it. Default: none."},
+    )
+    drafter_vocab_size: int | None = field(default=None, metadata={"help": "Tokens that the drafter may propose."})
+
     def __post_init__(self):
         super().__post_init__()
         if self.dtype not in DTYPES:
@@ -84,6 +92,13 @@ class GenerationArguments:
     )
     eval_depths: list[float] | None = field(
         default=None, metadata={"help": "These depths (mean exit layer) instead; thresholds for them come from dev."}
+    )
+    agreements: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Shares of tokens that are to be those of full depth, certified on dev for the first criterion: "
+            "operating points such as agreement-0.99."
+        },
     )
     max_eval_prompts: int = field(default=100, metadata={"help": "Test prompts that are answered."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
@@ -115,6 +130,8 @@ class GenerationArguments:
             raise ValueError(f"`eval_batch_sizes` must be numbers of at least 1; got {self.eval_batch_sizes}.")
         if self.perplexity_tokens is not None and self.perplexity_tokens < 0:
             raise ValueError(f"`perplexity_tokens` must not be negative; got {self.perplexity_tokens}.")
+        if not all(0 < level < 1 for level in self.agreements):
+            raise ValueError(f"`agreements` must be shares between 0 and 1; got {self.agreements}.")
         if self.eval_depths is not None and min(self.eval_depths) < 1:
             raise ValueError(f"`eval_depths` must be layers, 1 or more; got {self.eval_depths}.")
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Answers one prompt at several thresholds, with the speed of each and the layer at which every token left.
+"""Answers one prompt at several thresholds, with the speed of each and the layer at which every token left, and at
+last with drafts that the whole model verifies: the text of full depth, sooner.
 
     python examples/generate_demo.py --model runs/demo-llm --prompt "What is machine translation?"
 
@@ -14,6 +15,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from clm_data import choose_format, prompt_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transformers_cee  # noqa: F401  (registers its models with the Auto classes)
-from transformers_cee.evaluation.answers import FULL_DEPTH, answer
+from transformers_cee.evaluation.answers import FULL_DEPTH, answer, pad_left
 from transformers_cee.evaluation.generation_report import setting_name
 from transformers_cee.evaluation.speeds import measure_speed
-from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Timer
+from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Derived, Timer
 from transformers_cee.files import read_json
 
 
@@ -119,6 +121,34 @@ def main(argv: list[str] | None = None) -> None:
             f"{own}; full depth in turn: {full_depth}; speed-up: {speed.figure('speedup').text()}\n"
         )
         print(paint(pieces(tokenizer, tokens), exits, layers, colored))
+    print(verified(model, tokenizer, prompt, full.rows()[0][0], args.max_new_tokens, pad, timer))
+
+
+def verified(
+    model: Any, tokenizer: Any, prompt: Sequence[int], full: Sequence[int], max_new_tokens: int, pad: int, timer: Timer
+) -> str:
+    """What the exact mode does with a prompt whose answer at full depth is known."""
+    batch = pad_left([prompt], pad, model.device)
+    asked = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    exact = {**asked, "exit_verify": True, "prompt_lookup_num_tokens": 10}
+    output = model.generate(**batch, **exact, return_dict_in_generate=True)
+    tokens = output.sequences[0, len(prompt) :].tolist()
+    runs = {"full": partial(model.generate, **batch, **asked), "exact": partial(model.generate, **batch, **exact)}
+    found = timer.time(
+        runs,
+        "full",
+        # A pass over several tokens is no cheaper than a step.
+        allowed={"full": {"exact": output.tokens_per_pass}},
+        derived={name: Derived(lambda seconds, name=name: len(tokens) / seconds[name]) for name in runs},
+        device=model.device,
+    )
+    own, full_depth = (found.derived[name].reported.text(" tokens/s", 1) for name in ("exact", "full"))
+    same = "the same text" if tokens == list(full) else "another text"
+    return (
+        f"\nexact, drafts that the whole model verifies: {output.tokens_per_pass:.2f} tokens per pass, {own}; "
+        f"full depth in turn: {full_depth}; speed-up: {found.speedups['full']['exact'].reported.text()}; {same}:\n\n"
+        + tokenizer.decode(tokens, skip_special_tokens=True)
+    )
 
 
 if __name__ == "__main__":

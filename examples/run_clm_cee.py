@@ -55,7 +55,7 @@ from transformers import (
     set_seed,
 )
 
-from transformers_cee import ConsistentEETrainer
+from transformers_cee import CalibratedPoint, ConsistentEETrainer, calibrate_agreement, score_store
 from transformers_cee.auto import model_class_of
 from transformers_cee.evaluation.environment import installed_versions, timing_environment
 from transformers_cee.evaluation.exit_budget import budgets_for_depths
@@ -203,6 +203,16 @@ def pick_thresholds(
     return found
 
 
+def certify(model: PreTrainedModel, dev: ExitStore, criterion: str, levels: list[float]) -> dict[str, CalibratedPoint]:
+    """Operating points by name whose tokens agree with full depth as often as promised, kept in the model's config."""
+    found = {}
+    for level in levels:
+        name = f"agreement-{level:g}"
+        found[name] = calibrate_agreement(score_store(dev, criterion, model), 1 - level)
+        found[name].save_to(model, name)
+    return found
+
+
 def make_benchmark(
     model: PreTrainedModel, tokenizer: Any, corpus: TextCorpus, arguments: LMArguments
 ) -> GenerationBenchmark:
@@ -264,6 +274,9 @@ def evaluate(
     thresholds = pick_thresholds(
         model, dev, [name for name in args.criteria if not (by_budget and name == "policy")], depths
     )
+    promised = certify(model, dev, args.criteria[0], args.agreements)
+    if promised:
+        model.config.save_pretrained(output)
     del dev
     benchmark = make_benchmark(model, tokenizer, corpus, arguments)
     logger.info(f"Answering {len(benchmark.prompts)} test prompts, at most {args.max_new_tokens} tokens each.")
@@ -273,6 +286,8 @@ def evaluate(
     results |= {"timing": timing_note(benchmark, model), "environment": timing_environment(model.device)}
     points: list[tuple[str, Any, float | None]] = [("policy", None, budget) for budget in dict.fromkeys(budgets)]
     points += [(name, one, None) for name, found in thresholds.items() for one in dict.fromkeys(found.values())]
+    points += [(args.criteria[0], one.thresholds, None) for one in promised.values() if one.reason is None]
+    results["agreements"] = {name: one.to_dict() for name, one in promised.items()}
     for number, (criterion, threshold, budget) in enumerate(points, start=1):
         point = benchmark.measure(criterion, threshold) if budget is None else benchmark.measure_budget(budget)
         curves.setdefault(criterion, []).append(point)

@@ -183,6 +183,19 @@ class TestLoadedAnew:
         same(model.eval(), again, exit_threshold=0.5)
 
 
+def test_a_drafter_that_stays_behind_is_named(tmp_path, caplog):
+    """Verified text is the whole model's with and without it."""
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "base")
+    model = adapted("CAUSAL_LM", tmp_path / "base", {**FIELDS["CAUSAL_LM"], "drafter_layer": 2})
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert "saved beside a drafter, which it does not hold" in caplog.text
+    assert again.get_base_model().exit_drafter is None and again.get_base_model().config.drafter_layer is None
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    texts = [one.eval().generate(input_ids=ids, max_new_tokens=6, exit_verify=True) for one in (model, again)]
+    assert torch.equal(*texts)
+
+
 @pytest.mark.parametrize("first", [pytest.param("peft", marks=pytest.mark.slow), "transformers_cee"])
 def test_another_process(first, tmp_path):
     """Whichever of PEFT and this package is imported first, nothing else has to be."""

@@ -39,7 +39,9 @@ _SHAPE = (
     "policy_activation", "policy_inputs", "policy_condition", "policy_alphas",
 )  # fmt: skip
 _TASK = ("id2label", "label2id", "problem_type")
-_ESTIMATORS = "exit_estimators"
+_ESTIMATORS, _DRAFTER = "exit_estimators", "drafter_layer"
+# Fields of what an adapter does not hold.
+_LEFT_BEHIND = {_ESTIMATORS, _DRAFTER}
 _EXIT_FIELDS = {one.name for mixin in (EncoderExitConfigMixin, DecoderExitConfigMixin) for one in fields(mixin)}
 
 
@@ -50,8 +52,8 @@ def exit_lora_config(
     `"SEQ_CLS"` what they share of the stock head, with None the classifier of images.
 
     A LoRA on `k_proj` or `v_proj` also changes the keys and values that a token's exit state leaves at the layers it
-    skips: both come from the same modules. What an adapter folder does not hold are estimators: merge it first
-    (`merge_and_unload`).
+    skips: both come from the same modules. What an adapter folder does not hold are estimators and the drafter: merge
+    it first (`merge_and_unload`).
 
     Thresholds and the like are the active adapter's: they are saved with it, and `set_adapter` of the `PeftModel`
     brings those of the adapter that it activates. What learns a prompt, and X-LoRA, note no exits: load the model with
@@ -248,13 +250,18 @@ def _check_fields(model: Any, mapping: dict[str, Any]) -> None:
 def _take_fields(model: Any, mapping: dict[str, Any]) -> None:
     """Gives a model the thresholds and the like of an adapter."""
     note = mapping[NOTE]
-    for name in (_EXIT_FIELDS & note.keys()) - {_ESTIMATORS}:
+    for name in (_EXIT_FIELDS & note.keys()) - _LEFT_BEHIND:
         setattr(model.config, name, copy.deepcopy(note[name]))
     model.config.check_exits()
 
 
 def _say_what_is_missing(model: Any, mapping: dict[str, Any]) -> None:
-    """Warns of estimators, which are not among the weights of an adapter."""
+    """Warns of estimators and a drafter, which are not among the weights of an adapter."""
+    if mapping[NOTE].get(_DRAFTER) is not None and model.config.drafter_layer is None:
+        logger.warning(
+            "The adapter was saved beside a drafter, which it does not hold: set `drafter_layer` and train it anew "
+            "(phase `drafter`), or let others draft."
+        )
     lacks = [name for name in mapping[NOTE].get(_ESTIMATORS, ()) if name not in model.exit_estimators]
     if lacks:
         logger.warning(
@@ -276,7 +283,7 @@ def _with_exits(stock: Any, adapter: PeftConfig) -> Any:
         )
     module, _, name = entry.model.rpartition(".")
     model_class = getattr(importlib.import_module(module), name)
-    noted = {name: value for name, value in mapping[NOTE].items() if name != _ESTIMATORS}
+    noted = {name: value for name, value in mapping[NOTE].items() if name not in _LEFT_BEHIND}
     model = blank_around(model_class, config_around(model_class, stock, noted), stock)
     saved = tuple(getattr(adapter, "modules_to_save", None) or ())
     new = [one for one in EXIT_MODULES if any(True for _ in getattr(model, one).parameters())]

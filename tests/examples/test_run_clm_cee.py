@@ -16,6 +16,7 @@ from clm_arguments import GenerationArguments, LanguageModelArguments, parse_arg
 from clocks import steady_clock
 from safetensors.torch import load_file
 from tiny_lm import WORDS, instructions, save_checkpoint
+from transformers import AutoModelForCausalLM
 
 
 pytest.importorskip("rouge_score")
@@ -107,6 +108,30 @@ def test_only_the_exits_were_trained(run, checkpoint):
         "exit_heads", "exit_norms", "exit_policies",
     }  # fmt: skip
     assert any(bool(after[name].any()) for name in after if name.endswith("up.weight"))
+
+
+def test_a_drafter_and_promised_agreements(run, rows, tmp_path):
+    options = make_options(run[0], rows, tmp_path) | {
+        "phases": ["drafter"], "drafter_layer": 2, "drafter_vocab_size": 20, "drafter_fit_tokens": 50,
+        "drafter_num_train_epochs": 2, "criteria": ["max_probability"], "operating_points": 1,
+        "agreements": [0.05, 0.9999],
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="Exits are off"):
+        steady_clock(patch)
+        run_clm_cee.main(words(options))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["train"]) == ["drafter"]
+    kept, refused = (results["agreements"][name] for name in ("agreement-0.05", "agreement-0.9999"))
+    assert kept["criterion"] == "max_probability" and "reason" not in kept and refused["reason"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(model.config.exit_operating_points) == {"agreement-0.05", "agreement-0.9999"}
+    assert len(results["curves"]["max_probability"]) == 2
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    named = model.generate(ids, exit_threshold="agreement-0.05", max_new_tokens=4)
+    given = {"exit_threshold": kept["thresholds"], "exit_criterion": "max_probability"}
+    assert torch.equal(named, model.generate(ids, max_new_tokens=4, **given))
+    exact = model.generate(ids, exit_verify=True, max_new_tokens=4)
+    assert torch.equal(exact, model.generate(ids, max_new_tokens=4))
 
 
 def test_policies_alone_leave_the_heads_as_they_are(run, rows, tmp_path):
