@@ -54,7 +54,7 @@ class CheckpointArguments:
     )
     exit_threshold: list[float] | None = field(default=None, metadata={"help": "One for all exits, or one per exit."})
     min_exit_layer: int | None = field(default=None, metadata={"help": "Nothing leaves before this layer."})
-    policy_inputs: str | None = field(default=None, metadata={"help": "state, confidence or both."})
+    policy_inputs: str | None = field(default=None, metadata={"help": "state, confidence, log_confidence or both."})
     policy_hidden_size: int | None = field(default=None, metadata={"help": "Hidden units of each policy."})
     policy_activation: str | None = field(default=None, metadata={"help": "Activation of the policies."})
     policy_condition: str | None = field(

@@ -108,12 +108,16 @@ def policy_score(model, state: Tensor, history: list[Tensor], problem_type: str,
     features = []
     if model.config.policy_inputs in ("state", "both"):
         features += state.detach().tolist()
-    if model.config.policy_inputs in ("confidence", "both"):
+    if model.config.policy_inputs != "state":
         earlier = history[:-1]
         previous = confidence(earlier[-1], problem_type)[1] if earlier else 0.0
         now = prediction(history[-1], problem_type)
         same = [prediction(logits, problem_type) == now for logits in earlier]
-        features += [*confidence(history[-1], problem_type), previous, sum(same) / len(same) if same else 0.0]
+        seen = [*confidence(history[-1], problem_type), previous, sum(same) / len(same) if same else 0.0]
+        if model.config.policy_inputs == "log_confidence":
+            inside = [min(max(one, 1e-5), 1 - 1e-5) for one in seen]
+            seen = [math.log(one / (1 - one)) / math.log(1e5) for one in inside]
+        features += seen
     first, _, second = model.exit_policies.networks[index]
     hidden = first.weight.detach().double() @ torch.tensor(features).double() + first.bias.detach().double()
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))  # GELU

@@ -111,7 +111,7 @@ class TestConfidence:
 
 
 class TestPolicies:
-    @pytest.mark.parametrize("inputs", ["state", "confidence", "both"])
+    @pytest.mark.parametrize("inputs", ["state", "confidence", "log_confidence", "both"])
     @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
     @torch.no_grad()
     def test_stored_states_are_the_walk(self, inputs, problem_type):
@@ -178,7 +178,7 @@ class TestPolicies:
         policies, states = ExitPolicies([1, 2], 8, 4, "gelu"), torch.randn(3, 3, 8)
         assert torch.equal(policies(states, torch.randn(3, 2, 5)), policies(states))
 
-    @pytest.mark.parametrize("inputs,width", [("state", 8), ("confidence", 5), ("both", 13)])
+    @pytest.mark.parametrize("inputs,width", [("state", 8), ("confidence", 5), ("log_confidence", 5), ("both", 13)])
     def test_shape_of_a_network(self, inputs, width):
         policies = ExitPolicies([1, 2], 8, 4, "relu", inputs)
         first, activation, second = policies.networks[1]

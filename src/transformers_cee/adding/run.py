@@ -43,7 +43,7 @@ AUTO_CLASS = "AutoModelForSequenceClassification"
 # Where exits are, what they see and which prices of a layer their policies learn.
 EXIT_FIELDS: dict[str, Any] = {
     "exit_pooling": "internal_mean",
-    "policy_inputs": "confidence",
+    "policy_inputs": "log_confidence",
     "policy_condition": "film",
     "policy_alphas": [0.0001, 0.1],
     "exit_criterion": "policy",

@@ -25,7 +25,7 @@ from transformers_cee.exits.numbers import whole as without_point
 
 EXIT_POOLINGS = ("cls", "mean", "internal_mean")
 EXIT_NORMS = ("none", "layer_norm")
-POLICY_INPUTS = ("state", "confidence", "both")
+POLICY_INPUTS = ("state", "confidence", "log_confidence", "both")
 POLICY_CONDITIONS = ("none", "input", "film")
 SKIPPED_KV = ("copy", "deferred")
 
@@ -99,7 +99,8 @@ class ExitConfigMixin(ConfigLoadingMixin):
             Activation of the policy networks, a name known to `transformers.activations.ACT2FN`.
         policy_inputs (`str`, *optional*, defaults to `"state"`):
             What a policy sees: `"state"` (the exit state, as in the paper), `"confidence"` (maximum probability,
-            margin and entropy of the exit head, the previous exit's margin, agreement with earlier exits) or `"both"`.
+            margin and entropy of the exit head, the previous exit's margin, agreement with earlier exits),
+            `"log_confidence"` (the same as log-odds, which tell 0.99 from 0.999) or `"both"` (state and confidence).
         policy_condition (`str`, *optional*, defaults to `"none"`):
             How the policies see the price α of a layer: `"none"`, `"input"` (one more input) or `"film"` (it scales
             and shifts the hidden units). Conditioned policies serve any speed.

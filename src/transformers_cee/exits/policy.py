@@ -17,6 +17,8 @@ from transformers_cee.exits.by_layer import LayerModules, each_size
 NUM_CONFIDENCE_FEATURES = 5
 # Keeps float32 probabilities away from 0, so that a threshold of 0 lets everything out at the first exit.
 _MAX_LOGIT = 30.0
+# How close to 0 and 1 confidences are told apart.
+_CLOSEST = 1e-5
 
 
 def check_has_classes(
@@ -143,7 +145,7 @@ class ExitPolicies(nn.Module):
             where exits differ, a network sees as many numbers as its own exit has.
         hidden_size (`int`): size of the hidden layer.
         activation (`str`): a name of `transformers.activations.ACT2FN`.
-        inputs (`str`): `"state"`, `"confidence"` or `"both"`.
+        inputs (`str`): `"state"`, `"confidence"`, `"log_confidence"` or `"both"`.
         condition (`str`): `"none"`, `"input"` (one more input) or `"film"` (scale and shift of the hidden units, Perez
             et al. 2018).
         alphas (pair of `float`): lowest and highest α that conditioned policies learn.
@@ -170,9 +172,13 @@ class ExitPolicies(nn.Module):
         self.networks = LayerModules(
             layers,
             lambda width: nn.Sequential(nn.Linear(width, hidden_size), ACT2FN[activation], nn.Linear(hidden_size, 1)),
-            [(inputs != "confidence") * size + more for size in self.state_sizes],
+            [self.sees_states * size + more for size in self.state_sizes],
         )
         self.films = LayerModules(layers if condition == "film" else (), lambda: nn.Linear(1, 2 * hidden_size))
+
+    @property
+    def sees_states(self) -> bool:
+        return self.inputs in ("state", "both")
 
     @property
     def needs_logits(self) -> bool:
@@ -220,11 +226,12 @@ class ExitPolicies(nn.Module):
                 default in evaluation mode.
         """
         parts = []
-        if self.inputs != "confidence":
+        if self.sees_states:
             size = self.state_sizes[index]
             parts.append(state if state.shape[-1] == size else state[..., :size])
         if features is not None:
-            parts.append(features.to(state.dtype))
+            seen = log_odds(features) if self.inputs == "log_confidence" else features
+            parts.append(seen.to(state.dtype))
         if self.condition == "input":
             parts.append(self._condition(state, alpha).expand(state.shape[0], 1))
         inputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -258,6 +265,13 @@ class ExitPolicies(nn.Module):
             for index in range(len(self.networks))
         ]
         return torch.stack(columns, dim=1) if columns else states.new_zeros(len(states), 0)
+
+
+def log_odds(features: Tensor) -> Tensor:
+    """Confidence features as log-odds, scaled to [−1, 1]: those near 0 and 1, where promises are decided, lie far
+    apart."""
+    kept = features.clamp(_CLOSEST, 1 - _CLOSEST)
+    return (kept.log() - (1 - kept).log()) / -math.log(_CLOSEST)
 
 
 def make_policies(config: Any, layers: Sequence[int]) -> ExitPolicies:

@@ -5,10 +5,15 @@ batches which grow by one."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 
 class GrowingTexts:

@@ -10,13 +10,12 @@ al. 2023; Chen et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
-from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from transformers_cee.exits.cache_name import CACHE_NAME
@@ -25,6 +24,10 @@ from transformers_cee.generation.draft_costs import DraftCosts
 from transformers_cee.generation.drafting import Drafter, Drafting, Drafts, DraftsPay
 from transformers_cee.generation.growing import GrowingTexts
 from transformers_cee.generation.slots import SlotPass
+
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 
 # They look at the scores alone: all places can be given to them at once.
