@@ -78,7 +78,7 @@ def test_exit_layers(config, exit_layers, expected):
         ({"exit_criterion": "mood"}, r"`exit_criterion`='mood'"),
         ({"exit_threshold": 1.5}, r"`exit_threshold`=1.5"),
         ({"exit_threshold": [0.5]}, r"1 values.*\(4\)"),
-        ({"policy_inputs": "smell"}, r"`policy_inputs`='smell'.*'state', 'confidence', 'both'"),
+        ({"policy_inputs": "smell"}, r"`policy_inputs`='smell'.*'state', 'confidence', 'log_confidence', 'both'"),
         ({"policy_hidden_size": 0}, r"`policy_hidden_size`=0"),
         ({"policy_activation": "cubic"}, r"`policy_activation`='cubic'"),
         ({"reward_alpha": -1.0}, r"`reward_alpha`=-1.0"),

@@ -73,13 +73,13 @@ def open_verification(
         )
     most, lookup, layer = _number(ask, _MOST, _DRAFTS), ask(LOOKUP), ask(EARLY_EXIT)
     drafters: list[Drafter] = []
-    has_drafter = model.exit_drafter is not None
-    if lookup is not None or not (has_drafter or layer is not None or decision is not None):
-        drafters.append(PromptLookup(_number(ask, LOOKUP, _LOOKED_UP), _number(ask, _NGRAM, _LONGEST)))
-    if layer is not None or decision is not None:
-        drafters.append(_exit_drafts(model, layer, decision, model.first_exit(settings.get("min_exit_layer")), most))
-    elif has_drafter:
+    if layer is None and model.exit_drafter is not None:
         drafters.append(JumpDrafts(model, most))
+    elif layer is not None or decision is not None:
+        drafters.append(_exit_drafts(model, layer, decision, model.first_exit(settings.get("min_exit_layer")), most))
+    if lookup is not None or not drafters:
+        # It costs nothing to ask first.
+        drafters.insert(0, PromptLookup(_number(ask, LOOKUP, _LOOKED_UP), _number(ask, _NGRAM, _LONGEST)))
     # Only now do layers run.
     costs = draft_costs(model)
     return Verification(model, drafters, costs, streamer)
