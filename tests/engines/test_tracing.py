@@ -1,10 +1,12 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What stands around a trace: loggers are what they were, and masks take lengths that a trace holds as tensors."""
+"""What stands around a trace: loggers are as before, masks take lengths that are tensors, functions are no scripts."""
 
 from __future__ import annotations
 
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -40,3 +42,21 @@ def test_masks_of_lengths_that_are_tensors(monkeypatch, release, changes):
     assert seen[-1][0].tolist() == 2, "outside of a trace nothing changes"
     # What is registered afterwards is not hidden by anything that was left.
     assert "sdpa" not in ALL_MASK_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_scripted_functions_are_plain_ones(monkeypatch):
+    """Of a script both ways of an `if` would stand in the graph."""
+
+    def bucket(states: torch.Tensor, size: int) -> torch.Tensor:
+        return states.float() * 2 if size > 3 else states
+
+    module = types.ModuleType("transformers.models.scripted.modeling_scripted")
+    script = module.bucket = torch.jit.script(bucket)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with tracing():
+        assert module.bucket is bucket
+        traced = torch.jit.trace(lambda states: module.bucket(states, 3), torch.arange(4))
+    assert module.bucket is script and "prim::If" not in str(traced.graph)
+    with pytest.raises(ZeroDivisionError), tracing():
+        _ = 1 / 0
+    assert module.bucket is script

@@ -89,7 +89,7 @@ def test_demo_configuration_parses(tmp_path, monkeypatch):
     assert data.loss_on_prompt
     assert evaluation.criteria[0] == "policy"
     assert training.trainable == "exits"
-    assert training.token_loss == "kl"
+    assert training.phases == ["policy", "drafter"] and "drafter_layer" in model.exit_options()
 
 
 def test_words_show_their_layers():

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ _LENGTHS_MAY_BE_TENSORS = Version("5.9")
 @contextmanager
 def tracing() -> Iterator[None]:
     """While graphs are traced, for the whole process."""
-    with warnings.catch_warnings(), _masks_of_any_length(), _level_kept(logging.getLogger()):
+    with warnings.catch_warnings(), _masks_of_any_length(), _no_scripts(), _level_kept(logging.getLogger()):
         # Sizes that a trace takes for constants are constants: numbers of labels, widths.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
@@ -46,6 +47,27 @@ def _masks_of_any_length() -> Iterator[None]:
             yield
     finally:
         ALL_MASK_ATTENTION_FUNCTIONS._local_mapping = own
+
+
+@contextmanager
+def _no_scripts() -> Iterator[None]:
+    """Functions that `torch.jit.script` has compiled, such as those of DeBERTa in transformers 5.8, are what they were
+    made of: both ways of an `if` in one would stand in the graph, and converters refuse two types."""
+    scripts = [
+        (module, name, value)
+        for key, module in list(sys.modules.items())
+        if key.startswith("transformers.models.") and key.rpartition(".")[2].startswith("modeling_")
+        for name, value in list(vars(module).items())
+        if isinstance(value, torch.jit.ScriptFunction)
+    ]
+    for module, name, script in scripts:
+        # What compilers of torch take for it, too.
+        setattr(module, name, getattr(script, "_torchdynamo_inline", script))
+    try:
+        yield
+    finally:
+        for module, name, script in scripts:
+            setattr(module, name, script)
 
 
 def _of_positions(make: Callable[..., Any], *, q_length: Any, **asked: Any) -> Any:
