@@ -140,18 +140,18 @@ class TestStraightAfterTheImport:
 from transformers import pipeline
 classify = pipeline("early-exit-text-classification", model=sys.argv[1], device="cpu", exit_threshold=0.0)
 assert classify("a film")[0]["exit_layer"] == 1""",
-            """
+            slow("""
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 assert type(model).__name__ == "BertForConsistentEE"
 from transformers import pipeline
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-pipeline("early-exit-text-classification", model=model, tokenizer=tokenizer, device="cpu")""",
-            """
+pipeline("early-exit-text-classification", model=model, tokenizer=tokenizer, device="cpu")"""),
+            slow("""
 model = transformers_cee.BertForConsistentEE.from_pretrained(sys.argv[1])
 from peft import LoraConfig, get_peft_model
-assert get_peft_model(model, LoraConfig(task_type="SEQ_CLS")).peft_config["default"].target_modules""",
+assert get_peft_model(model, LoraConfig(task_type="SEQ_CLS")).peft_config["default"].target_modules"""),
         ],
     )
     def test_it_works(self, folder, use):

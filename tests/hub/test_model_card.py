@@ -148,7 +148,15 @@ def test_bad_input(arguments, message):
         make(**arguments)
 
 
-@pytest.mark.parametrize(("regression", "pairs"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("regression", "pairs"),
+    # Each in a process of its own.
+    [
+        pytest.param(False, False, marks=pytest.mark.slow),
+        (True, False),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_usage_runs_as_pasted(tmp_path, saved, regression, pairs):
     folder = saved
     if regression:

@@ -116,7 +116,9 @@ def check_clean(files: dict[str, bytes]) -> None:
 
 
 class TestTrainer:
-    @pytest.mark.parametrize("strategy,blocking", [("every_save", True), ("end", False)])
+    @pytest.mark.parametrize(
+        "strategy,blocking", [("every_save", True), pytest.param("end", False, marks=pytest.mark.slow)]
+    )
     def test_the_model_and_its_card(self, hub, tmp_path, strategy, blocking):
         repo = f"org/trained-{strategy.replace('_', '-')}"
         arguments = (str(tmp_path / "run"), repo, strategy, str(blocking))
@@ -136,7 +138,7 @@ class TestTrainer:
         assert done.stdout.splitlines()[-1] == "['checkpoint-2', 'checkpoint-3']", done.stderr
         assert not hub.files["org/saved"]
 
-    @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+    @pytest.mark.parametrize("strategy", [pytest.param("checkpoint", marks=pytest.mark.slow), "all_checkpoints"])
     def test_checkpoints_are_refused(self, hub, tmp_path, strategy):
         arguments = (str(tmp_path / "run"), "org/refused", strategy, "True")
         done = run_python(TRAIN, *arguments, environment=hub.environment(tmp_path / "home"), cwd=tmp_path)
@@ -184,7 +186,10 @@ class TestPublishedFiles:
         assert published_files(tmp_path) == []
 
 
-@pytest.mark.parametrize("limit,seconds,kept", [("none", 0.5, False), ("own", 3.0, True)])
+# The client tries again and again, each time for as long.
+@pytest.mark.parametrize(
+    "limit,seconds,kept", [("none", 0.5, False), pytest.param("own", 3.0, True, marks=pytest.mark.slow)]
+)
 def test_a_server_that_stalls_is_an_error(tmp_path, limit, seconds, kept):
     """A time limit that the client has already stays."""
     with socket.create_server(("127.0.0.1", 0)) as server, FakeHub() as hub:

@@ -73,7 +73,7 @@ def client(hub, home, code, *arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.fixture(scope="module", params=list(CLASSES))
+@pytest.fixture(scope="module", params=["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 def published(request, hub, tmp_path_factory):
     """Task, names of a base and of exits on the hub, the folder of the whole model, and a refusal."""
     home = tmp_path_factory.mktemp("publisher")

@@ -203,6 +203,7 @@ def test_remote_code_needs_no_import(published, tmp_path):
     assert json.loads((again / "config.json").read_text())["auto_map"]["AutoConfig"] == "modeling_cee.LlamaCeeConfig"
 
 
+@pytest.mark.slow
 def test_adapter_over_the_hub(published, tmp_path):
     """Adapter and base model each from their own repository."""
     client(published, tmp_path, PUBLISH_ADAPTER, REPO, ADAPTER)

@@ -70,7 +70,7 @@ def run(folder, make, watch=None, seed=0, **fields):
     return tiny_text_trainer(folder, make(seed), rows=40, trainer={"callbacks": callbacks}, **options)
 
 
-@pytest.fixture(scope="module", params=[bare, adapted])
+@pytest.fixture(scope="module", params=[bare, pytest.param(adapted, marks=pytest.mark.slow)])
 def whole(request, tmp_path_factory):
     trainer = run(tmp_path_factory.mktemp("whole"), request.param)
     start = weights(trainer.model)
