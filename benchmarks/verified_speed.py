@@ -46,11 +46,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prefix", default="", help="stands before each prompt")
     parser.add_argument("--characters", type=int, default=1500, help="a prompt is cut to so many")
     parser.add_argument("--raw", action="store_true", help="texts to go on with, without the chat template")
-    parser.add_argument("--timed", type=int, default=16, help="prompts whose answers are timed")
+    parser.add_argument("--timed", type=int, default=16, help="prompts whose answers are timed; 0 for none")
     parser.add_argument("--compared", type=int, default=0, help="prompts whose texts are compared beside these")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--draft_layers", type=int, nargs="*", default=[], help="exits that draft")
+    parser.add_argument("--ways", nargs="+", help='only these, such as "jump" and "lookup and jump"')
     parser.add_argument("--peers", action="store_true", help="also time the ways of transformers")
     parser.add_argument("--rounds", type=int, default=3, help="at least 3")
     parser.add_argument("--threads", type=int, default=1)
@@ -92,7 +93,10 @@ def ways(args: argparse.Namespace, stock: Any, model: Any) -> dict[str, Callable
         found["transformers: lookup"] = partial(stock.generate, **lookup, **asked)
         for layer in args.draft_layers:
             found[f"transformers: exit {layer}"] = partial(stock.generate, assistant_early_exit=layer, **asked)
-    return found
+    wrong = set(args.ways or ()) - set(found)
+    if wrong:
+        raise ValueError(f"`--ways` names {sorted(wrong)}; accepted are {', '.join(found)}.")
+    return {name: way for name, way in found.items() if name == PLAIN or not args.ways or name in args.ways}
 
 
 def same_texts(stock: Any, inputs: Any, expected: Tensor, found: Tensor) -> list[float]:
@@ -129,7 +133,7 @@ def main() -> None:
     results["environment"] = timing_environment(torch.device("cpu"))
     for size in args.batch_sizes:
         results["sizes"].append(one_size(args, tokenizer, stock, prompts, asked, size))
-        write_results(args.output / "results.json", results)
+        write_results(results, args.output / "results.json")
         write_text(args.output / "table.md", table(results))
     print(table(results))
 
@@ -147,7 +151,7 @@ def one_size(
         tokenizer(prompts[start : start + size], return_tensors="pt", padding=True, add_special_tokens=args.raw)
         for start in range(0, len(prompts), size)
     ]
-    timed = batches[: max(1, args.timed // size)]
+    timed = batches[: -(-args.timed // size)]
     found: dict[str, Any] = {"batch_size": size, "ways": {}}
     for name in asked:
         found["ways"][name] = {"texts": 0, "gaps": [], "tokens": 0, "passes": 0, "accepted": 0}
@@ -158,15 +162,24 @@ def one_size(
             if name == PLAIN or (name.startswith("transformers") and size > 1):
                 continue
             output = way(**batch, return_dict_in_generate=True)
-            about["texts"] += size
+            about["texts"] += len(expected)
             about["gaps"] += same_texts(stock, batch, expected, output.sequences)
             if output.get("accepted_drafts") is not None:
                 drafts = output.accepted_drafts
                 about["passes"] += int((drafts >= 0).sum())
                 about["accepted"] += int(drafts.clamp_min(0).sum())
+    for about in found["ways"].values():
+        about["tokens_per_pass"] = 1 + about["accepted"] / about["passes"] if about["passes"] else None
+    if not timed:
+        return found
     names = [name for name in asked if size == 1 or not name.startswith("transformers")]
+    # A pass over several tokens is no cheaper than a step.
+    limits = {name: about["tokens_per_pass"] for name, about in found["ways"].items() if about["tokens_per_pass"]}
     timings = Timer(rounds=args.rounds).time(
-        {name: [partial(asked[name], **batch) for batch in timed] for name in names}, PLAIN, progress=tqdm
+        {name: [partial(asked[name], **batch) for batch in timed] for name in names},
+        PLAIN,
+        allowed={PLAIN: limits},
+        progress=tqdm,
     )
     for name in names:
         about = found["ways"][name]
@@ -175,7 +188,6 @@ def one_size(
             about["tokens_per_second"] = tokens / timings.seconds[PLAIN].median
         else:
             about["speedup"] = timings.speedups[PLAIN][name].reported._asdict()
-            about["tokens_per_pass"] = 1 + about["accepted"] / about["passes"] if about["passes"] else None
     return found
 
 
@@ -188,10 +200,8 @@ def table(results: dict[str, Any]) -> str:
     for one in results["sizes"]:
         rows = []
         for name, about in one["ways"].items():
-            if name != PLAIN and "speedup" not in about:
-                continue
-            per_pass, gaps = about.get("tokens_per_pass"), about["gaps"]
-            speed = "1.00x" if name == PLAIN else Reported(**about["speedup"]).text()
+            per_pass, gaps = about["tokens_per_pass"], about["gaps"]
+            speed = "1.00x" if name == PLAIN else Reported(**about.get("speedup", {})).text()
             differ = "" if name == PLAIN else f"{len(gaps)} of {about['texts']}"
             rows.append(
                 [
@@ -203,8 +213,9 @@ def table(results: dict[str, Any]) -> str:
                 ]
             )
         header = ["", "speed-up", "tokens per pass", "texts that differ", "largest gap"]
-        plain = one["ways"][PLAIN]["tokens_per_second"]
-        lines.append(f"Batch {one['batch_size']}, {plain:.1f} tokens per second without drafts:\n")
+        plain = one["ways"][PLAIN].get("tokens_per_second")
+        speed = "not timed" if plain is None else f"{plain:.1f} tokens per second without drafts"
+        lines.append(f"Batch {one['batch_size']}, {speed}:\n")
         lines.append(markdown_table(header, rows) + "\n")
     return "\n".join(lines)
 
