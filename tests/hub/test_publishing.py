@@ -132,6 +132,7 @@ class TestTrainer:
         assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
         check_clean(files)
 
+    @pytest.mark.slow
     def test_checkpoints_stay(self, hub, tmp_path):
         """Also those of a training without phases."""
         done = run_python(SAVE, str(tmp_path / "run"), environment=hub.environment(tmp_path / "home"), cwd=tmp_path)

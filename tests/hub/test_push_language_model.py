@@ -186,6 +186,7 @@ def test_round_trip_through_the_auto_classes(published, folder, tmp_path):
     assert loaded["exit_layers"][0][:2] == [4, 1]
 
 
+@pytest.mark.slow
 def test_pipeline_from_the_hub(published, tmp_path):
     """The task comes from the card; the threshold reaches the layers."""
     found = client(published, tmp_path, PIPELINE, REPO)
@@ -193,6 +194,7 @@ def test_pipeline_from_the_hub(published, tmp_path):
     assert found["results"] == [[4 + 3, True], [4 * 4, True]]
 
 
+@pytest.mark.slow
 def test_remote_code_needs_no_import(published, tmp_path):
     again = tmp_path / "again"
     loaded = client(published, tmp_path, REMOTE, REPO, again)

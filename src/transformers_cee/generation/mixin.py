@@ -5,7 +5,6 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from transformers_cee.generation.account import ExitAccount, open_account
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import complete_waiting
 from transformers_cee.generation.drafters import EARLY_EXIT, LOOKUP, check_exit_verify, open_verification
+from transformers_cee.generation.ways import asked_in, check_caches, check_way_to_generate
 
 
 EXIT_ARGUMENTS = (
@@ -37,8 +37,6 @@ EXIT_ARGUMENTS = (
     "exits_must_pay",
     "exit_verify",
 )
-# Fields that make generation check several drafted tokens at once, which is not a decode step.
-_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass
@@ -134,7 +132,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
             if settings.get("exits_must_pay"):
                 trace.account = self._open_account(decision, settings.get("min_exit_layer"))
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
-            _check_way_to_generate(_asked({**given.arguments, **kwargs}, generation_config, self.generation_config))
+            check_way_to_generate(asked_in({**given.arguments, **kwargs}, generation_config, self.generation_config))
         outer = _TRACE.set(trace)
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -158,8 +156,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
     ) -> Any:
         self.check_walk(rows_leave=True)
         given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
-        ask = _asked({**given.arguments, **kwargs}, generation_config, self.generation_config)
-        _check_caches(ask)
+        ask = asked_in({**given.arguments, **kwargs}, generation_config, self.generation_config)
+        check_caches(ask)
         verification = open_verification(self, ask, decision, settings, ask("streamer"))
         # Transformers would take them for its own way to draft.
         for name in (LOOKUP, EARLY_EXIT):
@@ -359,40 +357,6 @@ def _check_decay(decay: Any, criterion: str) -> None:
         raise ValueError(
             f"`exit_threshold_decay` needs a criterion whose scores lie in [0, 1] and whose larger thresholds send "
             f"tokens deeper; `exit_criterion`={criterion!r} is not one."
-        )
-
-
-def _asked(asked: dict[str, Any], *configs: GenerationConfig | None) -> Callable[[str], Any]:
-    """Finds what a call of `generate` says under a name: among its arguments, or in configs, first come first."""
-
-    def value(name: str) -> Any:
-        if name in asked:
-            return asked[name]
-        found = (getattr(config, name, None) for config in configs)
-        return next((one for one in found if one is not None), None)
-
-    return value
-
-
-def _check_way_to_generate(ask: Callable[[str], Any]) -> None:
-    """Raises `ValueError` where exits meet a way to generate that does not support them."""
-    for name in _DRAFTING:
-        if ask(name):
-            raise ValueError(
-                f"`{name}` and exits exclude each other; set `exit_threshold`=1.0, or `exit_verify`=True to let "
-                "exits draft."
-            )
-    _check_caches(ask)
-
-
-def _check_caches(ask: Callable[[str], Any]) -> None:
-    """Raises `ValueError` for caches that single rows cannot write into."""
-    if ask("use_cache") is False:
-        raise ValueError("`use_cache`=False leaves no decode steps to exit from; set `exit_threshold`=1.0.")
-    if ask("cache_implementation") not in (None, "dynamic"):
-        raise ValueError(
-            f"`cache_implementation`={ask('cache_implementation')!r} does not work with exits; accepted "
-            "are None and 'dynamic'. Set `exit_threshold`=1.0 for other caches."
         )
 
 
