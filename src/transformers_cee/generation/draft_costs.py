@@ -69,14 +69,15 @@ def _measure(model: Any) -> DraftCosts:
         return _seconds(lambda: model.exit_logits(states[:, :columns], model.last_exit), model)
 
     ways: list[Callable[[], float]] = [
-        lambda: run(1), lambda: run(_TOKENS), lambda: head(1), lambda: head(_TOKENS)
+        lambda: run(1), lambda: run(2), lambda: run(_TOKENS), lambda: head(1), lambda: head(2), lambda: head(_TOKENS)
     ]  # fmt: skip
     for way in ways:
         way()
     rounds = [[way() for way in ways] for _ in range(_ROUNDS)]
-    one, many, head_one, head_many = (median(times) for times in zip(*rounds, strict=True))
+    one, two, many, head_one, head_two, head_many = (median(times) for times in zip(*rounds, strict=True))
     step = one + head_one
-    more = max(0.0, many + head_many - step) / (_TOKENS - 1)
+    # Where single tokens have kernels of their own, the second one costs more than those behind it.
+    more = max(0.0, two + head_two - step, (many + head_many - step) / (_TOKENS - 1))
     return DraftCosts(more / step, one / layers / step, head_one / step)
 
 

@@ -95,7 +95,7 @@ class DraftsPay:
     """
 
     # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
-    _PRIOR, _TRIES, _FORGET = 0.7, 4.0, 0.97
+    _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
 
     def __init__(self, draft_cost: float, verify_cost: float) -> None:
         self.cost, self.draft_cost, self.verify_cost = draft_cost + verify_cost, draft_cost, verify_cost
