@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Answers one prompt at several thresholds, with the speed of each and the layer at which every token left, and at
-last with drafts that the whole model verifies: the text of full depth, sooner.
+last with drafts that the whole model verifies: the text of full depth.
 
     python examples/generate_demo.py --model runs/demo-llm --prompt "What is machine translation?"
 
