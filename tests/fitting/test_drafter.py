@@ -8,11 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_llama, training_arguments
-from transformers import TrainerCallback, default_data_collator
+from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
 from transformers.cache_utils import DynamicCache
 
 from transformers_cee import ConsistentEETrainer, LlamaForConsistentEECausalLM
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.fitting.drafter import fit_drafter
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.slots import SlotPass
@@ -59,9 +60,7 @@ def test_roll_outs_are_drafts_in_use(attention):
         for step in range(3):
             column = start + step
             first = torch.full((4,), column)
-            run = SlotPass(
-                model.as_decoder, held, first, 1, column, column, None, torch.zeros(4, dtype=torch.long), state[:0, 0]
-            )
+            run = SlotPass(model.as_decoder, held, first, 1, None, torch.zeros(4, dtype=torch.long), state[:0, 0])
             embedded = model.get_input_embeddings()(ids[:, column : column + 1])
             state = run.run_layer(drafter.layer, LAYER - 1, drafter.jump(state, embedded))
             of_roll_out = learned[step].view(4, TIME - 3, -1)[:, start - 1]
@@ -77,7 +76,9 @@ def trainer_of(model, folder, rows=24, **options):
         folder, phases=["drafter"], per_device_train_batch_size=4, drafter_learning_rate=1e-2, drafter_fit_tokens=100,
         drafter_roll_outs=2, logging_steps=1, **options,
     )  # fmt: skip
-    return ConsistentEETrainer(model=model, args=args, train_dataset=made, data_collator=default_data_collator)
+    return ConsistentEETrainer(
+        model=model, args=args, train_dataset=made, eval_dataset=made, data_collator=default_data_collator
+    )
 
 
 def test_it_learns_and_nothing_else_does(tmp_path):
@@ -127,6 +128,36 @@ class Stops(TrainerCallback):
 def test_a_phase_without_a_drafter_is_refused_first(tmp_path):
     with pytest.raises(ValueError, match="has 'drafter', and the model has none"):
         trainer_of(tiny_llama(), tmp_path).check_phases(["drafter"])
+
+
+@torch.no_grad()
+def test_padding_on_either_side_changes_nothing():
+    model, batch = model_with_drafter(), texts(tiny_llama())
+    ids, found = batch["input_ids"][:2], []
+    for left, right in ((0, 0), (0, 3), (3, 0), (2, 1)):
+        padded = torch.nn.functional.pad(ids, (left, right), value=9)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
+        # Of the last tokens the same ones count: padding lets shorter roll-outs begin later, too.
+        *_, last = roll_outs(model, read_text(model, padded, mask), 3)
+        found.append(float(last.kl))
+    assert found == pytest.approx([found[0]] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("time", [1, 2, 3])
+def test_short_texts(time):
+    model = model_with_drafter()
+    output = model(torch.full((2, time), 5), exit_training=ExitTraining(roll_outs=3))
+    assert output.loss.isfinite() and (output.accepted_drafts is None or len(output.accepted_drafts) == time - 1)
+
+
+def test_nobody_stops_it_early(tmp_path):
+    """Callbacks that wait for evaluations find none in this phase."""
+    model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
+    options = {"eval_strategy": "epoch", "metric_for_best_model": "loss", "drafter_num_train_epochs": 1}
+    trainer = trainer_of(model, tmp_path, **options)
+    trainer.add_callback(EarlyStoppingCallback(1))
+    assert list(trainer.train().phases) == ["drafter"]
+    assert any(isinstance(one, EarlyStoppingCallback) for one in trainer.callback_handler.callbacks)
 
 
 def test_words_are_those_said_most():

@@ -25,7 +25,7 @@ def fit_drafter(model: Any, batches: Iterable[dict[str, Tensor]], max_tokens: in
 
     Args:
         model (`EarlyExitCausalLM`): with a drafter (`drafter_layer` of its config).
-        batches: dictionaries with `input_ids` (rows, time), padded on the right if at all, and then `attention_mask`.
+        batches: dictionaries with `input_ids` (rows, time), padded on either side, and then `attention_mask`.
         max_tokens (`int`): stop after so many.
 
     Returns:
@@ -53,7 +53,7 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
     for batch in batches:
         mask = batch.get("attention_mask")
         read = read_text(model, batch["input_ids"].to(model.device), None if mask is None else mask.to(model.device))
-        follows = read.counts[:, 1:]
+        follows = read.counts[:, 1:] & read.counts[:, :-1]
         said = model.lm_head(read.last[read.counts]).argmax(-1)
         counts += torch.bincount(torch.cat((said, read.input_ids[read.counts])), minlength=len(counts))
         given = drafter.seen(read.behind[:, :-1][follows], read.embedded[:, 1:][follows])

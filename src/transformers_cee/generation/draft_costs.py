@@ -62,7 +62,7 @@ def _measure(model: Any) -> DraftCosts:
 
     def run(columns: int) -> float:
         first = none + _CONTEXT
-        walk = SlotPass(decoder, cache, first, columns, _CONTEXT, _CONTEXT + columns - 1, None, none, states[0, :0])
+        walk = SlotPass(decoder, cache, first, columns, None, none, states[0, :0])
         return _seconds(lambda: walk.run(states[:, :columns], 0, layers), model)
 
     def head(columns: int) -> float:

@@ -96,12 +96,16 @@ class DraftsPay:
 
     # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
     _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
+    # Passes without a draft after the first that did not pay, and at most.
+    _PATIENCE, _MOST_PATIENCE = 8, 1024
 
     def __init__(self, draft_cost: float, verify_cost: float) -> None:
-        self.cost, self.draft_cost, self.verify_cost = draft_cost + verify_cost, draft_cost, verify_cost
+        self.cost = draft_cost + verify_cost
         self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
         self.tokens, self.time = 1.0, 1.0
-        self.waits, self.patience = 0, 8
+        self.waits, self.patience = 0, self._PATIENCE
+        # Is the draft of this pass one that does not pay, to see whether that has changed?
+        self.is_trial = False
 
     @property
     def chance(self) -> float:
@@ -120,10 +124,11 @@ class DraftsPay:
         if self.waits:
             self.waits -= 1
             return 0
-        if self.chance <= self.least:
-            self.waits, self.patience = self.patience, min(1024, 2 * self.patience)
+        self.is_trial = self.chance <= self.least
+        if self.is_trial:
+            self.waits, self.patience = self.patience, min(self._MOST_PATIENCE, 2 * self.patience)
             return 1
-        self.patience = 8
+        self.patience = self._PATIENCE
         product, count = self.chance, 0
         while count < room and product > self.least:
             product, count = product * self.chance, count + 1
@@ -252,22 +257,16 @@ class JumpDrafts(Drafter):
     def cost(self, costs: DraftCosts) -> float:
         predictor = self.drafter.predictor.weight.numel() + self.drafter.readout.weight.numel()
         layer = sum(weight.numel() for weight in self.drafter.layer.parameters())
-        return costs.layer * (1 + predictor / layer) + costs.head * self.share
-
-    @property
-    def share(self) -> float:
-        """Of the vocabulary that it may draft."""
-        return len(self.drafter.token_ids) / self.vocab_size
+        return costs.layer * (1 + predictor / layer) + costs.head * len(self.drafter.token_ids) / self.vocab_size
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         if self.seen is None:
             return None
         most = min(self.most_tokens, int(room.max()))
-        wanted = pays.most(most)
-        if wanted == 0:
+        if pays.most(most) == 0:
             return None
         # Where drafts pay at all, their own probabilities say how many.
-        most = most if pays.patience == 8 else 1
+        most = 1 if pays.is_trial else most
         model, texts, drafter, index = drafting.model, drafting.texts, self.drafter, self.index
         goes_on, counts = room > 0, torch.zeros_like(room)
         product = torch.ones_like(room, dtype=torch.float)

@@ -16,6 +16,27 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
+class KeptScores:
+    """Scores (rows, vocabulary) of every new column, each row's as far as it has come and 0 behind that."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    def put(self, places: Tensor, rows: Tensor, scores: Tensor, batch: int) -> None:
+        """Keeps scores (entries, vocabulary) of columns (entries,) and rows (entries,) of a batch of so many rows."""
+        known = 0 if self.held is None else len(self.held)
+        needed = int(places.max()) + 1 if len(places) else 0
+        if needed > known:
+            room = scores.new_zeros(max(needed, 2 * known) - known, batch, scores.shape[-1])
+            self.held = room if self.held is None else torch.cat((self.held, room))
+        if self.held is not None:
+            self.held[places, rows] = scores
+
+    def first(self, columns: int) -> tuple[Tensor, ...]:
+        """Of the first columns, (rows, vocabulary) each."""
+        return () if self.held is None else self.held[:columns].unbind()
+
+
 class GrowingTexts:
     """Rows of tokens, each with a length of its own.
 
@@ -90,11 +111,11 @@ class GrowingTexts:
         self._stop(ends, self.lengths)
         self.grows = self.grows & (self.lengths < self.most)
 
-    def tell(self, scores: list[Tensor] | None = None) -> bool:
+    def tell(self, scores: KeptScores | None = None) -> bool:
         """Tells criteria and streamer of new columns; are there rows that go on?
 
         Args:
-            scores (`list[Tensor]`, *optional*): of each new column, (rows, vocabulary), as criteria get them.
+            scores (`KeptScores`, *optional*): of new columns, as criteria get them.
         """
         while bool(self.goes_on.any()):
             # Rows that do not grow are padded as far as the others come.
@@ -106,7 +127,7 @@ class GrowingTexts:
             so_far = self.tokens[:, : self.told]
             if self.streamer is not None:
                 self.streamer.put(so_far[:, -1].cpu())
-            ends = self.criteria(so_far, None if scores is None else tuple(scores[: self.told - self.prompt]))
+            ends = self.criteria(so_far, None if scores is None else scores.first(self.told - self.prompt))
             self.goes_on = self.goes_on & ~ends
             if self.ends is not None:
                 # Some rows may have come further than where they were to end.
@@ -130,4 +151,4 @@ class GrowingTexts:
         return self.lengths.clamp_max(self.told)
 
 
-__all__ = ["GrowingTexts"]
+__all__ = ["GrowingTexts", "KeptScores"]

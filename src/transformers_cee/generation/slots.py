@@ -25,8 +25,6 @@ class SlotPass:
         cache (`EarlyExitCache`): its layers get the columns that they lack.
         first (`LongTensor` of shape `(rows,)`): column of each row's first token.
         columns (`int`): tokens of each row.
-        aligned (`int`, *optional*): the column where all rows begin, if it is one for all.
-        last (`int`): largest column of all rows.
         padding (`Tensor` of shape `(rows, prompt)`, *optional*): 1 at tokens, 0 at padding, of the first columns.
         shifts (`LongTensor` of shape `(rows,)`): by how much a token's column exceeds its position.
         like (`Tensor`): of the type and on the device of hidden states.
@@ -38,13 +36,14 @@ class SlotPass:
         cache: EarlyExitCache,
         first: Tensor,
         columns: int,
-        aligned: int | None,
-        last: int,
         padding: Tensor | None,
         shifts: Tensor,
         like: Tensor,
     ) -> None:
-        self.decoder, self.cache, self.aligned, self.total = decoder, cache, aligned, last + 1
+        low, high = int(first.min()), int(first.max())
+        # The column where all rows begin, if it is one for all.
+        self.aligned = low if low == high else None
+        self.decoder, self.cache, self.total = decoder, cache, high + columns
         self.columns = first.unsqueeze(1) + torch.arange(columns, device=first.device)
         self.rows = torch.arange(len(first), device=first.device).unsqueeze(1)
         self.positions = self.columns - shifts.unsqueeze(1)

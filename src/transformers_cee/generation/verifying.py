@@ -22,7 +22,7 @@ from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.draft_costs import DraftCosts
 from transformers_cee.generation.drafting import Drafter, Drafting, Drafts, DraftsPay
-from transformers_cee.generation.growing import GrowingTexts
+from transformers_cee.generation.growing import GrowingTexts, KeptScores
 from transformers_cee.generation.slots import SlotPass
 
 
@@ -88,8 +88,8 @@ class Verification:
         most = max(drafter.most_tokens for drafter in self.drafters)
         self.texts = GrowingTexts(input_ids, length, most + 1, stopping_criteria, pad, self.streamer)
         wants = generation_config.return_dict_in_generate
-        self.scores: list[Tensor] | None = [] if wants and generation_config.output_scores else None
-        self.logits: list[Tensor] | None = [] if wants and generation_config.output_logits else None
+        self.scores = KeptScores() if wants and generation_config.output_scores else None
+        self.logits = KeptScores() if wants and generation_config.output_logits else None
 
         given = model_kwargs[CACHE_NAME]
         self.cache = model_kwargs[CACHE_NAME] = EarlyExitCache.from_cache(
@@ -121,8 +121,8 @@ class Verification:
         count = texts.told - texts.prompt
         return GenerateDecoderOnlyOutput(
             sequences=texts.sequences,
-            scores=None if self.scores is None else tuple(self.scores[:count]),
-            logits=None if self.logits is None else tuple(self.logits[:count]),
+            scores=None if self.scores is None else self.scores.first(count),
+            logits=None if self.logits is None else self.logits.first(count),
             **{CACHE_NAME: self.cache},
         )
 
@@ -171,14 +171,11 @@ class Verification:
 
     def at(self, offset: int, columns: int) -> SlotPass:
         """A pass over so many tokens of each row, whose first one stands `offset` behind the row's last token."""
-        first = self.texts.lengths - 1 + self.ahead + offset
-        low, high = int(first.min()), int(first.max())
-        aligned = low if low == high else None
-        like = self.model.get_input_embeddings().weight
-        last = high + columns - 1
-        return SlotPass(
-            self.decoder, self.cache, first, columns, aligned, last, self.padding, self.shifts, like[:0, :0]
-        )
+        return self._pass(self.texts.lengths - 1 + self.ahead + offset, columns)
+
+    def _pass(self, first: Tensor, columns: int) -> SlotPass:
+        like = self.model.get_input_embeddings().weight[:0, :0]
+        return SlotPass(self.decoder, self.cache, first, columns, self.padding, self.shifts, like)
 
     def _draft(self) -> Drafts | None:
         drafting = Drafting(self.model, self.texts, self.at, self._draw)
@@ -278,18 +275,14 @@ class Verification:
 
     def _keep(self, logits: Tensor, scores: Tensor, accepted: Tensor) -> None:
         """Notes scores and logits of the tokens that rows get, each in its column."""
+        texts = self.texts
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        gets = texts.grows.unsqueeze(1) & (columns <= accepted.unsqueeze(1))
+        places = (texts.lengths.unsqueeze(1) + columns - texts.prompt)[gets]
+        rows = gets.nonzero()[:, 0]
         for kept, new in ((self.scores, scores), (self.logits, logits.to(torch.float32))):
-            if kept is None:
-                continue
-            texts = self.texts
-            for column in range(new.shape[1]):
-                places = texts.lengths + column - texts.prompt
-                gets = texts.grows & (column <= accepted)
-                for place in places[gets].unique().tolist():
-                    while len(kept) <= place:
-                        kept.append(torch.zeros_like(new[:, 0]))
-                    here = gets & (places == place)
-                    kept[place][here] = new[here, column]
+            if kept is not None:
+                kept.put(places, rows, new[gets], len(texts))
 
     def _note(self, drafts: Drafts, accepted: Tensor, grown: Tensor, grew: Tensor) -> None:
         # The first draft that is refused had its turn, too.
@@ -305,14 +298,9 @@ class Verification:
         lacking = wanted - int(texts.ended.min()) + 1
         if lacking > 0:
             first = torch.full_like(texts.lengths, wanted - lacking + self.ahead)
-            like = self.model.get_input_embeddings().weight
-            place = int(first[0])
-            run = SlotPass(
-                self.decoder, self.cache, first, lacking, place, place + lacking - 1, self.padding, self.shifts,
-                like[:0, :0],
-            )  # fmt: skip
             tokens = texts.tokens[:, wanted - lacking : wanted]
-            run.run(self.model.get_input_embeddings()(tokens), 0, len(self.decoder.layers))
+            embedded = self.model.get_input_embeddings()(tokens)
+            self._pass(first, lacking).run(embedded, 0, len(self.decoder.layers))
         surplus = self.cache.get_seq_length() - wanted - self.ahead
         if surplus > 0:
             self.cache.crop(-surplus)

@@ -266,6 +266,8 @@ class DecoderRuns(EarlyExitModel):
     def run_roll_outs(self, input_ids: Tensor, attention_mask: Tensor | None, ahead: int) -> ExitCausalLMOutput:
         """The drafter's loss over a known text, in which it drafts so many tokens from every token on."""
         found = list(roll_outs(self, read_text(self, input_ids, attention_mask), ahead))
+        if not found:
+            return ExitCausalLMOutput(loss=torch.zeros((), device=input_ids.device))
         loss = torch.stack([one.loss for one in found]).mean()
         accepted = torch.stack([one.accepted for one in found])
         return ExitCausalLMOutput(loss=loss, accepted_drafts=accepted)

@@ -42,7 +42,7 @@ class TextRead:
 
 @torch.no_grad()
 def read_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> TextRead:
-    """One pass of the model over texts (rows, time), padded on the right if at all."""
+    """One pass of the model over texts (rows, time), padded on either side."""
     layer, ids = model.config.drafter_layer, input_ids
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     cache = DynamicCache()
@@ -97,6 +97,8 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
     config, layer = model.config, model.config.drafter_layer
     window = config.sliding_window if model.layer_types[layer - 1] == SLIDING else None
     time = read.input_ids.shape[1]
+    # Short texts end sooner; of one token there is nothing to draft.
+    ahead = min(ahead, time - 1)
     starts = time - ahead
     cache = _RollOutCache(read.keys, read.values)
     places = torch.arange(starts, device=read.input_ids.device) + 1
@@ -106,12 +108,15 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
     state = read.behind[:, :starts]
     for step in range(ahead):
         here = places + step
-        embedded, counted = read.embedded[:, here], read.counts[:, here]
+        embedded, counted = read.embedded[:, here], read.counts[:, here] & read.counts[:, places - 1]
         jumped = drafter.jump(state, embedded)
         seen = columns < places.unsqueeze(1)
         if window is not None:
             seen &= here.unsqueeze(1) - columns < window
-        mask = torch.cat((seen, *[own] * (step + 1)), 1)[None, None]
+        seen_by_row = seen & read.counts.unsqueeze(1)
+        owns = own.expand(len(seen_by_row), -1, -1)
+        # A row of padding alone sees itself.
+        mask = torch.cat((seen_by_row, *[owns] * (step + 1)), 2).unsqueeze(1)
         if config._attn_implementation == "eager":
             mask = torch.zeros_like(mask, dtype=jumped.dtype).masked_fill(~mask, torch.finfo(jumped.dtype).min)
         positions = here.unsqueeze(0)

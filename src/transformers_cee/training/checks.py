@@ -16,7 +16,7 @@ from transformers_cee.exits.policy import check_has_classes
 from transformers_cee.training.heads_objectives import HEADS_OBJECTIVES
 from transformers_cee.training.labels import check_label_column, check_labelled
 from transformers_cee.training.model_phase import ModelPhaseTrainer
-from transformers_cee.training.model_step import operating_point
+from transformers_cee.training.model_step import drafter_phase, operating_point
 from transformers_cee.training.parameters import active_module, freeze_for_model_step, keeping_requires_grad
 from transformers_cee.training.policy_phase import check_policies_learn
 from transformers_cee.training.rehearsal import first_batch, rehearse_evaluation, take_rows
@@ -132,7 +132,7 @@ def _check_train_rows(trainer: Any, phases: set[str]) -> None:
         if len(some) == 0:
             raise ValueError(f"`policy_holdout`={args.policy_holdout} leaves no row of {len(rows)} for the {name}.")
     learnt, batch = len(trainer._split()[0]), args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and phases & MODEL_PHASES and learnt < batch:
+    if args.dataloader_drop_last and phases & {*MODEL_PHASES, "drafter"} and learnt < batch:
         raise ValueError(
             f"`dataloader_drop_last`=True leaves no batch: {learnt} rows do not fill one of {batch}. Accepted are "
             "False, or a smaller `per_device_train_batch_size`."
@@ -191,6 +191,8 @@ def _check_exits(trainer: Any, phases: set[str]) -> None:
     # Arguments may have been changed since there was a model.
     trainer.items.check_heads_objective(args.heads_objective, model.config)
     trained_beside = "heads" in phases and HEADS_OBJECTIVES[args.heads_objective].trains_policies
+    if "drafter" in phases:
+        drafter_phase(args, model)
     if phases & POLICY_PHASES:
         if model.first_exit() == model.last_exit:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from transformers_cee.training.checkpoints import ResumableTrainer
@@ -31,8 +32,7 @@ def phase_arguments(
     own = copy.copy(args)
     own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
     own.push_to_hub = False
-    if phase.trainable == "drafter":
-        # No evaluation of exits can change.
+    if not phase.is_judged:
         own.eval_strategy, own.load_best_model_at_end = IntervalStrategy.NO, False
     if phase.trainable == "internal_exits" and own.metric_for_best_model is not None:
         # Nothing else that an evaluation reports can change.
@@ -86,6 +86,12 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         args.report_to, args.enable_jit_checkpoint = reporters, checkpoints
         self.run, self.phase = run, phase
         self.callback_handler, self.control = run.callback_handler, run.control
+        if not phase.is_judged:
+            # Whoever stops early waits for evaluations, which there are not.
+            self.callback_handler = copy.copy(run.callback_handler)
+            self.callback_handler.callbacks = [
+                one for one in run.callback_handler.callbacks if not isinstance(one, EarlyStoppingCallback)
+            ]
         # It knows what a backend has prepared for good.
         self.accelerator, self.gather_function = run.accelerator, run.gather_function
         self.deepspeed = run.deepspeed

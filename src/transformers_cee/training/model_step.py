@@ -36,6 +36,7 @@ class ModelPhase:
         trainable (`str`): what learns, as in `freeze_for_model_step`.
         trains_policies (`bool`): do the policies learn, too?
         exit_loss (`Callable`): what evaluation reports of losses (rows or tokens, exits), if it has them.
+        is_judged (`bool`): can an evaluation of exits change by it?
     """
 
     loss: StepLoss
@@ -43,6 +44,7 @@ class ModelPhase:
     trainable: str
     trains_policies: bool = False
     exit_loss: Callable[[Tensor], Tensor] = field(default=torch.mean)
+    is_judged: bool = True
 
 
 # `compute_loss_func` of the caller: from outputs of one exit and labels to one number, or (rows,).
@@ -168,7 +170,7 @@ def drafter_phase(args: ConsistentEETrainingArguments, exit_model: Any) -> Model
         outputs = model(**inputs, exit_training=options)
         return outputs.loss, outputs
 
-    return ModelPhase(loss, {}, "drafter")
+    return ModelPhase(loss, {}, "drafter", is_judged=False)
 
 
 def operating_point(exit_model: Any) -> tuple[str, Thresholds]:

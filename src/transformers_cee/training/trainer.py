@@ -310,9 +310,6 @@ class ConsistentEETrainer(StoredExitsTrainer):
 
     def _model_phases(self, phases: Collection[str]) -> list[ModelPhase]:
         """Those of the phases that train the model itself, all their stages."""
-        if "drafter" in phases:
-            # It is judged by no evaluation of exits.
-            drafter_phase(self.args, self._exit_model)
         found = list(map(self._heads_phase, self._heads_steps())) if "heads" in phases else []
         return [*found, self._consistent_phase()] if "consistent" in phases else found
 
