@@ -8,7 +8,7 @@ MODEL is a language model with exits, a drafter (`drafter_layer`), or both. Besi
 transformers on the stock model, `prompt_lookup_num_tokens` and `assistant_early_exit`. Prompts are the field of each
 line, as a user's turn where the tokenizer has a chat template. Speed-ups are medians over rounds with their spread.
 All texts are compared: where one differs, the difference of the two best logits there says whether it was a tie within
-rounding.
+rounding. *By costs* is what the costs measured beforehand say of the passes that were made.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,9 +35,10 @@ from transformers_cee.evaluation.report import markdown_table, write_results
 from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer
 from transformers_cee.files import write_text
 from transformers_cee.generation.draft_costs import draft_costs
+from transformers_cee.generation.packed import packed_linears
 
 
-PLAIN = "plain"
+PLAIN, PACKED = "plain", "plain, packed"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,6 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft_layers", type=int, nargs="*", default=[], help="exits that draft")
     parser.add_argument("--ways", nargs="+", help='only these, such as "jump" and "lookup and jump"')
     parser.add_argument("--peers", action="store_true", help="also time the ways of transformers")
+    parser.add_argument(
+        "--packed", action="store_true", help="our model in `packed_linears`; the stock model never is"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="at least 3")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", required=True, type=Path, help="folder for results.json and table.md")
@@ -83,6 +89,8 @@ def ways(args: argparse.Namespace, stock: Any, model: Any) -> dict[str, Callable
     bare = copy.copy(model)
     bare._modules = {**model._modules, "exit_drafter": None}
     found: dict[str, Callable[..., Any]] = {PLAIN: partial(stock.generate, **asked)}
+    if args.packed:
+        found[PACKED] = partial(bare.generate, **asked)
     if model.exit_drafter is not None:
         found["jump"] = ours
         found["lookup and jump"] = partial(ours, **lookup)
@@ -96,7 +104,8 @@ def ways(args: argparse.Namespace, stock: Any, model: Any) -> dict[str, Callable
     wrong = set(args.ways or ()) - set(found)
     if wrong:
         raise ValueError(f"`--ways` names {sorted(wrong)}; accepted are {', '.join(found)}.")
-    return {name: way for name, way in found.items() if name == PLAIN or not args.ways or name in args.ways}
+    always = (PLAIN, PACKED)
+    return {name: way for name, way in found.items() if name in always or not args.ways or name in args.ways}
 
 
 def same_texts(stock: Any, inputs: Any, expected: Tensor, found: Tensor) -> list[float]:
@@ -127,6 +136,18 @@ def main() -> None:
     for one in (model, stock):
         one.generation_config.pad_token_id = tokenizer.pad_token_id
     prompts, asked = read_prompts(args, tokenizer), ways(args, stock, model)
+    with packed_linears(model) if args.packed else nullcontext():
+        measure(args, tokenizer, stock, model, prompts, asked)
+
+
+def measure(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    stock: Any,
+    model: Any,
+    prompts: list[str],
+    asked: dict[str, Callable[..., Any]],
+) -> None:
     costs = draft_costs(model)
     results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(args).items()}, "sizes": []}
     results["costs"] = {"verify": costs.verify, "layer": costs.layer, "head": costs.head}
@@ -154,7 +175,7 @@ def one_size(
     timed = batches[: -(-args.timed // size)]
     found: dict[str, Any] = {"batch_size": size, "ways": {}}
     for name in asked:
-        found["ways"][name] = {"texts": 0, "gaps": [], "tokens": 0, "passes": 0, "accepted": 0}
+        found["ways"][name] = {"texts": 0, "gaps": [], "passes": 0, "proposed": 0, "accepted": 0, "expected": []}
     for batch in tqdm(batches, desc=f"Texts of {size}"):
         expected = asked[PLAIN](**batch)
         for name, way in asked.items():
@@ -167,7 +188,9 @@ def one_size(
             if output.get("accepted_drafts") is not None:
                 drafts = output.accepted_drafts
                 about["passes"] += int((drafts >= 0).sum())
+                about["proposed"] += int(output.proposed_drafts.clamp_min(0).sum())
                 about["accepted"] += int(drafts.clamp_min(0).sum())
+                about["expected"].append(output.expected_speedup)
     for about in found["ways"].values():
         about["tokens_per_pass"] = 1 + about["accepted"] / about["passes"] if about["passes"] else None
     if not timed:
@@ -203,16 +226,19 @@ def table(results: dict[str, Any]) -> str:
             per_pass, gaps = about["tokens_per_pass"], about["gaps"]
             speed = "1.00x" if name == PLAIN else Reported(**about.get("speedup", {})).text()
             differ = "" if name == PLAIN else f"{len(gaps)} of {about['texts']}"
+            proposed, expected = about["proposed"], about["expected"]
             rows.append(
                 [
                     name,
                     speed,
+                    f"{median(expected):.2f}x" if expected else "",
                     "" if per_pass is None else f"{per_pass:.2f}",
+                    f"{about['accepted'] / proposed:.2f} of {proposed}" if proposed else "",
                     differ,
                     f"{max(gaps):.1e}" if gaps else "",
                 ]
             )
-        header = ["", "speed-up", "tokens per pass", "texts that differ", "largest gap"]
+        header = ["", "speed-up", "by costs", "tokens per pass", "accepted", "texts that differ", "largest gap"]
         plain = one["ways"][PLAIN].get("tokens_per_second")
         speed = "not timed" if plain is None else f"{plain:.1f} tokens per second without drafts"
         lines.append(f"Batch {one['batch_size']}, {speed}:\n")

@@ -38,6 +38,10 @@ class CheckpointArguments:
     language: str | None = field(
         default=None, metadata={"help": "Language of the data for the model card, such as en. Default: as known."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of that checkpoint for the model card, as the Hub names it: mit."}
+    )
+    data_license: str | None = field(default=None, metadata={"help": "Licence of the data for the model card."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not that of the checkpoint."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})

@@ -281,6 +281,8 @@ def write_card(
         examples=examples[0] if len(examples) == 1 else list(zip(*examples, strict=True)),
         problem_type=corpus.problem_type,
         language=card_language(model_args.language, model_args.model_name_or_path, "en" if in_glue else None),
+        license=model_args.license,
+        data_license=model_args.data_license,
     ).save(training_args.output_dir)
 
 

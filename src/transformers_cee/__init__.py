@@ -87,6 +87,7 @@ _PUBLIC = {
     "metric_at_speedup": "evaluation.curves",
     "metric_path": "evaluation.exit_metrics",
     "overthinking": "evaluation.overthinking",
+    "packed_linears": "generation.packed",
     "paired_bootstrap": "evaluation.statistics",
     "paired_differences": "evaluation.statistics",
     "plan_exits": "calibration.exit_plans",

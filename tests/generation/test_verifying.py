@@ -132,6 +132,10 @@ def test_drafts_are_accepted_and_refused(drafter):
         per_row = (found.accepted_drafts.clamp_min(0) + (found.accepted_drafts >= 0)).sum(1)
         assert per_row.tolist() == [NEW - 1] * rows
         assert found.tokens_per_pass == pytest.approx(rows * (NEW - 1) / int((found.accepted_drafts >= 0).sum()))
+        assert torch.equal(found.proposed_drafts < 0, found.accepted_drafts < 0)
+        assert bool((found.proposed_drafts >= found.accepted_drafts).all())
+        # A draft takes time, by costs of 0.05 and more.
+        assert 0 < found.expected_speedup <= (NEW - 1) / passes
         accepted += [found.accepted_drafts.max(), NEW - 1 - passes]
         assert found.accepted_drafts.min() <= 0
     assert max(accepted) > 0

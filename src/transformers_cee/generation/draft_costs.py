@@ -48,6 +48,11 @@ def draft_costs(model: Any) -> DraftCosts:
     return known[key]
 
 
+def forget_costs(model: Any) -> None:
+    """Measures a model's costs anew when they are next asked for: it computes in another way now."""
+    _MEASURED.pop(model, None)
+
+
 @torch.no_grad()
 def _measure(model: Any) -> DraftCosts:
     decoder, layers = model.as_decoder, model.config.num_hidden_layers
@@ -89,4 +94,4 @@ def _seconds(run: Callable[[], Any], model: Any) -> float:
     return perf_counter() - start
 
 
-__all__ = ["DraftCosts", "draft_costs"]
+__all__ = ["DraftCosts", "draft_costs", "forget_costs"]

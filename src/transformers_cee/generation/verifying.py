@@ -67,8 +67,11 @@ class Verification:
         self.model, self.drafters, self.streamer = model, drafters, streamer
         self.pays = {drafter.name: DraftsPay(drafter.cost(costs), costs.verify) for drafter in drafters}
         self.decoder = model.as_decoder
-        # Of each pass, how many drafts of each row (rows,) were accepted, −1 where it had stopped.
+        # Of each pass, how many drafts of each row (rows,) were proposed and accepted, −1 where it had stopped.
+        self.proposed: list[Tensor] = []
         self.accepted: list[Tensor] = []
+        # What all passes cost by the measured costs, in decode steps.
+        self.steps = 0.0
 
     def __call__(
         self,
@@ -109,8 +112,11 @@ class Verification:
             grew, before = texts.grows, texts.lengths
             texts.extend(accepted, chosen)
             self._show(accepted)
+            self.proposed.append(torch.where(grew, counts, -1))
             self.accepted.append(torch.where(grew, accepted, -1))
+            self.steps += 1
             if drafts is not None:
+                self.steps += columns * self.pays[self.drafter].cost
                 self._note(drafts, accepted, texts.lengths - before, grew)
         if self.streamer is not None:
             self.streamer.end()
@@ -133,12 +139,14 @@ class Verification:
         layers = torch.full((len(texts), len(behind)), len(self.decoder.layers), device=behind.device)
         lengths = texts.ended.unsqueeze(1)
         output["exit_layers"] = layers.masked_fill(behind >= lengths, 0)
-        rows = [len(texts), 0]
-        accepted = torch.stack(self.accepted, 1) if self.accepted else texts.lengths.new_empty(rows)
-        output["accepted_drafts"] = accepted
-        passes = int((accepted >= 0).sum())
+        none = [texts.lengths.new_empty(len(texts), 0)] if not self.accepted else []
+        for name, passes in (("proposed_drafts", self.proposed), ("accepted_drafts", self.accepted)):
+            output[name] = torch.cat(none, 1) if none else torch.stack(passes, 1)
+        count = int((output["accepted_drafts"] >= 0).sum())
         # The prompt's pass gave the first token of each row.
-        output["tokens_per_pass"] = (int((lengths - texts.prompt).sum()) - len(texts)) / passes if passes else 1.0
+        tokens = int((lengths - texts.prompt).sum()) - len(texts)
+        output["tokens_per_pass"] = tokens / count if count else 1.0
+        output["expected_speedup"] = tokens / len(texts) / self.steps if count else 1.0
         return output
 
     # The prompt

@@ -80,7 +80,9 @@ class EarlyExitCard:
             names it.
         task (`str`, *optional*, defaults to `"text-classification"`): the task as the Hub names it.
         tags (`list[str]`, *optional*): further tags of the metadata.
-        language (`str` or `list[str]`, *optional*), license (`str`, *optional*): for the metadata, where known.
+        language (`str` or `list[str]`, *optional*): of the data, where known, as the Hub names it, such as `"en"`.
+        license (`str`, *optional*): of the base model, as the Hub names it, such as `"mit"`.
+        data_license (`str`, *optional*): of the data, in words.
 
     Raises:
         ValueError: no operating points, a point without the metric, or no examples.
@@ -118,6 +120,7 @@ class EarlyExitCard:
     tags: Sequence[str] = ()
     language: str | list[str] | None = None
     license: str | None = None
+    data_license: str | None = None
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -210,7 +213,17 @@ class EarlyExitCard:
 
     def _data_sentence(self) -> str:
         notes = escape_markdown(self.data_notes or "")
-        return f"Trained and measured on {escape_markdown(self.dataset_name)}. {notes}".strip()
+        languages = [self.language] if isinstance(self.language, str) else self.language or ()
+        known = [
+            _sentence("Language: {}.", ", ".join(languages), ""),
+            _sentence("Licence of the base model: {}.", self.license, ""),
+            _sentence("Of the data: {}", self.data_license, ""),
+        ]
+        paragraphs = (
+            f"Trained and measured on {escape_markdown(self.dataset_name)}. {notes}",
+            " ".join(filter(None, known)),
+        )
+        return "\n\n".join(filter(None, map(str.strip, paragraphs)))
 
     def _tables(self, table: Callable[[list[OperatingPoint]], str]) -> str:
         """The table of the points, and that of each further set under its name."""

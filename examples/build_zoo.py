@@ -1,0 +1,136 @@
+# Copyright 2026 The transformers-cee authors.
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Rebuilds an entry of the zoo from its recipe: trains, measures, and writes its card.
+
+    python examples/build_zoo.py model_cards/bert-cee-trec.yaml --path model=DIR data=DIR --output runs/zoo/trec
+
+A recipe names a script of this folder, the options that it runs with, and the paths that these stand on, which lie
+elsewhere on every machine. The model comes to lie in `--output`. `--cards` (for the zoo itself, `model_cards`) gets
+what a reader looks at: the card, its pictures and `NAME.json`, the results that the card's figures are taken from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import read_options
+
+from transformers_cee.files import read_json, write_text
+
+
+SCRIPTS = Path(__file__).parent
+NEEDED = ("script", "paths", "options")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in a .yaml file.
+
+    Raises:
+        ValueError: no recipe; the message names what is wrong with it.
+    """
+    recipe = read_options(path)
+    if set(recipe) != set(NEEDED):
+        raise ValueError(f"{path}: a recipe has {', '.join(NEEDED)}; got {', '.join(map(str, recipe))}.")
+    if not re.fullmatch(r"run_\w+\.py", str(recipe["script"])) or not (SCRIPTS / recipe["script"]).is_file():
+        raise ValueError(f"{path}: `script`={recipe['script']!r} is no script of {SCRIPTS.name}.")
+    for name in ("paths", "options"):
+        if not isinstance(recipe[name], dict):
+            raise ValueError(f"{path}: `{name}` holds `name: value` pairs; got {recipe[name]!r:.80}.")
+    return recipe
+
+
+def place(value: Any, paths: Mapping[str, Path]) -> Any:
+    """A value of a recipe in which `{name}` is replaced by that path."""
+    if isinstance(value, str):
+        for name, path in paths.items():
+            value = value.replace(f"{{{name}}}", str(path))
+    return value
+
+
+def lift(value: Any, paths: Mapping[str, Path]) -> Any:
+    """The reverse of `place`, through lists and objects: results name no folders of the machine that made them."""
+    if isinstance(value, dict):
+        return {lift(key, paths): lift(one, paths) for key, one in value.items()}
+    if isinstance(value, list):
+        return [lift(one, paths) for one in value]
+    if isinstance(value, str):
+        # Longest first: a folder may lie in another.
+        for name, path in sorted(paths.items(), key=lambda one: -len(str(one[1]))):
+            value = value.replace(str(path), f"{{{name}}}")
+    return value
+
+
+def given_paths(words: list[str], recipe: Mapping[str, Any]) -> dict[str, Path]:
+    """`name=path` words as the paths of a recipe.
+
+    Raises:
+        ValueError: a name that the recipe lacks, one that is not given, or a path that is not there.
+    """
+    given = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        if not separator or name not in recipe["paths"]:
+            raise ValueError(f"`path`={word!r} must be name=path, with one of {', '.join(recipe['paths'])}.")
+        given[name] = Path(path).absolute()
+        if not given[name].exists():
+            raise ValueError(f"`path`={word!r}: there is no {path!r}.")
+    for name, meaning in recipe["paths"].items():
+        if name not in given:
+            raise ValueError(f"`path` lacks {name}=…: {meaning}.")
+    return given
+
+
+def build(recipe_file: Path, words: list[str], output: Path) -> dict[str, Path]:
+    """Runs a recipe's script; returns the paths that stand in its results by name."""
+    recipe = read_recipe(recipe_file)
+    paths = given_paths(words, recipe)
+    options = {name: place(value, paths) for name, value in recipe["options"].items()} | {"output_dir": str(output)}
+    output.mkdir(parents=True, exist_ok=True)
+    placed = output / "recipe.json"
+    write_text(placed, json.dumps(options, indent=1))
+    subprocess.run([sys.executable, str(SCRIPTS / recipe["script"]), str(placed)], check=True)
+    return paths | {"output": output}
+
+
+def publish(output: Path, cards: Path, name: str, paths: Mapping[str, Path]) -> list[Path]:
+    """Copies card, its pictures and the results of a finished run to the zoo; returns the files."""
+    results = lift(read_json(output / "results.json", "These are the figures of a card."), paths)
+    files = [cards / f"{name}.json", cards / f"{name}.md"]
+    write_text(files[0], json.dumps(results, ensure_ascii=False, separators=(",", ":")) + "\n")
+    card = lift((output / "README.md").read_text("utf-8"), paths).replace("{output}", f"runs/{name}")
+    for picture in re.findall(r"\]\((\w+\.png)\)", card):
+        files.append(cards / f"{name}.png")
+        card = card.replace(f"]({picture})", f"]({files[-1].name})")
+        shutil.copyfile(output / picture, files[-1])
+    write_text(files[1], card)
+    return files
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="recipe of an entry")
+    parser.add_argument("--path", nargs="*", default=[], metavar="NAME=PATH", help="the paths that the recipe names")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--cards", type=Path, help="folder that card and results are copied to, such as model_cards")
+    args = parser.parse_args(argv)
+    try:
+        paths = build(args.recipe, args.path, args.output.absolute())
+    except ValueError as error:
+        parser.error(str(error))
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    if args.cards is not None:
+        for path in publish(args.output.absolute(), args.cards, args.recipe.stem, paths):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
