@@ -4,9 +4,10 @@
 
     python examples/build_zoo.py model_cards/bert-cee-trec.yaml --path model=DIR data=DIR --output runs/zoo/trec
 
-A recipe names a script of this folder, the options that it runs with, and the paths that these stand on, which lie
-elsewhere on every machine. The model comes to lie in `--output`. `--cards` (for the zoo itself, `model_cards`) gets
-what a reader looks at: the card, its pictures and `NAME.json`, the results that the card's figures are taken from.
+A recipe names a script of this folder, the options that it runs with (those of a configuration file before its own),
+and the paths that these stand on, which lie elsewhere on every machine. The model comes to lie in `--output`.
+`--cards` (for the zoo itself, `model_cards`) gets what a reader looks at: the card, its pictures and `NAME.json`, the
+results that the card's figures are taken from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers_cee.files import read_json, write_text
 
 
 SCRIPTS = Path(__file__).parent
-NEEDED = ("script", "paths", "options")
+NEEDED, OPTIONAL = {"script", "paths", "options"}, {"config"}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -37,13 +38,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: no recipe; the message names what is wrong with it.
     """
     recipe = read_options(path)
-    if set(recipe) != set(NEEDED):
-        raise ValueError(f"{path}: a recipe has {', '.join(NEEDED)}; got {', '.join(map(str, recipe))}.")
+    if not NEEDED <= set(recipe) <= NEEDED | OPTIONAL:
+        wanted = f"{', '.join(sorted(NEEDED))} and perhaps {', '.join(sorted(OPTIONAL))}"
+        raise ValueError(f"{path}: a recipe has {wanted}; got {', '.join(map(str, recipe))}.")
     if not re.fullmatch(r"run_\w+\.py", str(recipe["script"])) or not (SCRIPTS / recipe["script"]).is_file():
         raise ValueError(f"{path}: `script`={recipe['script']!r} is no script of {SCRIPTS.name}.")
     for name in ("paths", "options"):
         if not isinstance(recipe[name], dict):
             raise ValueError(f"{path}: `{name}` holds `name: value` pairs; got {recipe[name]!r:.80}.")
+    if "config" in recipe:
+        recipe["options"] = read_options(path.parent / str(recipe.pop("config"))) | recipe["options"]
     return recipe
 
 
@@ -93,8 +97,9 @@ def build(recipe_file: Path, words: list[str], output: Path) -> dict[str, Path]:
     recipe = read_recipe(recipe_file)
     paths = given_paths(words, recipe)
     options = {name: place(value, paths) for name, value in recipe["options"].items()} | {"output_dir": str(output)}
-    output.mkdir(parents=True, exist_ok=True)
-    placed = output / "recipe.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: some scripts want it empty.
+    placed = output.with_name(f"{output.name}.json")
     write_text(placed, json.dumps(options, indent=1))
     subprocess.run([sys.executable, str(SCRIPTS / recipe["script"]), str(placed)], check=True)
     return paths | {"output": output}

@@ -44,10 +44,12 @@ from transformers_cee import (
 from transformers_cee.calibration.budget import conditional_thresholds
 from transformers_cee.calibration.scores import ExitScores
 from transformers_cee.evaluation.costs import exit_costs
+from transformers_cee.evaluation.operating_points import OperatingPoint
 from transformers_cee.evaluation.plots import curve_style, draw_curve, new_figure, save_figure
 from transformers_cee.evaluation.report import markdown_table, write_results
 from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.files import write_text
+from transformers_cee.hub.model_card import EarlyExitCard
 from transformers_cee.stores.scoring import exits_taken
 from transformers_cee.stores.store import ExitStore
 
@@ -59,6 +61,15 @@ MODELS: dict[str, tuple[type, type]] = {
     "convnext": (ConvNextCeeConfig, ConvNextForConsistentEE),
 }
 DATASETS = ("idx", "cifar10", "cifar100", "folder")
+FULL = "full depth"
+CARD_ARGUMENTS = (
+    "phases",
+    "heads_objective",
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "policy_num_train_epochs",
+)
 IDX_NAMES = {"train": "train", "test": "t10k"}
 
 
@@ -67,6 +78,10 @@ class ImageArguments:
     """Data, backbone, exits and budgets."""
 
     data_dir: Path = field(metadata={"help": "Folder of the data."})
+    data_name: str | None = field(
+        default=None, metadata={"help": "What the card calls the data. Default: the folder."}
+    )
+    data_license: str | None = field(default=None, metadata={"help": "Licence of the data for the card."})
     dataset: str = field(default="idx", metadata={"help": "idx, or by torchvision cifar10, cifar100 or folder."})
     model: str = field(default="resnet", metadata={"help": "resnet or convnext."})
     hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256], metadata={"help": "Of the stages."})
@@ -277,7 +292,8 @@ def reached(criterion: str, thresholds: Any, scores: Tensor, store: ExitStore, c
     """Accuracy and used share of the FLOPs of a store's rows."""
     exits = exits_taken(criterion, thresholds, scores)
     accuracy = float(store.correct.gather(1, exits.unsqueeze(1)).double().mean())
-    return {"accuracy": accuracy, "used": mean_cost(criterion, thresholds, scores, costs) / costs[-1]}
+    depth = float(store.layers[exits].double().mean())
+    return {"accuracy": accuracy, "used": mean_cost(criterion, thresholds, scores, costs) / costs[-1], "depth": depth}
 
 
 def check_executed(model: Any, data: Images, row: dict[str, Any], costs: list[float], rows: int = 1000) -> float:
@@ -315,6 +331,48 @@ def draw(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, axis, path, results["title"])
 
 
+def card_points(results: dict[str, Any]) -> dict[str, list[OperatingPoint]]:
+    """Operating points of every way, and of full depth under its own name."""
+    blocks = results["layers"][-1]
+    last = {"way": FULL, "thresholds": 1.0, "depth": blocks, "accuracy": results["exits"][-1], "used": 1.0}
+    curves: dict[str, list[OperatingPoint]] = {}
+    for row in (last, *results["points"]):
+        # Policies are at one threshold and at a price that goes with the budget.
+        threshold = row.get("thresholds", 0.5)
+        metrics = {"accuracy": row["accuracy"], "FLOPs": row["used"]}
+        point = OperatingPoint(
+            row["way"], threshold, row["depth"], 1 - row["depth"] / blocks, blocks / row["depth"], metrics=metrics
+        )
+        curves.setdefault(row["way"], []).append(point)
+    return curves
+
+
+def write_card(results: dict[str, Any], args: ImageArguments, training: ConsistentEETrainingArguments) -> None:
+    """README.md of the model folder, from what was measured."""
+    curves, rows = card_points(results), results["rows"]
+    (full,) = curves.pop(FULL)
+    EarlyExitCard(
+        model_name=Path(training.output_dir).name,
+        repo_id=training.hub_model_id or training.output_dir,
+        num_layers=results["layers"][-1],
+        dataset_name=args.data_name or args.data_dir.name,
+        metric_name="accuracy",
+        curves=curves,
+        full_depth=full,
+        exit_layers=results["layers"],
+        base_model=f"A {args.model} of {results['parameters']:,} parameters, trained from scratch",
+        data_notes=f"Images: {rows['train']} train, {rows['dev']} dev, taken from train, and {rows['test']} test. "
+        "Thresholds come from dev. FLOPs are a share of those at full depth.",
+        data_license=args.data_license,
+        figure="budgets.png",
+        training_arguments={name: getattr(training, name) for name in CARD_ARGUMENTS}
+        | {name: getattr(args, name) for name in ("hidden_sizes", "depths", "exit_layers")},
+        seeds=[training.seed],
+        image_shape=results["image_shape"],
+        task="image-classification",
+    ).save(training.output_dir)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     args, training = parse_dataclasses(
@@ -345,10 +403,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     middle = next(row for row in results["points"] if row["budget"] == args.budgets[len(args.budgets) // 2])
     results["executed"] = {"way": middle["way"], "used": check_executed(model, data["test"], middle, costs)}
+    results["image_shape"] = list(data["test"].pixels.shape[1:])
     results["title"] = f"{args.model}, {len(data['test'])} test images, seed {training.seed}"
     write_results(results, output / "results.json")
     write_text(output / "table.md", table(results))
     print(table(results))
+    write_card(results, args, training)
     draw(results, output / "budgets.png")
     return results
 

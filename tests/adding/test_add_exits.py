@@ -20,8 +20,10 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from transformers_cee import add_exits
+from transformers_cee.adding import run
 from transformers_cee.adding.data import class_ids
 from transformers_cee.cli import main
+from transformers_cee.evaluation.report import method_name
 
 
 # Of a word or two: early layers of a random model know little of longer ones.
@@ -101,6 +103,7 @@ def test_promise_is_what_the_certifying_texts_do(base, added):
             same += int(early.logits.argmax()) == int(stock(**inputs).logits.argmax())
         assert same / 300 == pytest.approx(speed.agreement) and same / 300 > speed.promised
         assert sum(layers) / 300 == pytest.approx(speed.depth)
+        assert speed.criterion in speed.alone and min(speed.alone.values()) <= speed.depth + 1e-6
         depths.append(speed.depth)
     assert depths[1] <= depths[0] and depths[1] < 4, "a smaller promise goes no deeper"
 
@@ -171,11 +174,39 @@ def test_many_labels_per_text(tmp_path):
     assert model.config.problem_type == "multi_label_classification"
 
 
+@pytest.mark.parametrize("better", ["policy", "max_probability"])
+def test_the_shallower_of_both_criteria_decides(better, base, tmp_path, monkeypatch):
+    """Each gets half the risk, since it is picked on the texts that certify it."""
+    asked = []
+
+    def certified(criterion, real):
+        def found(*given, delta=None, **more):
+            if delta is None:
+                *given, delta = given
+            asked.append(delta)
+            # The other criterion hears of a promise that lets nothing out.
+            epsilon = given[-1] if criterion == better else 1e-9
+            return real(*given[:-1], epsilon, delta=delta, **more)
+
+        return found
+
+    monkeypatch.setattr(run, "calibrate_price", certified("policy", run.calibrate_price))
+    monkeypatch.setattr(run, "calibrate_agreement", certified("max_probability", run.calibrate_agreement))
+    found = add_exits(base[0], SHORT, tmp_path / "exits", agreement=0.6, risk=0.1, **QUIET).speeds[0]
+    assert found.criterion == better and found.depth < 4 and found.reason is None
+    assert set(found.alone) == {"policy", "max_probability"} and max(found.alone.values()) == 4
+    assert asked == [0.05, 0.05, 0.1, 0.1]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exits").eval()
+    assert model.config.exit_operating_points["agreement-0.6"]["criterion"] == better
+    assert method_name(better) in (tmp_path / "exits" / "README.md").read_text()
+
+
 def test_too_few_texts_for_the_promise(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = add_exits(base[0], draw_texts(60), tmp_path / "exits", agreement=[0.99, 0.5], **QUIET)
     assert "Exits are off at 'agreement-0.99': 30 calibration rows are too few" in caplog.text
-    assert "it takes at least 299" in caplog.text
+    # log(0.05 / 2) / log(0.99): either criterion has half the risk.
+    assert "it takes at least 368" in caplog.text
     assert found.speeds[0].reason and found.speeds[0].depth == 4 and found.speeds[1].reason is None
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exits")
     assert model.config.exit_threshold is None

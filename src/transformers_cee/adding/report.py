@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers_cee.evaluation.environment import timing_environment
-from transformers_cee.evaluation.report import WALL_CLOCK_NOTE, escape_markdown, markdown_table, write_results
+from transformers_cee.evaluation.report import (
+    WALL_CLOCK_NOTE,
+    escape_markdown,
+    markdown_table,
+    method_name,
+    write_results,
+)
 from transformers_cee.evaluation.timing import Reported
 from transformers_cee.files import write_text
 from transformers_cee.modeling.exits_folder import CARD
@@ -25,9 +31,11 @@ class CertifiedSpeed:
     Args:
         name (`str`): of the operating point, for `exit_threshold=`.
         promised (`float`): agreement with full depth.
+        criterion (`str`): what decides, `"policy"` or `"max_probability"`: whichever is shallower.
         depth (`float`): mean exit layer of the certifying texts.
         agreement (`float`): with full depth, of the certifying texts.
-        by_maximum_probability (`float`): depth of maximum probability under the same promise.
+        alone (`dict[str, float]`):
+            Depth of either criterion if it were the only one; of two, each has half the risk.
         accuracy (`float`, *optional*): of the certifying texts, where labels are known.
         reason (`str`, *optional*): why exits are off, if they are.
         speedups (`dict[str, Reported]`): time at full depth over time with exits, by batch size.
@@ -35,9 +43,10 @@ class CertifiedSpeed:
 
     name: str
     promised: float
+    criterion: str
     depth: float
     agreement: float
-    by_maximum_probability: float
+    alone: dict[str, float]
     accuracy: float | None = None
     reason: str | None = None
     speedups: dict[str, Reported] = field(default_factory=dict)
@@ -80,11 +89,13 @@ def write_report(added: AddedExits, model: Any) -> None:
 def measured(added: AddedExits) -> str:
     """The part of the card, in Markdown."""
     sizes = sorted({size for speed in added.speeds for size in speed.speedups}, key=int)
-    header = ["promised agreement", "depth", "layer speed-up", "agreement", "depth by maximum probability"]
+    ways = list(dict.fromkeys(way for speed in added.speeds for way in speed.alone))
+    header = ["promised agreement", "exit criterion", "depth", "layer speed-up", "agreement"]
+    header += [f"depth by {method_name(way)} alone" for way in ways]
     header += [f"wall-clock speed-up, batch {size}" for size in sizes]
     if added.accuracy is not None:
         header.append("accuracy")
-    table = markdown_table(header, [_row(added, speed, sizes) for speed in added.speeds])
+    table = markdown_table(header, [_row(added, speed, ways, sizes) for speed in added.speeds])
     full = "" if added.accuracy is None else f" Accuracy at full depth: {added.accuracy:.4f}."
     off = [f"`{speed.name}` is off: {escape_markdown(speed.reason)}" for speed in added.speeds if speed.reason]
     return "\n\n".join(
@@ -94,20 +105,22 @@ def measured(added: AddedExits) -> str:
             f"full depth. {added.certifying} others certify the promise: with probability {1 - added.risk:g} over "
             "them, on texts of the same kind, at least the promised share of answers is that of full depth.",
             table,
-            f"Depth is the mean exit layer of {added.num_layers}, on the certifying texts; that of maximum "
-            f"probability is under the same promise, on the same heads.{full} {WALL_CLOCK_NOTE}",
+            f"Depth is the mean exit layer of {added.num_layers}, on the certifying texts. The shallower of both "
+            "criteria decides, and each is certified at half the risk for that; alone, it had the whole risk."
+            f"{full} {WALL_CLOCK_NOTE}",
             *off,
         ]
     )
 
 
-def _row(added: AddedExits, speed: CertifiedSpeed, sizes: list[str]) -> list[str]:
+def _row(added: AddedExits, speed: CertifiedSpeed, ways: list[str], sizes: list[str]) -> list[str]:
     cells = [
         f"{speed.promised:g}",
+        method_name(speed.criterion),
         f"{speed.depth:.2f}",
         f"{added.num_layers / speed.depth:.2f}x",
         f"{speed.agreement:.4f}",
-        f"{speed.by_maximum_probability:.2f}",
+        *(f"{speed.alone[way]:.2f}" for way in ways),
         *(speed.speedups[size].text() if size in speed.speedups else "-" for size in sizes),
     ]
     return cells if added.accuracy is None else [*cells, f"{speed.accuracy:.4f}"]
