@@ -2,12 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Rebuilds an entry of the zoo from its recipe: trains, measures, and writes its card.
 
-    python examples/build_zoo.py model_cards/bert-cee-trec.yaml --path model=DIR data=DIR --output runs/zoo/trec
+    python examples/build_zoo.py model_cards/bert-cee-trec.yaml --path model=DIR data=DIR --output runs/zoo
 
 A recipe names a script of this folder, the options that it runs with (those of a configuration file before its own),
-and the paths that these stand on, which lie elsewhere on every machine. The model comes to lie in `--output`.
-`--cards` (for the zoo itself, `model_cards`) gets what a reader looks at: the card, its pictures and `NAME.json`, the
-results that the card's figures are taken from.
+and the paths that these stand on, which lie elsewhere on every machine. The model comes to lie in `--output`, in a
+folder with the recipe's name. `--cards` (for the zoo itself, `model_cards`) gets what a reader looks at: the card, its
+picture and `NAME.json`, the results that the card's figures are taken from.
 """
 
 from __future__ import annotations
@@ -93,7 +93,19 @@ def given_paths(words: list[str], recipe: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def build(recipe_file: Path, words: list[str], output: Path) -> dict[str, Path]:
-    """Runs a recipe's script; returns the paths that stand in its results by name."""
+    """Runs a recipe's script.
+
+    Args:
+        words: `name=path` for each path of the recipe.
+        output: folder of the model.
+
+    Returns:
+        The paths that stand in its card and results, by name.
+
+    Raises:
+        ValueError: no recipe, or paths that it does not take.
+        subprocess.CalledProcessError: the script failed; it has said why.
+    """
     recipe = read_recipe(recipe_file)
     paths = given_paths(words, recipe)
     options = {name: place(value, paths) for name, value in recipe["options"].items()} | {"output_dir": str(output)}
@@ -105,16 +117,18 @@ def build(recipe_file: Path, words: list[str], output: Path) -> dict[str, Path]:
     return paths | {"output": output}
 
 
-def publish(output: Path, cards: Path, name: str, paths: Mapping[str, Path]) -> list[Path]:
-    """Copies card, its pictures and the results of a finished run to the zoo; returns the files."""
+def publish(output: Path, cards: Path, paths: Mapping[str, Path]) -> list[Path]:
+    """Copies card, its picture and the results of a finished run to the zoo; returns the files."""
+    name = output.name
     results = lift(read_json(output / "results.json", "These are the figures of a card."), paths)
-    files = [cards / f"{name}.json", cards / f"{name}.md"]
-    write_text(files[0], json.dumps(results, ensure_ascii=False, separators=(",", ":")) + "\n")
     card = lift((output / "README.md").read_text("utf-8"), paths).replace("{output}", f"runs/{name}")
+    files = [cards / f"{name}.json", cards / f"{name}.md"]
+    cards.mkdir(parents=True, exist_ok=True)
     for picture in re.findall(r"\]\((\w+\.png)\)", card):
         files.append(cards / f"{name}.png")
         card = card.replace(f"]({picture})", f"]({files[-1].name})")
         shutil.copyfile(output / picture, files[-1])
+    write_text(files[0], json.dumps(results, ensure_ascii=False, separators=(",", ":")) + "\n")
     write_text(files[1], card)
     return files
 
@@ -123,17 +137,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="recipe of an entry")
     parser.add_argument("--path", nargs="*", default=[], metavar="NAME=PATH", help="the paths that the recipe names")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--output", type=Path, required=True, help="folder that the model's folder comes to lie in")
     parser.add_argument("--cards", type=Path, help="folder that card and results are copied to, such as model_cards")
     args = parser.parse_args(argv)
+    output = args.output.absolute() / args.recipe.stem
     try:
-        paths = build(args.recipe, args.path, args.output.absolute())
+        paths = build(args.recipe, args.path, output)
     except ValueError as error:
         parser.error(str(error))
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     if args.cards is not None:
-        for path in publish(args.output.absolute(), args.cards, args.recipe.stem, paths):
+        for path in publish(output, args.cards, paths):
             print(path)
 
 

@@ -57,7 +57,10 @@ class LanguageModelArguments(CheckpointArguments):
     exit_head_rank: int | None = field(default=None, metadata={"help": "Rank of low_rank heads."})
     fit_heads_tokens: int | None = field(
         default=None,
-        metadata={"help": "Start the exit heads in closed form, on so many training tokens. Default: as they come."},
+        metadata={
+            "help": "Start the exit heads in closed form, on so many training tokens; those that the checkpoint has "
+            "learned only where the phase heads goes on with them. Default: as they come."
+        },
     )
     exit_criterion: str | None = field(default=None, metadata={"help": "Exit criterion of the published model."})
     skipped_kv: str | None = field(

@@ -56,7 +56,7 @@ from transformers import (
 )
 
 from transformers_cee import CalibratedPoint, ConsistentEETrainer, calibrate_agreement, score_store
-from transformers_cee.auto import model_class_of
+from transformers_cee.auto import has_exits, model_class_of
 from transformers_cee.evaluation.environment import installed_versions, timing_environment
 from transformers_cee.evaluation.exit_budget import budgets_for_depths
 from transformers_cee.evaluation.generation import GenerationBenchmark, GenerationPoint
@@ -375,18 +375,19 @@ def fit_heads(trainer: ConsistentEETrainer, max_tokens: int) -> dict[int, float]
     return explained
 
 
-def train(trainer: ConsistentEETrainer, tuner: Any, fit_tokens: int | None, results: dict[str, Any]) -> None:
+def train(trainer: ConsistentEETrainer, tuner: Any, args: LanguageModelArguments, results: dict[str, Any]) -> None:
     """Runs the phases and saves the model, LoRA merged into it."""
     start = time.perf_counter()
     resume = resume_argument(trainer.args)
-    # Without the phase `heads` the heads are those of the model that is continued.
-    if fit_tokens is not None and "heads" in trainer.args.phases:
+    # Without the phase `heads`, heads that the checkpoint has learned stay.
+    begins = "heads" in trainer.args.phases or not has_exits(args.model_name_or_path, **_source(args))
+    if args.fit_heads_tokens is not None and begins:
         if trainer.resumes(resume):
             results |= written_before(trainer.args, logger, "fitted_heads")
         else:
             # What would stop a phase later is said before this work, too.
             trainer.check_phases()
-            results["fitted_heads"] = fit_heads(trainer, fit_tokens)
+            results["fitted_heads"] = fit_heads(trainer, args.fit_heads_tokens)
             if trainer.is_world_process_zero():
                 # A run that is resumed does not fit them again.
                 write_results(results, Path(trainer.args.output_dir) / "results.json")
@@ -433,7 +434,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["arguments"] = {name: value for part in arguments[:3] for name, value in asdict(part).items()}
     results["arguments"] |= training_args.to_sanitized_dict()
     if training_args.do_train:
-        train(trainer, tuner, model_args.fit_heads_tokens, results)
+        train(trainer, tuner, model_args, results)
     if trainer.is_world_process_zero():
         write_results(results, Path(training_args.output_dir) / RESULTS)
     if training_args.do_eval:

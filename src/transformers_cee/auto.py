@@ -142,6 +142,14 @@ def model_class_of(checkpoint: str, auto_class: str, **hub_arguments: Any) -> An
     return named(MODELS[family_of(values.get("model_type"), auto_class, checkpoint)].model)
 
 
+def has_exits(checkpoint: str, **hub_arguments: Any) -> bool:
+    """Was a checkpoint saved with exits? Arguments and errors of `model_class_of`."""
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint, **hub_arguments)
+    return values.get("model_type") in MODELS
+
+
 def register_models(model_type: str) -> None:
     """Registers the model of an entry of `MODELS` with its Auto classes."""
     from transformers.models.auto import modeling_auto

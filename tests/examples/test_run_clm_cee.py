@@ -145,6 +145,11 @@ def test_policies_alone_leave_the_heads_as_they_are(run, rows, tmp_path):
     assert changed == {"exit_policies"}
 
 
+def test_new_heads_are_fitted_whatever_learns_afterwards(checkpoint, rows, tmp_path):
+    options = make_options(checkpoint, rows, tmp_path) | {"phases": ["policy"], "do_eval": False}
+    assert set(run_clm_cee.main(words(options))["fitted_heads"]) == {1, 2}
+
+
 def test_a_resumed_run_fits_heads_where_nothing_was_trained(checkpoint, rows, tmp_path):
     """And only there: what a finished run found is kept."""
     options = make_options(checkpoint, rows, tmp_path / "whole") | {"do_eval": False}

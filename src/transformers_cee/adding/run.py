@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedConfig
+from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging
 
 from transformers_cee.adding.data import TextsToLearn, class_ids, prepare, read_texts
 from transformers_cee.adding.learning import learn_heads, learn_policies
 from transformers_cee.adding.report import AddedExits, CertifiedSpeed, write_report
-from transformers_cee.auto import model_class_of
+from transformers_cee.auto import has_exits, model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.points import CalibratedPoint
 from transformers_cee.calibration.prices import calibrate_price
@@ -30,7 +30,6 @@ from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.fields import check_field, whole
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.numbers import plain, share
-from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_folder import EXITS
 from transformers_cee.modeling.exits_saving import FromElsewhere
 from transformers_cee.stores.filling import OneProcess, collect_exits
@@ -157,7 +156,7 @@ def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int]
         ValueError: a checkpoint without a classifier, with exits, of another architecture, or a regression.
     """
     source = os.fspath(model)
-    if _has_exits(source):
+    if has_exits(source):
         raise ValueError(f"`model`={source!r} has exits already; accepted are classifiers without.")
     model_class = model_class_of(source, AUTO_CLASS)
     config = model_class.config_class.from_pretrained(source, exit_layers=exit_layers, **EXIT_FIELDS)
@@ -175,11 +174,6 @@ def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int]
             f"{AUTO_CLASS}."
         )
     return found.to(device).eval()
-
-
-def _has_exits(source: str) -> bool:
-    values, _ = PreTrainedConfig.get_config_dict(source)
-    return values.get("model_type") in MODELS
 
 
 def _check_output(output: str | os.PathLike[str]) -> None:
