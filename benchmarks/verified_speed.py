@@ -150,7 +150,7 @@ def measure(
 ) -> None:
     costs = draft_costs(model)
     results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(args).items()}, "sizes": []}
-    results["costs"] = {"verify": costs.verify, "layer": costs.layer, "head": costs.head}
+    results["costs"] = {"verify": costs.verify, "layer": costs.layer, "head": costs.head, "start": costs.start}
     results["environment"] = timing_environment(torch.device("cpu"))
     for size in args.batch_sizes:
         results["sizes"].append(one_size(args, tokenizer, stock, prompts, asked, size))
@@ -217,8 +217,8 @@ def one_size(
 def table(results: dict[str, Any]) -> str:
     costs = results["costs"]
     lines = [
-        f"One more token to verify costs {costs['verify']:.3f} of a decode step, a layer {costs['layer']:.3f}, the LM "
-        f"head {costs['head']:.3f}.\n"
+        f"In decode steps, a pass with drafts costs {costs['start']:.3f} and each draft {costs['verify']:.3f} to "
+        f"verify; a layer costs {costs['layer']:.3f}, the LM head {costs['head']:.3f}.\n"
     ]
     for one in results["sizes"]:
         rows = []

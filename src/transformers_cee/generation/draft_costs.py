@@ -29,11 +29,14 @@ class DraftCosts:
         verify (`float`): one more token of a row.
         layer (`float`): a layer on one token.
         head (`float`): the LM head on one token.
+        start (`float`): a pass over several tokens of a row, beyond what each costs: single tokens may have kernels
+            of their own.
     """
 
     verify: float
     layer: float
     head: float
+    start: float = 0.0
 
 
 _MEASURED: WeakKeyDictionary[Any, dict[Any, DraftCosts]] = WeakKeyDictionary()
@@ -81,9 +84,9 @@ def _measure(model: Any) -> DraftCosts:
     rounds = [[way() for way in ways] for _ in range(_ROUNDS)]
     one, two, many, head_one, head_two, head_many = (median(times) for times in zip(*rounds, strict=True))
     step = one + head_one
-    # Where single tokens have kernels of their own, the second one costs more than those behind it.
-    more = max(0.0, two + head_two - step, (many + head_many - step) / (_TOKENS - 1))
-    return DraftCosts(more / step, one / layers / step, head_one / step)
+    more = max(0.0, (many + head_many - two - head_two) / (_TOKENS - 2))
+    start = max(0.0, two + head_two - step - more)
+    return DraftCosts(more / step, one / layers / step, head_one / step, start / step)
 
 
 def _seconds(run: Callable[[], Any], model: Any) -> float:

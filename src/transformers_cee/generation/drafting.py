@@ -30,6 +30,7 @@ class Drafts:
         states (`Tensor` of shape `(rows, drafts + 1, hidden)`, *optional*):
             Of each row's last token and the drafts, behind the layers that they have passed.
         layers_done (`int`): those layers, whose keys and values the cache holds.
+        runs (`int`): how often the drafter ran for them.
     """
 
     tokens: Tensor
@@ -37,6 +38,7 @@ class Drafts:
     probabilities: Tensor | None = None
     states: Tensor | None = None
     layers_done: int = 0
+    runs: int = 0
 
 
 @dataclass
@@ -88,21 +90,27 @@ class DraftsPay:
 
     With R tokens for each decode step's worth of time so far, one more draft costs R·(c_d + c_v) tokens: what the time
     to draft it and to verify one more token per row would give otherwise. It gains a token with the product of the
-    chances of all drafts up to it. Where not even the first pays, one is tried now and then, ever more rarely.
+    chances of all drafts up to it. A first draft also costs what a pass over several tokens does. Where no number of
+    drafts pays, or asking the drafter has cost more than it brought, it is asked now and then, ever more rarely.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
+        start_cost (`float`, *optional*, defaults to 0): of a pass with drafts, beyond them.
     """
 
     # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
     _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
     # Passes without a draft after the first that did not pay, and at most.
     _PATIENCE, _MOST_PATIENCE = 8, 1024
+    # So often a drafter is asked before what that brought counts.
+    _ASKS = 4
 
-    def __init__(self, draft_cost: float, verify_cost: float) -> None:
-        self.cost = draft_cost + verify_cost
+    def __init__(self, draft_cost: float, verify_cost: float, start_cost: float = 0.0) -> None:
+        self.draft_cost, self.verify_cost, self.start = draft_cost, verify_cost, start_cost
         self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
         self.tokens, self.time = 1.0, 1.0
+        # Tokens that asking brought, less what it cost, and how often it was.
+        self.gain, self.asks = 0.0, 0
         self.waits, self.patience = 0, self._PATIENCE
         # Is the draft of this pass one that does not pay, to see whether that has changed?
         self.is_trial = False
@@ -113,9 +121,13 @@ class DraftsPay:
         return self.held / self.tried
 
     @property
-    def least(self) -> float:
-        """Chance from which a draft pays."""
-        return self.cost * self.tokens / self.time
+    def rate(self) -> float:
+        """R."""
+        return self.tokens / self.time
+
+    def least(self, count: int) -> float:
+        """Chance from which one more draft pays, behind `count` others."""
+        return self.rate * self.spent(1, 1) - (self.rate * self.start if count else 0.0)
 
     def most(self, room: int) -> int:
         """Drafts that pay where each has the same chance."""
@@ -124,27 +136,39 @@ class DraftsPay:
         if self.waits:
             self.waits -= 1
             return 0
-        self.is_trial = self.chance <= self.least
+        best = self._best(room)
+        self.is_trial = best == 0 or (self.asks >= self._ASKS and self.gain <= 0)
         if self.is_trial:
             self.waits, self.patience = self.patience, min(self._MOST_PATIENCE, 2 * self.patience)
             return 1
         self.patience = self._PATIENCE
-        product, count = self.chance, 0
-        while count < room and product > self.least:
-            product, count = product * self.chance, count + 1
-        return count
+        return best
 
-    def note(self, drafts: int, tried: int, held: int, tokens: float) -> None:
-        """What came of a pass.
+    def _best(self, room: int) -> int:
+        least, product, gain, count = self.least(1), self.chance, -self.rate * self.start, 0
+        while count < room and product > least:
+            gain += product - least
+            product, count = product * self.chance, count + 1
+        return count if gain > 0 else 0
+
+    def spent(self, drafts: int, runs: int) -> float:
+        """Decode steps that so many drafts and runs of the drafter cost."""
+        return self.draft_cost * runs + self.verify_cost * drafts + (self.start if drafts else 0.0)
+
+    def note(self, drafts: int, runs: int, tried: int = 0, held: int = 0, tokens: float = 1.0) -> None:
+        """What came of asking.
 
         Args:
             drafts (`int`): columns of drafts.
+            runs (`int`): how often the drafter ran.
             tried, held (`int`): drafts whose turn came, over all rows, and those of them that were accepted.
             tokens (`float`): mean tokens that a row got.
         """
+        spent = self.spent(drafts, runs)
+        self.gain, self.asks = self._FORGET * self.gain + tokens - 1 - self.rate * spent, self.asks + 1
         self.tried, self.held = self._FORGET * self.tried + tried, self._FORGET * self.held + held
         self.tokens = self._FORGET * self.tokens + tokens
-        self.time = self._FORGET * self.time + 1 + self.cost * drafts
+        self.time = self._FORGET * self.time + 1 + spent
 
 
 class PromptLookup(Drafter):
@@ -235,7 +259,7 @@ class ExitDrafts(Drafter):
             probabilities += [] if probability is None else [probability]
         drafted = torch.cat(tokens, 1) if tokens else texts.tokens.new_empty(len(texts), 0)
         drawn_from = torch.stack(probabilities, 1) if probabilities else None
-        return Drafts(drafted, counts, drawn_from, torch.cat(states, 1), self.layer)
+        return Drafts(drafted, counts, drawn_from, torch.cat(states, 1), self.layer, drafted.shape[1])
 
 
 class JumpDrafts(Drafter):
@@ -273,13 +297,15 @@ class JumpDrafts(Drafter):
         token, state = texts.last(1), self.seen.unsqueeze(1)
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
+        runs = 0
         while len(tokens) < most:
+            runs += 1
             embedded = model.get_input_embeddings()(token)
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
             logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
             product = product * logits.float().softmax(-1).amax(-1)
-            goes_on = goes_on & (counts < room) & (product > pays.least)
+            goes_on = goes_on & (counts < room) & (product > pays.least(len(tokens)))
             if not bool(goes_on.any()):
                 break
             drawn, probability = drafting.draw(logits)
@@ -290,8 +316,10 @@ class JumpDrafts(Drafter):
                 full = probability.new_zeros(len(room), self.vocab_size)
                 probabilities.append(full.index_copy_(1, drafter.token_ids, probability))
         if not tokens:
+            pays.note(0, runs)
             return None
-        return Drafts(torch.cat(tokens, 1), counts, torch.stack(probabilities, 1) if probabilities else None)
+        drawn_from = torch.stack(probabilities, 1) if probabilities else None
+        return Drafts(torch.cat(tokens, 1), counts, drawn_from, runs=runs)
 
 
 __all__ = ["Drafter", "Drafting", "Drafts", "DraftsPay", "ExitDrafts", "JumpDrafts", "PromptLookup"]

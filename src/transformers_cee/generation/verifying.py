@@ -65,7 +65,7 @@ class Verification:
         streamer: BaseStreamer | None = None,
     ) -> None:
         self.model, self.drafters, self.streamer = model, drafters, streamer
-        self.pays = {drafter.name: DraftsPay(drafter.cost(costs), costs.verify) for drafter in drafters}
+        self.pays = {drafter.name: DraftsPay(drafter.cost(costs), costs.verify, costs.start) for drafter in drafters}
         self.decoder = model.as_decoder
         # Of each pass, how many drafts of each row (rows,) were proposed and accepted, −1 where it had stopped.
         self.proposed: list[Tensor] = []
@@ -116,7 +116,7 @@ class Verification:
             self.accepted.append(torch.where(grew, accepted, -1))
             self.steps += 1
             if drafts is not None:
-                self.steps += columns * self.pays[self.drafter].cost
+                self.steps += self.pays[self.drafter].spent(columns, drafts.runs)
                 self._note(drafts, accepted, texts.lengths - before, grew)
         if self.streamer is not None:
             self.streamer.end()
@@ -297,7 +297,8 @@ class Verification:
         tried = torch.where(grew, torch.minimum(accepted + 1, drafts.counts), 0).sum()
         held, tokens = torch.where(grew, accepted, 0).sum(), torch.where(grew, grown, 0).sum()
         found = torch.stack([tried, held, tokens, grew.sum()]).tolist()
-        self.pays[self.drafter].note(drafts.tokens.shape[1], found[0], found[1], found[2] / max(1, found[3]))
+        mean = found[2] / max(1, found[3])
+        self.pays[self.drafter].note(drafts.tokens.shape[1], drafts.runs, found[0], found[1], mean)
 
     def _complete(self) -> None:
         """Leaves the cache as `generate` does: all tokens but the last one, padding behind a row's end included."""
