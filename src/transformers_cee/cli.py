@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_exits(model: str, **options: Any) -> None:
-    """Gives exits to a classifier and prints what was reached as JSON."""
+    """Gives exits to a model and prints what was reached as JSON."""
     from transformers_cee.adding.run import add_exits
 
     _check_device(options["device"])
@@ -105,16 +105,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="transformers-cee", description="Text classifiers with early exits: each text leaves at its own layer."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_exits(commands.add_parser("add-exits", help="give exits to a classifier", description=_ADD_EXITS))
+    _add_exits(commands.add_parser("add-exits", help="give exits to a model", description=_ADD_EXITS))
     _add_classify(commands.add_parser("classify", help="classify a file of texts", description=_CLASSIFY))
     _add_export(commands.add_parser("export", help="export a classifier to an engine", description=_EXPORT))
     return parser
 
 
 _ADD_EXITS = (
-    "Give exits to a fine-tuned classifier of texts, from texts without labels. Its answers at full depth stay as "
-    "they are; early ones agree with them as often as is promised, which texts that nothing has learned from certify. "
-    "Prints what was reached as JSON."
+    "Give exits to a fine-tuned classifier of texts, or to a language model, from texts without labels. Its answers "
+    "at full depth stay as they are; early ones agree with them as often as is promised, which texts that nothing has "
+    "learned from certify. Prints what was reached as JSON."
 )
 _CLASSIFY = (
     "Classify a file of texts of any length. Each text gets a label, its score and the layer (1-based) at which it "
@@ -126,7 +126,7 @@ _FILE = ".txt with one text per line, .csv with a header, or .jsonl"
 
 def _add_exits(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=add_exits)
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a fine-tuned classifier without exits")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model without exits")
     parser.add_argument(
         "--texts", required=True, metavar="FILE", help=f"some thousand texts, as the classifier will see them: {_FILE}"
     )

@@ -53,13 +53,15 @@ def learn_policies(model: Any, store: ExitStore, learning: Tensor, seed: int, di
     answer loses, and fits budgets to them.
 
     Args:
-        model ([`EarlyExitSequenceClassifier`]): its policies learn, its config gets the budgets.
-        store (`ExitStore`): of `learn_heads`.
-        learning (`LongTensor`): numbers of the rows to learn from.
+        model: with conditioned policies, which learn; its config gets the budgets.
+        store (`ExitStore`): exits of texts, or of their tokens.
+        learning (`LongTensor`): numbers of the entries to learn from.
     """
     config = model.config
-    # These policies look at confidences alone, and states are large.
-    seen = replace(store, states=torch.empty(len(store), len(store.layers), 0)).select(learning)
+    if not model.exit_policies.sees_states:
+        # States are large.
+        store = replace(store, states=torch.empty(len(store), len(store.layers), 0))
+    seen = store.select(learning)
     rewards = StoredRewards.of(
         seen,
         memorized_layers(~seen.disagrees, seen.layers),

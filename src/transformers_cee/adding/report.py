@@ -39,6 +39,7 @@ class CertifiedSpeed:
         accuracy (`float`, *optional*): of the certifying texts, where labels are known.
         reason (`str`, *optional*): why exits are off, if they are.
         speedups (`dict[str, Reported]`): time at full depth over time with exits, by batch size.
+        identical (`float`, *optional*): of a language model, share of the timed answers that are full depth's.
     """
 
     name: str
@@ -50,6 +51,7 @@ class CertifiedSpeed:
     accuracy: float | None = None
     reason: str | None = None
     speedups: dict[str, Reported] = field(default_factory=dict)
+    identical: float | None = None
 
 
 @dataclass
@@ -65,6 +67,7 @@ class AddedExits:
         speeds (`list[CertifiedSpeed]`): one per agreement, as they were asked for.
         accuracy (`float`, *optional*): of full depth on the certifying texts, where labels are known.
         seconds (`dict[str, float]`): of the pass over the texts, of all that was learned from it, and of the whole.
+        promises (`str`, *optional*, defaults to `"texts"`): what agrees, `"tokens"` of a language model.
     """
 
     output: str
@@ -76,6 +79,7 @@ class AddedExits:
     speeds: list[CertifiedSpeed]
     accuracy: float | None
     seconds: dict[str, float]
+    promises: str = "texts"
 
 
 def write_report(added: AddedExits, model: Any) -> None:
@@ -86,28 +90,38 @@ def write_report(added: AddedExits, model: Any) -> None:
     write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{measured(added)}\n")
 
 
+_PROMISES = {
+    "texts": "at least the promised share of answers is that of full depth.",
+    "tokens": "at least the promised share of a text's tokens, in the mean over texts, is followed by what full depth "
+    "would say.",
+}
+
+
 def measured(added: AddedExits) -> str:
     """The part of the card, in Markdown."""
     sizes = sorted({size for speed in added.speeds for size in speed.speedups}, key=int)
     ways = list(dict.fromkeys(way for speed in added.speeds for way in speed.alone))
+    ways = ways if len(ways) > 1 else []
     header = ["promised agreement", "exit criterion", "depth", "layer speed-up", "agreement"]
     header += [f"depth by {method_name(way)} alone" for way in ways]
     header += [f"wall-clock speed-up, batch {size}" for size in sizes]
-    if added.accuracy is not None:
-        header.append("accuracy")
+    header += ["accuracy"] * (added.accuracy is not None) + ["same answers"] * (added.promises == "tokens")
     table = markdown_table(header, [_row(added, speed, ways, sizes) for speed in added.speeds])
     full = "" if added.accuracy is None else f" Accuracy at full depth: {added.accuracy:.4f}."
     off = [f"`{speed.name}` is off: {escape_markdown(speed.reason)}" for speed in added.speeds if speed.reason]
+    both = (
+        " The shallower of both criteria decides, and each is certified at half the risk for that; alone, it had the "
+        "whole risk."
+    )
     return "\n\n".join(
         [
             "## What is promised",
             f"Exits learned from {added.learning} texts without labels what `{escape_markdown(added.base)}` says at "
             f"full depth. {added.certifying} others certify the promise: with probability {1 - added.risk:g} over "
-            "them, on texts of the same kind, at least the promised share of answers is that of full depth.",
+            f"them, on texts of the same kind, {_PROMISES[added.promises]}",
             table,
-            f"Depth is the mean exit layer of {added.num_layers}, on the certifying texts. The shallower of both "
-            "criteria decides, and each is certified at half the risk for that; alone, it had the whole risk."
-            f"{full} {WALL_CLOCK_NOTE}",
+            f"Depth is the mean exit layer of {added.num_layers}, on the certifying texts."
+            f"{both if ways else ''}{full} {WALL_CLOCK_NOTE}",
             *off,
         ]
     )
@@ -123,4 +137,8 @@ def _row(added: AddedExits, speed: CertifiedSpeed, ways: list[str], sizes: list[
         *(f"{speed.alone[way]:.2f}" for way in ways),
         *(speed.speedups[size].text() if size in speed.speedups else "-" for size in sizes),
     ]
-    return cells if added.accuracy is None else [*cells, f"{speed.accuracy:.4f}"]
+    if added.accuracy is not None:
+        cells.append(f"{speed.accuracy:.4f}")
+    if added.promises == "tokens":
+        cells.append("-" if speed.identical is None else f"{speed.identical:.0%}")
+    return cells

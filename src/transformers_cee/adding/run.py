@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedConfig
 from transformers.utils import logging
 
 from transformers_cee.adding.data import TextsToLearn, class_ids, prepare, read_texts
+from transformers_cee.adding.language import AUTO_CLASS as LANGUAGE_MODEL
+from transformers_cee.adding.language import add_to_language_model
 from transformers_cee.adding.learning import learn_heads, learn_policies
 from transformers_cee.adding.report import AddedExits, CertifiedSpeed, write_report
-from transformers_cee.auto import has_exits, model_class_of
+from transformers_cee.auto import model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.points import CalibratedPoint
 from transformers_cee.calibration.prices import calibrate_price
@@ -30,6 +32,7 @@ from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.fields import check_field, whole
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.numbers import plain, share
+from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_folder import EXITS
 from transformers_cee.modeling.exits_saving import FromElsewhere
 from transformers_cee.stores.filling import OneProcess, collect_exits
@@ -67,16 +70,19 @@ def add_exits(
     seed: int = 42,
     disable_tqdm: bool = False,
 ) -> AddedExits:
-    """Gives exits to a classifier that was fine-tuned without, from texts without labels.
+    """Gives exits to a classifier that was fine-tuned without, or to a language model, from texts without labels.
 
-    The classifier stays as it is, and so do its answers at full depth. One pass over the texts stores the states of
+    The model stays as it is, and so do its answers at full depth. One pass over the texts stores the states of
     all layers; heads learn from them what the last layer says, and exit policies where it would say something else
     (self-supervised exits, Valade 2024, with the policy of ConsistentEE, Zeng et al. 2024). The texts that nothing
     has learned from certify how often an early answer is that of full depth: along the price of a layer, see
     [`calibrate_price`].
 
     Args:
-        model (`str` or `os.PathLike`): folder or Hub name of a fine-tuned classifier of texts, of any family.
+        model (`str` or `os.PathLike`):
+            Folder or Hub name of a fine-tuned classifier of texts, or of a language model, of any family. A language
+            model's exits stand behind four of its layers by default; their heads are solved in closed form, and the
+            promise is about its next tokens.
         texts (iterable of `str`, `datasets.Dataset`, `str` or `os.PathLike`):
             Texts as the classifier will see them, some thousand, or the path of a file in UTF-8: .txt with one text
             per line, .csv with a header, or .jsonl. They are cut in two at random; of more than 30,000 as many are
@@ -90,8 +96,9 @@ def add_exits(
         risk (`float`, *optional*, defaults to 0.05): probability with which each promise may fail.
         text_column (`str`, *optional*, defaults to `"text"`): column of the texts, where there are several.
         label_column (`str`, *optional*):
-            Column of true labels. Nothing learns from them; the accuracy is reported.
-        exit_layers (`int` or `list[int]`, *optional*): as in a config; by default a text may leave after every layer.
+            Column of true labels, of a classifier. Nothing learns from them; the accuracy is reported.
+        exit_layers (`int` or `list[int]`, *optional*):
+            As in a config; by default a text may leave after every layer.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch of the pass.
         device (`str`, *optional*, defaults to `"cpu"`): where the classifier runs.
         seed (`int`, *optional*, defaults to 42): of the cut in two and of what is drawn in learning.
@@ -113,7 +120,18 @@ def add_exits(
     share("risk", risk)
     check_field("batch_size", batch_size, whole(1))
     _check_output(output)
+    is_decoder = is_language_model(model)
+    if is_decoder and label_column is not None:
+        raise ValueError(f"`label_column`={label_column!r} is of a classifier; `model`={os.fspath(model)!r} is none.")
     given, labels = read_texts(texts, text_column, label_column)
+    if is_decoder:
+        named = {_name(level): level for level in levels}
+        added, decoder = add_to_language_model(
+            model, given, output, named, risk=risk, exit_layers=exit_layers, batch_size=batch_size, device=device,
+            seed=seed, disable_tqdm=disable_tqdm,
+        )  # fmt: skip
+        write_report(added, decoder)
+        return added
     found = _load_classifier(model, exit_layers, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = None if labels is None else class_ids(labels, found.config, label_column)
@@ -156,8 +174,6 @@ def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int]
         ValueError: a checkpoint without a classifier, with exits, of another architecture, or a regression.
     """
     source = os.fspath(model)
-    if has_exits(source):
-        raise ValueError(f"`model`={source!r} has exits already; accepted are classifiers without.")
     model_class = model_class_of(source, AUTO_CLASS)
     config = model_class.config_class.from_pretrained(source, exit_layers=exit_layers, **EXIT_FIELDS)
     if resolve_problem_type(config.problem_type, config.num_labels) == "regression":
@@ -174,6 +190,16 @@ def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int]
             f"{AUTO_CLASS}."
         )
     return found.to(device).eval()
+
+
+def is_language_model(model: str | os.PathLike[str]) -> bool:
+    """Is a checkpoint one of the decoders? Raises `ValueError` where it has exits already."""
+    source = os.fspath(model)
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    if values.get("model_type") in MODELS:
+        raise ValueError(f"`model`={source!r} has exits already; accepted are models without.")
+    decoders = {entry.stock for entry in MODELS.values() if LANGUAGE_MODEL in entry.auto_classes}
+    return values.get("model_type") in decoders
 
 
 def _check_output(output: str | os.PathLike[str]) -> None:
