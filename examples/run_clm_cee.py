@@ -348,6 +348,8 @@ def write_card(
         exit_threshold=config.exit_threshold,
         figure=figure,
         language=card_language(model_args.language, model_args.model_name_or_path),
+        license=model_args.license,
+        data_license=model_args.data_license,
         base_model=model_args.base_model or model_args.model_name_or_path,
         data_notes=" ".join(corpus.notes),
         timing=results["timing"],
