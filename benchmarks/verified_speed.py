@@ -18,6 +18,7 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -148,12 +149,10 @@ def measure(
     prompts: list[str],
     asked: dict[str, Callable[..., Any]],
 ) -> None:
-    costs = draft_costs(model)
     results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(args).items()}, "sizes": []}
-    results["costs"] = {"verify": costs.verify, "layer": costs.layer, "head": costs.head, "start": costs.start}
     results["environment"] = timing_environment(torch.device("cpu"))
     for size in args.batch_sizes:
-        results["sizes"].append(one_size(args, tokenizer, stock, prompts, asked, size))
+        results["sizes"].append(one_size(args, tokenizer, stock, model, prompts, asked, size))
         write_results(results, args.output / "results.json")
         write_text(args.output / "table.md", table(results))
     print(table(results))
@@ -164,6 +163,7 @@ def one_size(
     args: argparse.Namespace,
     tokenizer: Any,
     stock: Any,
+    model: Any,
     prompts: list[str],
     asked: dict[str, Callable[..., Any]],
     size: int,
@@ -173,7 +173,7 @@ def one_size(
         for start in range(0, len(prompts), size)
     ]
     timed = batches[: -(-args.timed // size)]
-    found: dict[str, Any] = {"batch_size": size, "ways": {}}
+    found: dict[str, Any] = {"batch_size": size, "costs": asdict(draft_costs(model, size)), "ways": {}}
     for name in asked:
         found["ways"][name] = {"texts": 0, "gaps": [], "passes": 0, "proposed": 0, "accepted": 0, "expected": []}
     for batch in tqdm(batches, desc=f"Texts of {size}"):
@@ -215,11 +215,7 @@ def one_size(
 
 
 def table(results: dict[str, Any]) -> str:
-    costs = results["costs"]
-    lines = [
-        f"In decode steps, a pass with drafts costs {costs['start']:.3f} and each draft {costs['verify']:.3f} to "
-        f"verify; a layer costs {costs['layer']:.3f}, the LM head {costs['head']:.3f}.\n"
-    ]
+    lines = []
     for one in results["sizes"]:
         rows = []
         for name, about in one["ways"].items():
@@ -241,7 +237,12 @@ def table(results: dict[str, Any]) -> str:
         header = ["", "speed-up", "by costs", "tokens per pass", "accepted", "texts that differ", "largest gap"]
         plain = one["ways"][PLAIN].get("tokens_per_second")
         speed = "not timed" if plain is None else f"{plain:.1f} tokens per second without drafts"
-        lines.append(f"Batch {one['batch_size']}, {speed}:\n")
+        costs = one["costs"]
+        lines.append(
+            f"Batch {one['batch_size']}, {speed}. In decode steps, a pass with drafts costs {costs['start']:.3f} and "
+            f"each draft {costs['verify']:.3f} to verify; a layer costs {costs['layer']:.3f}, the LM head "
+            f"{costs['head']:.3f}.\n"
+        )
         lines.append(markdown_table(header, rows) + "\n")
     return "\n".join(lines)
 

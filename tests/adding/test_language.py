@@ -118,6 +118,7 @@ def test_folder_and_default(base, added):
     assert torch.equal(default.exit_layers, named.exit_layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", families.of_kind("decoder"))
 def test_every_family(model_type, tmp_path, monkeypatch):
     # Some families have tokenizers of their own, which these words are not for.

@@ -43,7 +43,9 @@ def check_window(model_type, length):
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("way", ["exit", "jump"])
 def test_verified_text_is_the_stock_models(model_type, way, monkeypatch):
-    monkeypatch.setattr("transformers_cee.generation.drafters.draft_costs", lambda model: DraftCosts(0.02, 0.02, 0.02))
+    monkeypatch.setattr(
+        "transformers_cee.generation.drafters.draft_costs", lambda model, rows: DraftCosts(0.02, 0.02, 0.02)
+    )
     fields = {"drafter_layer": 3, "drafter_vocab_size": 40} if way == "jump" else {}
     model = families.model(model_type, seed=2, **fields).double()
     stock = families.twin(model).double()

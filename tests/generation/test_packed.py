@@ -146,7 +146,7 @@ def test_verified_texts_are_those_without(calls):
 
 def test_costs_are_measured_anew(monkeypatch):
     model, measured = tiny_llama(), []
-    monkeypatch.setattr("transformers_cee.generation.draft_costs._measure", lambda model: measured.append(model))
+    monkeypatch.setattr("transformers_cee.generation.draft_costs._measure", lambda model, rows: measured.append(model))
     draft_costs(model), draft_costs(model)
     with packed_linears(model):
         draft_costs(model), draft_costs(model)

@@ -53,7 +53,7 @@ NEW = 12
 def costs():
     """What is drafted depends on costs, and no test on the machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drafters, "draft_costs", lambda model: DraftCosts(0.02, 0.01, 0.02))
+        patch.setattr(drafters, "draft_costs", lambda model, rows: DraftCosts(0.02, 0.01, 0.02))
         yield
 
 
@@ -328,10 +328,12 @@ def test_refused_before_a_layer_runs(asked, message):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **{"exit_verify": True, **asked})
 
 
-def test_costs_are_measured_once():
+def test_costs_are_measured_once_for_each_size_of_a_batch():
     model = tiny_llama()
     costs = draft_costs(model)
-    assert draft_costs(model) is costs and 0 <= costs.verify and 0 < costs.layer < 1 and 0 < costs.head < 1
+    assert draft_costs(model, 3) is draft_costs(model, 4) and draft_costs(model, 16) is draft_costs(model, 99)
+    assert draft_costs(model, 4) is not costs and draft_costs(model, 16) is not draft_costs(model, 4)
+    assert draft_costs(model, 1) is costs and 0 <= costs.verify and 0 < costs.layer < 1 and 0 < costs.head < 1
     assert costs.layer * model.config.num_hidden_layers + costs.head == pytest.approx(1)
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What drafting and verifying cost on the machine at hand, measured once per model and process."""
+"""What drafting and verifying cost on the machine at hand, measured once per model, rows of a batch and process."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from transformers_cee.generation.slots import SlotPass
 
 # Columns that stand in the cache while it is measured, and tokens of a pass that verifies.
 _CONTEXT, _TOKENS, _ROUNDS = 32, 5, 5
+# Batches take longer, and their times differ less.
+_FEWER_ROUNDS, _MOST_ROWS = 3, 16
 
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """Shares of one decode step of one row at full depth.
+    """Shares of one decode step of a batch at full depth.
 
     Args:
-        verify (`float`): one more token of a row.
-        layer (`float`): a layer on one token.
-        head (`float`): the LM head on one token.
+        verify (`float`): one more token of each row.
+        layer (`float`): a layer on one token of each row.
+        head (`float`): the LM head on one token of each row.
         start (`float`): a pass over several tokens of a row, beyond what each costs: single tokens may have kernels
             of their own.
     """
@@ -42,12 +44,17 @@ class DraftCosts:
 _MEASURED: WeakKeyDictionary[Any, dict[Any, DraftCosts]] = WeakKeyDictionary()
 
 
-def draft_costs(model: Any) -> DraftCosts:
-    """Costs of a model where it runs now, medians of five rounds."""
-    key = (str(model.device), model.dtype, torch.get_num_threads())
+def draft_costs(model: Any, rows: int = 1) -> DraftCosts:
+    """Costs of a model where it runs now, medians of some rounds.
+
+    Args:
+        rows (`int`): of the batch. They are measured of the next power of two, and of 16 where there are more.
+    """
+    rows = min(_MOST_ROWS, 1 << (rows - 1).bit_length())
+    key = (rows, str(model.device), model.dtype, torch.get_num_threads())
     known = _MEASURED.setdefault(model, {})
     if key not in known:
-        known[key] = _measure(model)
+        known[key] = _measure(model, rows)
     return known[key]
 
 
@@ -57,11 +64,11 @@ def forget_costs(model: Any) -> None:
 
 
 @torch.no_grad()
-def _measure(model: Any) -> DraftCosts:
+def _measure(model: Any, rows: int) -> DraftCosts:
     decoder, layers = model.as_decoder, model.config.num_hidden_layers
     embed = model.get_input_embeddings()
-    tokens = torch.zeros(1, _CONTEXT, dtype=torch.long, device=embed.weight.device)
-    cache, none = EarlyExitCache(layers), torch.zeros(1, dtype=torch.long, device=tokens.device)
+    tokens = torch.zeros(rows, _CONTEXT, dtype=torch.long, device=embed.weight.device)
+    cache, none = EarlyExitCache(layers), torch.zeros(rows, dtype=torch.long, device=tokens.device)
     states = embed(tokens)
     rotary = decoder.rotary(states, torch.arange(_CONTEXT, device=tokens.device).unsqueeze(0))
     keys, values = decoder.project(0, layers, states, rotary)
@@ -81,7 +88,7 @@ def _measure(model: Any) -> DraftCosts:
     ]  # fmt: skip
     for way in ways:
         way()
-    rounds = [[way() for way in ways] for _ in range(_ROUNDS)]
+    rounds = [[way() for way in ways] for _ in range(_ROUNDS if rows == 1 else _FEWER_ROUNDS)]
     one, two, many, head_one, head_two, head_many = (median(times) for times in zip(*rounds, strict=True))
     step = one + head_one
     more = max(0.0, (many + head_many - two - head_two) / (_TOKENS - 2))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,9 +81,7 @@ def open_verification(
     if lookup is not None or not drafters:
         # It costs nothing to ask first.
         drafters.insert(0, PromptLookup(_number(ask, LOOKUP, _LOOKED_UP), _number(ask, _NGRAM, _LONGEST)))
-    # Only now do layers run.
-    costs = draft_costs(model)
-    return Verification(model, drafters, costs, streamer)
+    return Verification(model, drafters, partial(draft_costs, model), streamer)
 
 
 def _exit_drafts(model: Any, layer: Any, decision: ExitDecision | None, first: int, most: int) -> ExitDrafts:

@@ -9,7 +9,7 @@ al. 2023; Chen et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +53,7 @@ class Verification:
     Args:
         model (`EarlyExitCausalLM`): the model.
         drafters (sequence of `Drafter`): asked one after the other, until one proposes something.
-        costs (`DraftCosts`): what drafting and verifying cost.
+        costs (`Callable`): from the rows of a batch to `DraftCosts`, what drafting and verifying cost.
         streamer (`BaseStreamer`, *optional*): gets new tokens.
     """
 
@@ -61,11 +61,10 @@ class Verification:
         self,
         model: Any,
         drafters: Sequence[Drafter],
-        costs: DraftCosts,
+        costs: Callable[[int], DraftCosts],
         streamer: BaseStreamer | None = None,
     ) -> None:
-        self.model, self.drafters, self.streamer = model, drafters, streamer
-        self.pays = {drafter.name: DraftsPay(drafter.cost(costs), costs.verify, costs.start) for drafter in drafters}
+        self.model, self.drafters, self.costs, self.streamer = model, drafters, costs, streamer
         self.decoder = model.as_decoder
         # Of each pass, how many drafts of each row (rows,) were proposed and accepted, −1 where it had stopped.
         self.proposed: list[Tensor] = []
@@ -83,6 +82,8 @@ class Verification:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What `generate` calls to decode, see `custom_generate` there."""
+        costs = self.costs(len(input_ids))
+        self.pays = {one.name: DraftsPay(one.cost(costs), costs.verify, costs.start) for one in self.drafters}
         self.processors, self.samples = logits_processor, generation_config.do_sample
         self.warpers = LogitsProcessorList(one for one in logits_processor if isinstance(one, _WARPERS))
         length = stopping_criteria.max_length or generation_config.max_length
