@@ -242,10 +242,10 @@ def eero(scores: ExitScores, costs: list[float], budget: float, refine: bool) ->
 
 
 WAYS = {
-    "EERO, as published": Way("max_probability", lambda *given: eero(*given, refine=False)),
-    "EERO, refined": Way("max_probability", lambda *given: eero(*given, refine=True)),
+    "EERO as published": Way("max_probability", lambda *given: eero(*given, refine=False)),
+    "EERO refined": Way("max_probability", lambda *given: eero(*given, refine=True)),
     "geometric schedule": Way("max_probability", geometric),
-    "maximum probability, one threshold": Way("max_probability", one_threshold),
+    "one threshold": Way("max_probability", one_threshold),
 }
 
 
@@ -283,7 +283,7 @@ def by_price(model: Any, stores: dict[str, ExitStore], costs: list[float], budge
             continue
         alpha = max(fits, key=lambda one: spent[one])
         test = score_store(stores["test"], "policy", model, replace(settings, alpha=alpha))
-        about = {"way": "policy, by its price", "criterion": "policy", "budget": budget, "alpha": alpha}
+        about = {"way": "policy by its price", "criterion": "policy", "budget": budget, "alpha": alpha}
         found.append(about | reached("policy", 0.5, test.scores, stores["test"], costs))
     return found
 
@@ -337,8 +337,8 @@ def card_points(results: dict[str, Any]) -> dict[str, list[OperatingPoint]]:
     last = {"way": FULL, "thresholds": 1.0, "depth": blocks, "accuracy": results["exits"][-1], "used": 1.0}
     curves: dict[str, list[OperatingPoint]] = {}
     for row in (last, *results["points"]):
-        # Policies are at one threshold and at a price that goes with the budget.
-        threshold = row.get("thresholds", 0.5)
+        # Policies are at one threshold, and at a price that goes with the budget.
+        threshold = row["thresholds"] if "thresholds" in row else f"α = {row['alpha']:.3g}"
         metrics = {"accuracy": row["accuracy"], "FLOPs": row["used"]}
         point = OperatingPoint(
             row["way"], threshold, row["depth"], 1 - row["depth"] / blocks, blocks / row["depth"], metrics=metrics

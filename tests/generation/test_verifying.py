@@ -123,6 +123,18 @@ def test_the_text_is_the_stock_models(lengths, ends, processors, drafter, attent
         torch.testing.assert_close(one[rows], other[rows], rtol=1e-5, atol=1e-5)
 
 
+def test_expected_speed_is_that_of_the_longest_row():
+    """Without a draft it is one, also where rows end at different lengths."""
+    model = wide()
+    found = run(
+        model, repeating((9, 7, 9)), exit_verify=True, prompt_lookup_num_tokens=1, eos_token_id=list(range(30))
+    )
+    lengths = (found.exit_layers > 0).sum(1)
+    assert len(lengths.unique()) > 1
+    steps = found.proposed_drafts.shape[1] + 0.02 * int(found.proposed_drafts.amax(0).sum())
+    assert found.expected_speedup == pytest.approx((int(lengths.max()) - 1) / steps)
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_drafts_are_accepted_and_refused(drafter):
     model, accepted = wide(0, drafter), []
@@ -371,9 +383,24 @@ class TestPays:
         assert (pays.least(0), pays.least(1)) == (pytest.approx(0.6), pytest.approx(0.2))
         pays.tried, pays.held = 100.0, 60.0
         # 0.6 + 0.36 − 0.4 − 2 · 0.2 against 0.4: two drafts pay, one does not.
-        assert pays.most(1) == 1 and pays.is_trial
+        assert pays.most(1) == 1 and pays.waits
         pays.waits = 0
-        assert pays.most(8) == 3 and not pays.is_trial
+        assert pays.most(8) == 3 and not pays.waits
+
+    def test_trials_are_enough_where_several_drafts_share_a_price(self):
+        draw, speeds = torch.Generator().manual_seed(0), []
+        for _ in range(40):
+            pays, tokens, time = DraftsPay(0.05, 0.06, 0.3), 0.0, 0.0
+            for number in range(1000):
+                drafts, held = pays.most(8), 0
+                # Nothing holds at first.
+                while held < drafts and number >= 30 and float(torch.rand((), generator=draw)) < 0.8:
+                    held += 1
+                tokens, time = tokens + 1 + held, time + 1 + pays.spent(drafts, drafts)
+                if drafts:
+                    pays.note(drafts, drafts, min(held + 1, drafts), held, 1.0 + held)
+            speeds.append(tokens / time)
+        assert sum(speed > 1.5 for speed in speeds) >= 32
 
     def test_a_draft_ends_where_it_stops_to_pay(self):
         pays = DraftsPay(0.1, 0.1)

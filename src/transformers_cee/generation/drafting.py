@@ -30,7 +30,7 @@ class Drafts:
         states (`Tensor` of shape `(rows, drafts + 1, hidden)`, *optional*):
             Of each row's last token and the drafts, behind the layers that they have passed.
         layers_done (`int`): those layers, whose keys and values the cache holds.
-        runs (`int`): how often the drafter ran for them.
+        runs (`float`): how often the drafter ran, for these and for what it did not propose in the end.
     """
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class Drafts:
     probabilities: Tensor | None = None
     states: Tensor | None = None
     layers_done: int = 0
-    runs: int = 0
+    runs: float = 0.0
 
 
 @dataclass
@@ -102,8 +102,9 @@ class DraftsPay:
     _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
     # Passes without a draft after the first that did not pay, and at most.
     _PATIENCE, _MOST_PATIENCE = 8, 1024
-    # So often a drafter is asked before what that brought counts.
-    _ASKS = 4
+    # So often a drafter is asked before what that brought counts, and drafts of a trial: one alone may bear a price
+    # that several share.
+    _ASKS, _TRIAL = 4, 3
 
     def __init__(self, draft_cost: float, verify_cost: float, start_cost: float = 0.0) -> None:
         self.draft_cost, self.verify_cost, self.start = draft_cost, verify_cost, start_cost
@@ -112,8 +113,6 @@ class DraftsPay:
         # Tokens that asking brought, less what it cost, and how often it was.
         self.gain, self.asks = 0.0, 0
         self.waits, self.patience = 0, self._PATIENCE
-        # Is the draft of this pass one that does not pay, to see whether that has changed?
-        self.is_trial = False
 
     @property
     def chance(self) -> float:
@@ -137,10 +136,10 @@ class DraftsPay:
             self.waits -= 1
             return 0
         best = self._best(room)
-        self.is_trial = best == 0 or (self.asks >= self._ASKS and self.gain <= 0)
-        if self.is_trial:
+        if best == 0 or (self.asks >= self._ASKS and self.gain <= 0):
+            # To see whether that has changed.
             self.waits, self.patience = self.patience, min(self._MOST_PATIENCE, 2 * self.patience)
-            return 1
+            return max(best, min(room, self._TRIAL))
         self.patience = self._PATIENCE
         return best
 
@@ -151,16 +150,16 @@ class DraftsPay:
             product, count = product * self.chance, count + 1
         return count if gain > 0 else 0
 
-    def spent(self, drafts: int, runs: int) -> float:
+    def spent(self, drafts: int, runs: float) -> float:
         """Decode steps that so many drafts and runs of the drafter cost."""
         return self.draft_cost * runs + self.verify_cost * drafts + (self.start if drafts else 0.0)
 
-    def note(self, drafts: int, runs: int, tried: int = 0, held: int = 0, tokens: float = 1.0) -> None:
+    def note(self, drafts: int, runs: float, tried: int = 0, held: int = 0, tokens: float = 1.0) -> None:
         """What came of asking.
 
         Args:
             drafts (`int`): columns of drafts.
-            runs (`int`): how often the drafter ran.
+            runs (`float`): how often the drafter ran.
             tried, held (`int`): drafts whose turn came, over all rows, and those of them that were accepted.
             tokens (`float`): mean tokens that a row got.
         """
@@ -226,9 +225,13 @@ class ExitDrafts(Drafter):
 
     def __init__(self, index: int, layer: int, most: int, criterion: Callable[[], ExitCriterion]) -> None:
         self.index, self.layer, self.most_tokens, self.criterion = index, layer, most, criterion
+        self.refused = 0.0
 
     def cost(self, costs: DraftCosts) -> float:
-        return self.layer * costs.layer + costs.head
+        found = self.layer * costs.layer + costs.head
+        # Of a token that the criterion refuses the head was for nothing; its layers are not run again.
+        self.refused = costs.head / found
+        return found
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         most = pays.most(min(self.most_tokens, int(room.max())))
@@ -240,6 +243,7 @@ class ExitDrafts(Drafter):
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
         states: list[Tensor] = []
+        refused = 0.0
         while True:
             embedded = model.get_input_embeddings()(token)
             states.append(drafting.at(len(tokens), 1).run(embedded, 0, self.layer))
@@ -250,6 +254,7 @@ class ExitDrafts(Drafter):
             criterion = self.criterion()
             goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
             if not bool(goes_on.any()):
+                refused = self.refused
                 break
             drawn, probability = drafting.draw(step.logits)
             counts = counts + goes_on
@@ -259,7 +264,7 @@ class ExitDrafts(Drafter):
             probabilities += [] if probability is None else [probability]
         drafted = torch.cat(tokens, 1) if tokens else texts.tokens.new_empty(len(texts), 0)
         drawn_from = torch.stack(probabilities, 1) if probabilities else None
-        return Drafts(drafted, counts, drawn_from, torch.cat(states, 1), self.layer, drafted.shape[1])
+        return Drafts(drafted, counts, drawn_from, torch.cat(states, 1), self.layer, drafted.shape[1] + refused)
 
 
 class JumpDrafts(Drafter):
@@ -290,7 +295,6 @@ class JumpDrafts(Drafter):
         if pays.most(most) == 0:
             return None
         # Where drafts pay at all, their own probabilities say how many.
-        most = 1 if pays.is_trial else most
         model, texts, drafter, index = drafting.model, drafting.texts, self.drafter, self.index
         goes_on, counts = room > 0, torch.zeros_like(room)
         product = torch.ones_like(room, dtype=torch.float)
@@ -315,11 +319,8 @@ class JumpDrafts(Drafter):
             if probability is not None:
                 full = probability.new_zeros(len(room), self.vocab_size)
                 probabilities.append(full.index_copy_(1, drafter.token_ids, probability))
-        if not tokens:
-            pays.note(0, runs)
-            return None
-        drawn_from = torch.stack(probabilities, 1) if probabilities else None
-        return Drafts(torch.cat(tokens, 1), counts, drawn_from, runs=runs)
+        drafted = torch.cat(tokens, 1) if tokens else texts.tokens.new_empty(len(texts), 0)
+        return Drafts(drafted, counts, torch.stack(probabilities, 1) if probabilities else None, runs=runs)
 
 
 __all__ = ["Drafter", "Drafting", "Drafts", "DraftsPay", "ExitDrafts", "JumpDrafts", "PromptLookup"]

@@ -3,7 +3,7 @@
 """Weights in the layout of kernels that read them once for several tokens.
 
 A CPU decodes one token at the speed at which it reads the weights, so that a few more should cost little. The matrix
-products that torch takes for two to eight rows copy the weights into their own layout at every call, which makes the
+products that torch takes for a few rows copy the weights into their own layout at every call, which makes the
 second token cost half as much as the first. oneDNN takes weights that were laid out once.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers_cee.generation.draft_costs import forget_costs
 
 
 # Rows that the layout is made for, those that it serves, and weights that are too few to matter.
-_MADE_FOR, _FEWEST, _MOST, _SMALL = 4, 2, 8, 2**14
+_MADE_FOR, _FEWEST, _MOST, _SMALL = 4, 2, 16, 2**14
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def packed_linears(model: nn.Module) -> Iterator[int]:
     passes that verify drafts, and decode steps of small batches. Anything else runs as before.
 
     The layouts take as much memory as the weights of these layers. Weights must not be written to through `.data`
-    meanwhile, which nobody can see; otherwise a layer whose weights have changed runs as before.
+    meanwhile, which nobody can see; otherwise a layer whose weights have changed runs as before, and so does a copy.
 
     Args:
         model (`nn.Module`): any model of torch.
@@ -49,12 +50,18 @@ def packed_linears(model: nn.Module) -> Iterator[int]:
         for layer in layers:
             # Shadows the method; the class, its parameters and hooks stay as they are.
             layer.forward = partial(_forward, layer, _Layout(layer.weight))  # type: ignore[method-assign]
-        forget_costs(model)
+        _forget(model)
         yield len(layers)
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
-        forget_costs(model)
+        _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """What generates may be a part of the model, as under PEFT."""
+    for module in model.modules():
+        forget_costs(module)
 
 
 class _Layout:
@@ -71,6 +78,10 @@ class _Layout:
     def holds(self, weight: Tensor) -> bool:
         return self.made_from == self._now(weight)
 
+    def __deepcopy__(self, memo: Any) -> _Layout:
+        """Of a copied layer it holds nothing, whose weight is another."""
+        return self
+
 
 def _can_be_packed(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
@@ -81,6 +92,7 @@ def _can_be_packed(module: nn.Module) -> bool:
         and "forward" not in module.__dict__
         and not is_parametrized(module)
         and type(weight) is nn.Parameter
+        and not weight.is_inference()
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.numel() >= _SMALL
@@ -91,10 +103,15 @@ def _forward(layer: nn.Linear, layout: _Layout, states: Tensor) -> Tensor:
     weight = layer.weight
     rows = states.numel() // layer.in_features
     learns = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    if learns or not _FEWEST <= rows <= _MOST or states.dtype != weight.dtype or not layout.holds(weight):
+    fits = states.dtype == weight.dtype and states.shape[-1] == layer.in_features
+    if not fits or learns or not _FEWEST <= rows <= _MOST or not layout.holds(weight) or _casts():
         return F.linear(states, weight, layer.bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(states, layout.packed, layer.bias, "none", [], "")
     return found
+
+
+def _casts() -> bool:
+    return torch.is_autocast_enabled("cpu")
 
 
 __all__ = ["packed_linears"]

@@ -140,14 +140,15 @@ class Verification:
         layers = torch.full((len(texts), len(behind)), len(self.decoder.layers), device=behind.device)
         lengths = texts.ended.unsqueeze(1)
         output["exit_layers"] = layers.masked_fill(behind >= lengths, 0)
-        none = [texts.lengths.new_empty(len(texts), 0)] if not self.accepted else []
+        none = texts.lengths.new_empty(len(texts), 0)
         for name, passes in (("proposed_drafts", self.proposed), ("accepted_drafts", self.accepted)):
-            output[name] = torch.cat(none, 1) if none else torch.stack(passes, 1)
+            output[name] = torch.stack(passes, 1) if passes else none
         count = int((output["accepted_drafts"] >= 0).sum())
         # The prompt's pass gave the first token of each row.
         tokens = int((lengths - texts.prompt).sum()) - len(texts)
         output["tokens_per_pass"] = tokens / count if count else 1.0
-        output["expected_speedup"] = tokens / len(texts) / self.steps if count else 1.0
+        # Without drafts there are as many steps as the longest row has tokens.
+        output["expected_speedup"] = (int(lengths.max()) - texts.prompt - 1) / self.steps if count else 1.0
         return output
 
     # The prompt
