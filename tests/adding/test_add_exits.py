@@ -197,7 +197,8 @@ def test_the_shallower_of_both_criteria_decides(better, base, tmp_path, monkeypa
     assert set(found.alone) == {"policy", "max_probability"} and max(found.alone.values()) == 4
     assert asked == [0.05, 0.05, 0.1, 0.1]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exits").eval()
-    assert model.config.exit_operating_points["agreement-0.6"]["criterion"] == better
+    saved = model.config.exit_operating_points["agreement-0.6"]
+    assert saved["criterion"] == better and saved["levels"]["delta"] == 0.1, "picked, it has the whole risk"
     assert method_name(better) in (tmp_path / "exits" / "README.md").read_text()
 
 

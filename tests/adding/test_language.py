@@ -12,7 +12,7 @@ import families
 import pytest
 import torch
 from bulk_reference import draw_texts, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from transformers_cee import add_exits
 from transformers_cee.adding import language
@@ -73,7 +73,7 @@ def test_promise_is_what_the_certifying_texts_do(base, added):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = draw_texts(TEXTS)
     order = torch.randperm(TEXTS, generator=torch.Generator().manual_seed(42)).tolist()
-    certifying = [texts[number] for number in order[1::2]]
+    certifying = [texts[number] for number in order[TEXTS // 2 :]]
     certifying = [text for text in certifying if len(tokenizer(text)["input_ids"]) > 2]
     assert found.certifying == len(certifying)
     for speed in found.speeds:
@@ -110,7 +110,7 @@ def test_folder_and_default(base, added):
     assert [one["promised"] for one in results["speeds"]] == [0.7, 0.4] and results["promises"] == "tokens"
     assert all(0 <= one["identical"] <= 1 and set(one["speedups"]) <= {"1"} for one in results["speeds"])
     card = (output / "README.md").read_text()
-    assert "what full depth would say" in card and "same answers" in card and "`agreement-0.7`" in card
+    assert "most probable token of full depth" in card and "same answers" in card and "`agreement-0.7`" in card
     model = AutoModelForCausalLM.from_pretrained(output).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -148,6 +148,29 @@ def test_what_is_refused(base, added, tmp_path):
     with pytest.raises(ValueError, match="no three tokens"):
         add_exits(base[0], ["w11 w12"] * 60, tmp_path / "exits")
     assert not (tmp_path / "exits").exists()
+
+
+def test_long_texts_do_not_make_few_of_them(base, monkeypatch):
+    """A promise counts texts: of many long ones the first tokens are read."""
+    monkeypatch.setattr(language, "TOKENS_OF_A_HALF", 200)
+    monkeypatch.setattr(language, "FEWEST_TOKENS", 4)
+    tokenizer = word_tokenizer()
+    model = families.model("llama_cee")
+    rows, learning, certifying = language._prepare(["w11 " * 30] * 80, tokenizer, model, 0)
+    assert (len(learning), len(certifying)) == (40, 40)
+    assert {len(ids) for ids in rows["input_ids"]} == {5}
+    assert torch.cat((learning, certifying)).tolist() == list(range(80))
+
+
+def test_a_classifier_on_a_decoder_is_no_language_model(tmp_path):
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"no model with exits for `AutoModelForSequenceClassification`"):
+        add_exits(tmp_path / "base", draw_texts(60), tmp_path / "exits")
 
 
 def test_command(base, tmp_path, capsys):

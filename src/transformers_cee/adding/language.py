@@ -30,7 +30,6 @@ from transformers_cee.calibration.scores import score_store
 from transformers_cee.evaluation.operating_points import FULL_DEPTH
 from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Timer
 from transformers_cee.exits.deciding import criterion_settings
-from transformers_cee.modeling.exits_folder import EXITS
 from transformers_cee.modeling.exits_saving import FromElsewhere
 from transformers_cee.stores.filling import OneProcess, collect_exits
 from transformers_cee.stores.store import ExitStore
@@ -53,8 +52,9 @@ EXIT_FIELDS: dict[str, Any] = {
     # Keys and values become those of full depth, which the promise is about.
     "skipped_kv": "deferred",
 }
-# Of a text, and of each half of all texts.
-MOST_TOKENS, MOST_OF_A_HALF = 256, 60_000
+# Texts of either half, and how much is read of each: what makes so many tokens of a half, within bounds. Each text
+# counts alike for a promise, so many texts say more than long ones.
+MOST_TEXTS, TOKENS_OF_A_HALF, FEWEST_TOKENS, MOST_TOKENS = 2_000, 60_000, 32, 256
 # Prompts that are answered to take the time, their length, and that of answers.
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 16, 32
 TIMED = "full depth"
@@ -82,7 +82,7 @@ def add_to_language_model(
         `tuple`: what was reached, and the model with its exits, which are saved.
 
     Raises:
-        ValueError: a checkpoint without an LM head, or texts without three tokens.
+        ValueError: a checkpoint of another architecture, or texts without three tokens.
     """
     start = time.perf_counter()
     found = _load(model, exit_layers, device)
@@ -120,9 +120,18 @@ def add_to_language_model(
     found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
     _time(found, speeds, rows.select(certifying.tolist()), tokenizer, disable_tqdm)
     seconds["all"] = time.perf_counter() - start
-    layers = found.config.num_hidden_layers
-    about = (os.fspath(output), os.fspath(model), layers, len(learning), len(certifying), risk, speeds, None, seconds)
-    return AddedExits(*about, promises="tokens"), found
+    added = AddedExits(
+        output=os.fspath(output),
+        base=os.fspath(model),
+        num_layers=found.config.num_hidden_layers,
+        learning=len(learning),
+        certifying=len(certifying),
+        risk=risk,
+        speeds=speeds,
+        seconds=seconds,
+        promises="tokens",
+    )
+    return added, found
 
 
 def _load(model: str | os.PathLike[str], exit_layers: int | list[int] | None, device: str) -> Any:
@@ -130,7 +139,7 @@ def _load(model: str | os.PathLike[str], exit_layers: int | list[int] | None, de
 
     Raises:
         OSError: there is no such checkpoint.
-        ValueError: a checkpoint without an LM head, or of another architecture.
+        ValueError: a checkpoint of another architecture, or no layer to leave at.
     """
     source = os.fspath(model)
     model_class = model_class_of(source, AUTO_CLASS)
@@ -142,38 +151,25 @@ def _load(model: str | os.PathLike[str], exit_layers: int | list[int] | None, de
     config = model_class.config_class.from_pretrained(source, **fields)
     if len(config.exit_layer_numbers) < 2:
         raise ValueError(f"`exit_layers`={exit_layers!r} has no exit before the last layer.")
-    found, info = model_class.load_checkpoint(source, brings=FromElsewhere(()), config=config, dtype=torch.float32)
-    untrained = sorted(name for name in info["missing_keys"] if not name.startswith(EXITS))
-    if untrained:
-        raise ValueError(f"`model`={source!r} is no whole language model: it lacks {untrained[0]!r}.")
+    found, _ = model_class.load_checkpoint(source, brings=FromElsewhere(()), config=config, dtype=torch.float32)
     return found.to(device).eval()
 
 
 def _prepare(texts: list[str], tokenizer: Any, model: Any, seed: int) -> tuple[Dataset, Tensor, Tensor]:
     """Tokenised texts, and the numbers of those that are learned from and of those that certify."""
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    longest = min(MOST_TOKENS, tokenizer.model_max_length, model.config.max_position_embeddings)
-    halves = [_some(order[half::2], texts, tokenizer, longest) for half in (0, 1)]
+    count = min(len(texts) // 2, MOST_TEXTS)
+    longest = max(FEWEST_TOKENS, min(MOST_TOKENS, TOKENS_OF_A_HALF // count))
+    longest = min(longest, tokenizer.model_max_length, model.config.max_position_embeddings)
+    some = tokenizer([texts[number] for number in order[: 2 * count]], truncation=True, max_length=longest)
+    # A token that leaves early has one before it and one behind it.
+    halves = [[ids for ids in half if len(ids) > 2] for half in (some["input_ids"][:count], some["input_ids"][count:])]
     if not all(halves):
         raise ValueError("`texts` have no three tokens to learn from and to certify on.")
-    learning, certifying = halves
-    ids = [*learning, *certifying]
+    logger.info(f"{count} texts are learned from and as many certify, the first {longest} tokens of each.")
+    ids = [row for half in halves for row in half]
     rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids})
-    return rows, torch.arange(len(learning)), torch.arange(len(learning), len(ids))
-
-
-def _some(numbers: list[int], texts: list[str], tokenizer: Any, longest: int) -> list[list[int]]:
-    """Token ids of some texts, until there are enough."""
-    found, count = [], 0
-    for number in numbers:
-        ids = tokenizer(texts[number], truncation=True, max_length=longest)["input_ids"]
-        # A token that leaves early has one before it and one behind it.
-        if len(ids) > 2:
-            found.append(list(ids))
-            count += len(ids)
-        if count >= MOST_OF_A_HALF:
-            break
-    return found
+    return rows, torch.arange(len(halves[0])), torch.arange(len(halves[0]), len(ids))
 
 
 def _batches(rows: Dataset, collate: Any, size: int) -> Iterator[dict[str, Tensor]]:
@@ -200,16 +196,14 @@ def _speed(model: Any, name: str, point: CalibratedPoint, store: ExitStore) -> C
     depth = float(store.layers[taken].double().mean())
     if point.reason is not None:
         logger.warning(f"Exits are off at {name!r}: {point.reason}")
-    # Each text counts alike, as in what is certified.
-    texts = store.rows.unique(return_inverse=True)[1]
-    share = torch.zeros(int(texts.max()) + 1, dtype=torch.double).index_add_(0, texts, agrees) / texts.bincount()
     return CertifiedSpeed(
-        name,
-        1 - point.levels["epsilon"],
-        point.criterion,
-        depth,
-        float(share.mean()),
-        {point.criterion: depth},
+        name=name,
+        promised=1 - point.levels["epsilon"],
+        criterion=point.criterion,
+        depth=depth,
+        # Each text counts alike, as in what is certified.
+        agreement=float(scores.mean(agrees)),
+        alone={point.criterion: depth},
         reason=point.reason,
     )
 

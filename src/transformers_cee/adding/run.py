@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def add_exits(
         texts (iterable of `str`, `datasets.Dataset`, `str` or `os.PathLike`):
             Texts as the classifier will see them, some thousand, or the path of a file in UTF-8: .txt with one text
             per line, .csv with a header, or .jsonl. They are cut in two at random; of more than 30,000 as many are
-            drawn.
+            drawn, of a language model of more than 4,000.
         output (`str` or `os.PathLike`):
             Folder for the exits: heads, policies and promises, a card and `results.json`. Auto classes load it, with
             the classifier that it names.
@@ -98,7 +99,7 @@ def add_exits(
         label_column (`str`, *optional*):
             Column of true labels, of a classifier. Nothing learns from them; the accuracy is reported.
         exit_layers (`int` or `list[int]`, *optional*):
-            As in a config; by default a text may leave after every layer.
+            As in a config; by default a text may leave after every layer, a token after four of them.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch of the pass.
         device (`str`, *optional*, defaults to `"cpu"`): where the classifier runs.
         seed (`int`, *optional*, defaults to 42): of the cut in two and of what is drawn in learning.
@@ -159,9 +160,16 @@ def add_exits(
     seconds["all"] = time.perf_counter() - start
     accuracy = None if data.labels is None else _accuracy(held_out, data, _last(held_out))
     added = AddedExits(
-        os.fspath(output), os.fspath(model), found.config.num_hidden_layers, len(data.learning), len(data.certifying),
-        risk, speeds, accuracy, seconds,
-    )  # fmt: skip
+        output=os.fspath(output),
+        base=os.fspath(model),
+        num_layers=found.config.num_hidden_layers,
+        learning=len(data.learning),
+        certifying=len(data.certifying),
+        risk=risk,
+        speeds=speeds,
+        seconds=seconds,
+        accuracy=accuracy,
+    )
     write_report(added, found)
     return added
 
@@ -193,13 +201,15 @@ def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int]
 
 
 def is_language_model(model: str | os.PathLike[str]) -> bool:
-    """Is a checkpoint one of the decoders? Raises `ValueError` where it has exits already."""
+    """Is a checkpoint a decoder that writes text? Raises `ValueError` where it has exits already."""
     source = os.fspath(model)
     values, _ = PreTrainedConfig.get_config_dict(source)
     if values.get("model_type") in MODELS:
         raise ValueError(f"`model`={source!r} has exits already; accepted are models without.")
     decoders = {entry.stock for entry in MODELS.values() if LANGUAGE_MODEL in entry.auto_classes}
-    return values.get("model_type") in decoders
+    # A classifier on a decoder is none.
+    saved = values.get("architectures") or ["ForCausalLM"]
+    return values.get("model_type") in decoders and any(name.endswith(("CausalLM", "LMHeadModel")) for name in saved)
 
 
 def _check_output(output: str | os.PathLike[str]) -> None:
@@ -255,7 +265,9 @@ def _certified(model: Any, store: ExitStore, level: float, risk: float) -> Calib
     texts."""
     found = _both_ways(model, store, level, risk / 2)
     on = [point for point in found if point.reason is None]
-    return min(on or found[:1], key=lambda point: _depth(store, _taken(model, store, point)))
+    chosen = min(on or found[:1], key=lambda point: _depth(store, _taken(model, store, point)))
+    # Of the one that was picked the whole risk holds.
+    return replace(chosen, levels=chosen.levels | {"delta": risk})
 
 
 def _taken(model: Any, store: ExitStore, point: CalibratedPoint) -> Tensor:
@@ -266,16 +278,16 @@ def _taken(model: Any, store: ExitStore, point: CalibratedPoint) -> Tensor:
 
 def _speed(model: Any, name: str, point: CalibratedPoint, store: ExitStore, data: TextsToLearn) -> CertifiedSpeed:
     taken, level = _taken(model, store, point), 1 - point.levels["epsilon"]
-    alone = _both_ways(model, store, level, 2 * point.levels["delta"])
+    alone = _both_ways(model, store, level, point.levels["delta"])
     found = CertifiedSpeed(
-        name,
-        level,
-        point.criterion,
-        _depth(store, taken),
-        1 - float(store.disagrees.gather(1, taken.unsqueeze(1)).float().mean()),
-        {way.criterion: _depth(store, _taken(model, store, way)) for way in alone},
-        None if data.labels is None else _accuracy(store, data, taken),
-        point.reason,
+        name=name,
+        promised=level,
+        criterion=point.criterion,
+        depth=_depth(store, taken),
+        agreement=1 - float(store.disagrees.gather(1, taken.unsqueeze(1)).float().mean()),
+        alone={way.criterion: _depth(store, _taken(model, store, way)) for way in alone},
+        accuracy=None if data.labels is None else _accuracy(store, data, taken),
+        reason=point.reason,
     )
     if point.reason is not None:
         logger.warning(f"Exits are off at {name!r}: {point.reason}")
