@@ -18,7 +18,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,31 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def place(value: Any, paths: Mapping[str, Path]) -> Any:
-    """A value of a recipe in which `{name}` is replaced by that path."""
-    if isinstance(value, str):
-        for name, path in paths.items():
-            value = value.replace(f"{{{name}}}", str(path))
-    return value
+    """A value of a recipe in which `{name}` is replaced by that path, also in lists and objects."""
+    return _in_texts(
+        value, lambda text: reduce(lambda one, name: one.replace(f"{{{name}}}", str(paths[name])), paths, text)
+    )
 
 
 def lift(value: Any, paths: Mapping[str, Path]) -> Any:
-    """The reverse of `place`, through lists and objects: results name no folders of the machine that made them."""
+    """The reverse of `place`: results name no folders of the machine that made them."""
+    # Longest first: a folder may lie in another.
+    names = sorted(paths, key=lambda name: -len(str(paths[name])))
+
+    def lifted(text: str) -> str:
+        for name in names:
+            text = re.sub(re.escape(str(paths[name])) + r"(?!\w)", f"{{{name}}}", text)
+        return text
+
+    return _in_texts(value, lifted)
+
+
+def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {lift(key, paths): lift(one, paths) for key, one in value.items()}
+        return {_in_texts(key, change): _in_texts(one, change) for key, one in value.items()}
     if isinstance(value, list):
-        return [lift(one, paths) for one in value]
-    if isinstance(value, str):
-        # Longest first: a folder may lie in another.
-        for name, path in sorted(paths.items(), key=lambda one: -len(str(one[1]))):
-            value = value.replace(str(path), f"{{{name}}}")
-    return value
+        return [_in_texts(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def given_paths(words: list[str], recipe: Mapping[str, Any]) -> dict[str, Path]:
@@ -100,7 +108,7 @@ def build(recipe_file: Path, words: list[str], output: Path) -> dict[str, Path]:
         output: folder of the model.
 
     Returns:
-        The paths that stand in its card and results, by name.
+        The paths that stand in its card and results by name, beside the output.
 
     Raises:
         ValueError: no recipe, or paths that it does not take.
@@ -108,20 +116,25 @@ def build(recipe_file: Path, words: list[str], output: Path) -> dict[str, Path]:
     """
     recipe = read_recipe(recipe_file)
     paths = given_paths(words, recipe)
-    options = {name: place(value, paths) for name, value in recipe["options"].items()} | {"output_dir": str(output)}
+    options = place(recipe["options"], paths) | {"output_dir": str(output)}
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder: some scripts want it empty.
     placed = output.with_name(f"{output.name}.json")
     write_text(placed, json.dumps(options, indent=1))
     subprocess.run([sys.executable, str(SCRIPTS / recipe["script"]), str(placed)], check=True)
-    return paths | {"output": output}
+    return paths
 
 
 def publish(output: Path, cards: Path, paths: Mapping[str, Path]) -> list[Path]:
     """Copies card, its picture and the results of a finished run to the zoo; returns the files."""
     name = output.name
-    results = lift(read_json(output / "results.json", "These are the figures of a card."), paths)
-    card = lift((output / "README.md").read_text("utf-8"), paths).replace("{output}", f"runs/{name}")
+    # What a reader of the card has is a run of their own.
+    paths = {**paths, "output": output}
+    texts = [
+        read_json(output / "results.json", "These are the figures of a card."),
+        (output / "README.md").read_text("utf-8"),
+    ]
+    results, card = place(lift(texts, paths), {"output": Path("runs", name)})
     files = [cards / f"{name}.json", cards / f"{name}.md"]
     cards.mkdir(parents=True, exist_ok=True)
     for picture in re.findall(r"\]\((\w+\.png)\)", card):

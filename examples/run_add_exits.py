@@ -11,9 +11,10 @@ read for the accuracy alone. Options are those of `AddArguments`, `glue_data.Dat
 """
 
 import copy
+import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ from transformers import (
 )
 
 from transformers_cee import AddedExits, add_exits
+from transformers_cee.files import read_json, write_text
+from transformers_cee.hub.model_card import rights
+from transformers_cee.modeling.exits_folder import CARD
 
 
 logger = logging.getLogger("run_add_exits")
+MADE_BY = "made_by.json"
 
 
 @dataclass
@@ -45,6 +50,9 @@ class AddArguments:
         default_factory=lambda: [0.99, 0.97], metadata={"help": "Promised shares of answers that are full depth's."}
     )
     risk: float = field(default=0.05, metadata={"help": "Probability with which each promise may fail."})
+    language: str | None = field(default=None, metadata={"help": "Language of the data for the card, such as en."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the encoder for the card, such as mit."})
+    data_license: str | None = field(default=None, metadata={"help": "Licence of the data for the card."})
 
     def __post_init__(self) -> None:
         check_positive(self, ("texts",))
@@ -78,6 +86,24 @@ def fine_tune(args: AddArguments, data: DataArguments, training: TrainingArgumen
     trainer.save_model()
 
 
+def is_made(plain: Path, made_by: dict[str, Any]) -> bool:
+    """Has an earlier run fine-tuned the classifier?
+
+    Raises:
+        ValueError: it did so with other options, and may have learned from what are texts now.
+    """
+    if not (plain / MADE_BY).is_file():
+        return False
+    before = read_json(plain / MADE_BY, "It says how the classifier was fine-tuned; remove its folder.")
+    other = sorted(name for name, value in made_by.items() if before.get(name) != value)
+    if other:
+        raise ValueError(
+            f"{plain} was fine-tuned with another {', '.join(other)}: remove it, or give another `output_dir`."
+        )
+    logger.info(f"{plain} is there: not fine-tuned again.")
+    return True
+
+
 def main(argv: list[str] | None = None) -> AddedExits:
     types = (AddArguments, DataArguments, TrainingArguments)
     args, data, training = parse_dataclasses(types, sys.argv[1:] if argv is None else argv, "Adds exits.")
@@ -88,12 +114,13 @@ def main(argv: list[str] | None = None) -> AddedExits:
         raise ValueError(f"{corpus.name}: accepted are classes of single texts.")
     corpus.splits["train"], texts = take_split(corpus.splits["train"], args.texts, data.split_seed)
     plain = f"{training.output_dir.rstrip('/')}-plain"
-    if Path(plain, "config.json").is_file():
-        logger.info(f"{plain} is there: not fine-tuned again.")
-    else:
+    made_by = {"encoder": args.model_name_or_path, "texts": args.texts, "seed": training.seed, **asdict(data)}
+    made_by |= {"num_train_epochs": training.num_train_epochs, "learning_rate": training.learning_rate}
+    if not is_made(Path(plain), made_by):
         own = copy.copy(training)
         own.output_dir = plain
         fine_tune(args, data, own, corpus)
+        write_text(Path(plain, MADE_BY), json.dumps(made_by, indent=1))
     added: Any = add_exits(
         plain,
         texts,
@@ -105,6 +132,10 @@ def main(argv: list[str] | None = None) -> AddedExits:
         seed=training.seed,
         disable_tqdm=bool(training.disable_tqdm),
     )
+    known = rights(args.language, args.license, args.data_license)
+    if known:
+        card = Path(training.output_dir, CARD)
+        write_text(card, f"{card.read_text('utf-8').rstrip()}\n\n## Data\n\nThe texts are of {corpus.name}. {known}\n")
     for speed in added.speeds:
         logger.info(f"{speed.name}: depth {speed.depth:.2f} of {added.num_layers}, agreement {speed.agreement:.4f}")
     return added

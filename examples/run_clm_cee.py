@@ -383,6 +383,8 @@ def train(trainer: ConsistentEETrainer, tuner: Any, args: LanguageModelArguments
     resume = resume_argument(trainer.args)
     # Without the phase `heads`, heads that the checkpoint has learned stay.
     begins = "heads" in trainer.args.phases or not has_exits(args.model_name_or_path, **_source(args))
+    if args.fit_heads_tokens is not None and not begins:
+        logger.info("--fit_heads_tokens is not used: the checkpoint has heads, and the phase heads is not asked for.")
     if args.fit_heads_tokens is not None and begins:
         if trainer.resumes(resume):
             results |= written_before(trainer.args, logger, "fitted_heads")

@@ -213,16 +213,8 @@ class EarlyExitCard:
 
     def _data_sentence(self) -> str:
         notes = escape_markdown(self.data_notes or "")
-        languages = [self.language] if isinstance(self.language, str) else self.language or ()
-        known = [
-            _sentence("Language: {}.", ", ".join(languages), ""),
-            _sentence("Licence of the base model: {}.", self.license, ""),
-            _sentence("Of the data: {}", self.data_license, ""),
-        ]
-        paragraphs = (
-            f"Trained and measured on {escape_markdown(self.dataset_name)}. {notes}",
-            " ".join(filter(None, known)),
-        )
+        known = rights(self.language, self.license, self.data_license)
+        paragraphs = (f"Trained and measured on {escape_markdown(self.dataset_name)}. {notes}", known)
         return "\n\n".join(filter(None, map(str.strip, paragraphs)))
 
     def _tables(self, table: Callable[[list[OperatingPoint]], str]) -> str:
@@ -261,6 +253,17 @@ class EarlyExitCard:
                 metric_value=point.metrics[self.metric_name],
             )
         ]
+
+
+def rights(language: str | list[str] | None, license: str | None, data_license: str | None) -> str:
+    """Sentences on the language of the data and on the licences of base model and data, as far as they are known."""
+    languages = [language] if isinstance(language, str) else language or ()
+    known = {
+        "Language: {}.": ", ".join(languages),
+        "Licence of the base model: {}.": license,
+        "Licence of the data: {}": data_license,
+    }
+    return " ".join(sentence.format(escape_markdown(value)) for sentence, value in known.items() if value)
 
 
 def _is_hub_name(name: str | None) -> bool:
