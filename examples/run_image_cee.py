@@ -191,7 +191,8 @@ def make_model(args: ImageArguments, data: Images) -> Any:
         "num_labels": int(data.labels.max()) + 1,
         "exit_layers": args.exit_layers,
         "exit_threshold": 0.5,
-        "policy_condition": "input",
+        "policy_inputs": "log_confidence",
+        "policy_condition": "film",
     }
     if args.model == "resnet":
         fields |= {"embedding_size": args.hidden_sizes[0], "layer_type": "basic"}
