@@ -25,9 +25,9 @@ from transformers.cache_utils import Cache
 
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.fitting.drafter import fit_drafter
-from transformers_cee.generation import drafters
+from transformers_cee.generation import drafters, verifying
 from transformers_cee.generation.draft_costs import DraftCosts, draft_costs
-from transformers_cee.generation.drafting import DraftsPay
+from transformers_cee.generation.drafting import DraftsPay, PassTimes
 
 
 # Those with "jump" in their name on a model that has a drafter.
@@ -54,6 +54,7 @@ def costs():
     """What is drafted depends on costs, and no test on the machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafters, "draft_costs", lambda model, rows: DraftCosts(0.02, 0.01, 0.02))
+        patch.setattr(verifying, "perf_counter", lambda: 0.0)
         yield
 
 
@@ -367,6 +368,26 @@ class TestPays:
                 asked += 1
                 pays.note(0, 1)
         assert asked < 20
+
+    def test_what_passes_take_corrects_the_costs(self):
+        """Drafts that pay by their costs stop where passes take much longer, and none does where they are cheap."""
+        asked = {0.1: 0, 2.0: 0}
+        for taken in asked:
+            pays = DraftsPay(0.05, 0.05)
+            for _ in range(500):
+                drafts = pays.most(4)
+                asked[taken] += drafts > 0
+                if drafts:
+                    pays.note(drafts, drafts, 2, 1, 1.4, taken)
+        assert asked[0.1] == 500 and asked[2.0] < 60
+
+    def test_steps_beyond_one(self):
+        times = PassTimes()
+        assert times.beyond_one(3.0) is None
+        times.note(2.0)
+        assert times.beyond_one(3.0) == 0.5 and times.beyond_one(1.0) == 0.0
+        times.note(1.0)
+        assert times.one == pytest.approx(1.8)
 
     def test_asking_pays_again_once_drafts_hold(self):
         pays, drafted = DraftsPay(0.1, 0.1), []

@@ -10,6 +10,7 @@ al. 2023; Chen et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.draft_costs import DraftCosts
-from transformers_cee.generation.drafting import Drafter, Drafting, Drafts, DraftsPay
+from transformers_cee.generation.drafting import Drafter, Drafting, Drafts, DraftsPay, PassTimes
 from transformers_cee.generation.growing import GrowingTexts, KeptScores
 from transformers_cee.generation.slots import SlotPass
 
@@ -100,8 +101,13 @@ class Verification:
             given, model.config.num_hidden_layers, model.layer_types
         )
         self._place(self._prefill(input_ids, generation_config, model_kwargs), model_kwargs)
-        texts = self.texts
+        texts, times, before_pass = self.texts, PassTimes(), None
         while texts.tell(self.scores):
+            # Whether rows have ended is known once the pass before has run.
+            now = perf_counter()
+            if before_pass is not None:
+                start, came = before_pass
+                self._note(came, now - start, times)
             drafts = self._draft()
             columns = 0 if drafts is None else drafts.tokens.shape[1]
             states = self._states(drafts, columns)
@@ -118,7 +124,7 @@ class Verification:
             self.steps += 1
             if drafts is not None:
                 self.steps += self.pays[self.drafter].spent(columns, drafts.runs)
-                self._note(drafts, accepted, texts.lengths - before, grew)
+            before_pass = now, None if drafts is None else (drafts, accepted, texts.lengths - before, grew)
         if self.streamer is not None:
             self.streamer.end()
         if wants or getattr(given, "_is_user_defined", False):
@@ -294,13 +300,19 @@ class Verification:
             if kept is not None:
                 kept.put(places, rows, new[gets], len(texts))
 
-    def _note(self, drafts: Drafts, accepted: Tensor, grown: Tensor, grew: Tensor) -> None:
+    def _note(self, came: tuple[Drafts, Tensor, Tensor, Tensor] | None, seconds: float, times: PassTimes) -> None:
+        """Tells what came of a pass, and how long it took."""
+        if came is None:
+            times.note(seconds)
+            return
+        drafts, accepted, grown, grew = came
         # The first draft that is refused had its turn, too.
         tried = torch.where(grew, torch.minimum(accepted + 1, drafts.counts), 0).sum()
         held, tokens = torch.where(grew, accepted, 0).sum(), torch.where(grew, grown, 0).sum()
         found = torch.stack([tried, held, tokens, grew.sum()]).tolist()
-        mean = found[2] / max(1, found[3])
-        self.pays[self.drafter].note(drafts.tokens.shape[1], drafts.runs, found[0], found[1], mean)
+        mean, columns = found[2] / max(1, found[3]), drafts.tokens.shape[1]
+        taken = times.beyond_one(seconds)
+        self.pays[self.drafter].note(columns, drafts.runs, found[0], found[1], mean, taken)
 
     def _complete(self) -> None:
         """Leaves the cache as `generate` does: all tokens but the last one, padding behind a row's end included."""
