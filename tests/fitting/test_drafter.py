@@ -170,6 +170,25 @@ def test_words_are_those_said_most():
     assert counts[model.exit_drafter.token_ids].sum() == counts.topk(5).values.sum()
 
 
+def test_words_are_counted_on_more_than_is_solved_on():
+    """Padding aside; of what was never seen, the first ones are taken."""
+    model = tiny_llama(1, drafter_layer=2, drafter_vocab_size=30)
+    solved, ran = texts(model, 1, 5), []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *given: ran.append(1))
+    more = {"input_ids": torch.tensor([[59, 58, 57, 0]] * 99), "attention_mask": torch.tensor([[1, 1, 1, 0]] * 99)}
+    seen = fit_drafter(model, [solved, more, more], 3)
+    handle.remove()
+    assert seen == 4 and len(ran) == 1
+    words = model.exit_drafter.token_ids
+    assert torch.isin(torch.tensor([57, 58, 59]), words).all()
+    with torch.no_grad():
+        said = model(**solved).logits.argmax(-1)
+    known = torch.cat((said.flatten(), solved["input_ids"].flatten(), torch.tensor([57, 58, 59]))).unique()
+    unseen = [number for number in range(60) if number not in known.tolist()]
+    assert len(known) < 30
+    assert torch.equal(words, torch.cat((known, torch.tensor(unseen[: 30 - len(known)]))).sort().values)
+
+
 def test_the_solved_readout_is_the_last_state_where_it_can_be():
     """A layer behind which nothing happens is read without error."""
     model = tiny_llama(2, drafter_layer=LAYER)

@@ -16,6 +16,8 @@ from transformers_cee.modeling.roll_outs import TextRead, read_text
 
 
 _RIDGE = 1e-4
+# Text that the vocabulary is counted on, in times of what is solved on: no layer runs for the rest.
+_COUNTED = 50
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def fit_drafter(model: Any, batches: Iterable[dict[str, Tensor]], max_tokens: in
     Args:
         model (`EarlyExitCausalLM`): with a drafter (`drafter_layer` of its config).
         batches: dictionaries with `input_ids` (rows, time), padded on either side, and then `attention_mask`.
-        max_tokens (`int`): stop after so many.
+        max_tokens (`int`): stop to solve after so many; the vocabulary is counted on more of the text.
 
     Returns:
         `int`: tokens that it was solved on.
@@ -50,21 +52,30 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
     counts = torch.zeros(model.config.vocab_size, dtype=torch.long, device=model.device)
     jump = _Regression(2 * size, size)
     readout = _Regression(size, size)
+    counted = 0
     for batch in batches:
-        mask = batch.get("attention_mask")
-        read = read_text(model, batch["input_ids"].to(model.device), None if mask is None else mask.to(model.device))
+        ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
+        mask = None if mask is None else mask.to(model.device)
+        known = ids.flatten() if mask is None else ids[mask != 0]
+        counts += torch.bincount(known, minlength=len(counts))
+        counted += len(known)
+        if seen >= tokens:
+            if counted >= _COUNTED * tokens:
+                break
+            continue
+        read = read_text(model, ids, mask)
         follows = read.counts[:, 1:] & read.counts[:, :-1]
         said = model.lm_head(read.last[read.counts]).argmax(-1)
-        counts += torch.bincount(torch.cat((said, read.input_ids[read.counts])), minlength=len(counts))
+        counts += torch.bincount(said, minlength=len(counts))
         given = drafter.seen(read.behind[:, :-1][follows], read.embedded[:, 1:][follows])
         jump.add(given, (read.before - read.embedded)[:, 1:][follows])
         readout.add(*_for_readout(model, read))
         seen += int(follows.sum())
-        if seen >= tokens:
-            break
     if seen == 0:
         raise ValueError("`batches` have no token to fit.")
-    drafter.token_ids.copy_(counts.topk(len(drafter.token_ids)).indices.sort().values)
+    # Of tokens that were not seen the first ones: tokenizers merge what is frequent first.
+    order = counts.double() - torch.arange(len(counts), device=counts.device) / len(counts)
+    drafter.token_ids.copy_(order.topk(len(drafter.token_ids)).indices.sort().values)
     weight, bias = jump.solve()
     drafter.predictor.weight.copy_(weight)
     drafter.predictor.bias.copy_(bias)
