@@ -62,7 +62,7 @@ def of_images(results):
 
 def of_added_exits(results):
     speeds = [
-        CertifiedSpeed(**{**one, "speedups": {size: Reported(**text) for size, text in one["speedups"].items()}})
+        CertifiedSpeed(**{**one, "speedups": {size: Reported(*text) for size, text in one["speedups"].items()}})
         for one in results["speeds"]
     ]
     names = {field.name for field in fields(AddedExits)}
