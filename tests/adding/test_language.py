@@ -40,7 +40,10 @@ def saved(folder, model_type="llama_cee"):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.mul_(0.3)
     stock.save_pretrained(folder)
-    word_tokenizer(families.FAMILIES[model_type].padding).save_pretrained(folder)
+    tokenizer = word_tokenizer(families.FAMILIES[model_type].padding)
+    # As most do who generate.
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
     return stock
 
 
@@ -123,7 +126,7 @@ def test_folder_and_default(base, added):
 def test_every_family(model_type, tmp_path, monkeypatch):
     # Some families have tokenizers of their own, which these words are not for.
     tokenizer = word_tokenizer(families.FAMILIES[model_type].padding)
-    monkeypatch.setattr(language.AutoTokenizer, "from_pretrained", lambda folder: tokenizer)
+    monkeypatch.setattr(language.AutoTokenizer, "from_pretrained", lambda folder, padding_side: tokenizer)
     saved(tmp_path / "base", model_type)
     found = add_exits(tmp_path / "base", draw_texts(80), tmp_path / "exits", agreement=0.3, disable_tqdm=True)
     assert found.num_layers == 4 and found.speeds[0].depth <= 4

@@ -86,7 +86,8 @@ def add_to_language_model(
     """
     start = time.perf_counter()
     found = _load(model, exit_layers, device)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    # On the right: padding before a text would stand where its first token is predicted.
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows, learning, certifying = _prepare(texts, tokenizer, found, seed)
