@@ -137,24 +137,13 @@ def main() -> None:
     for one in (model, stock):
         one.generation_config.pad_token_id = tokenizer.pad_token_id
     prompts, asked = read_prompts(args, tokenizer), ways(args, stock, model)
-    with packed_linears(model) if args.packed else nullcontext():
-        measure(args, tokenizer, stock, model, prompts, asked)
-
-
-def measure(
-    args: argparse.Namespace,
-    tokenizer: Any,
-    stock: Any,
-    model: Any,
-    prompts: list[str],
-    asked: dict[str, Callable[..., Any]],
-) -> None:
     results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(args).items()}, "sizes": []}
     results["environment"] = timing_environment(torch.device("cpu"))
-    for size in args.batch_sizes:
-        results["sizes"].append(one_size(args, tokenizer, stock, model, prompts, asked, size))
-        write_results(results, args.output / "results.json")
-        write_text(args.output / "table.md", table(results))
+    with packed_linears(model) if args.packed else nullcontext():
+        for size in args.batch_sizes:
+            results["sizes"].append(one_size(args, tokenizer, stock, model, prompts, asked, size))
+            write_results(results, args.output / "results.json")
+            write_text(args.output / "table.md", table(results))
     print(table(results))
 
 

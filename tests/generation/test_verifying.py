@@ -27,7 +27,7 @@ from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.fitting.drafter import fit_drafter
 from transformers_cee.generation import drafters, verifying
 from transformers_cee.generation.draft_costs import DraftCosts, draft_costs
-from transformers_cee.generation.drafting import DraftsPay, PassTimes
+from transformers_cee.generation.drafts_pay import DraftsPay, PassTimes
 
 
 # Those with "jump" in their name on a model that has a drafter.

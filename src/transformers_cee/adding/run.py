@@ -23,7 +23,7 @@ from transformers_cee.adding.language import AUTO_CLASS as LANGUAGE_MODEL
 from transformers_cee.adding.language import add_to_language_model
 from transformers_cee.adding.learning import learn_heads, learn_policies
 from transformers_cee.adding.report import AddedExits, CertifiedSpeed, write_report
-from transformers_cee.auto import model_class_of
+from transformers_cee.auto import has_exits, model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.points import CalibratedPoint
 from transformers_cee.calibration.prices import calibrate_price
@@ -203,9 +203,9 @@ def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int]
 def is_language_model(model: str | os.PathLike[str]) -> bool:
     """Is a checkpoint a decoder that writes text? Raises `ValueError` where it has exits already."""
     source = os.fspath(model)
-    values, _ = PreTrainedConfig.get_config_dict(source)
-    if values.get("model_type") in MODELS:
+    if has_exits(source):
         raise ValueError(f"`model`={source!r} has exits already; accepted are models without.")
+    values, _ = PreTrainedConfig.get_config_dict(source)
     decoders = {entry.stock for entry in MODELS.values() if LANGUAGE_MODEL in entry.auto_classes}
     # A classifier on a decoder is none.
     saved = values.get("architectures") or ["ForCausalLM"]

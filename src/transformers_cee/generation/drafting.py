@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Who drafts tokens for the whole model to verify, and when a draft stops paying."""
+"""Who drafts tokens for the whole model to verify."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import ExitCriterion, ExitStep
 from transformers_cee.generation.draft_costs import DraftCosts
+from transformers_cee.generation.drafts_pay import DraftsPay
 from transformers_cee.generation.growing import GrowingTexts
 from transformers_cee.generation.slots import SlotPass
 
@@ -83,127 +84,6 @@ class Drafter(ABC):
             room (`LongTensor` of shape `(rows,)`): how many tokens each row may get.
             pays (`DraftsPay`): says whether one more is worth it.
         """
-
-
-class DraftsPay:
-    """When a draft goes on: while the chance that it is accepted in full exceeds what it costs.
-
-    With R tokens for each decode step's worth of time so far, one more draft costs R·(c_d + c_v) tokens: what the time
-    to draft it and to verify one more token per row would give otherwise. It gains a token with the product of the
-    chances of all drafts up to it. A first draft also costs what a pass over several tokens does. Where no number of
-    drafts pays, or asking the drafter has cost more than it brought, it is asked now and then, ever more rarely. What
-    passes really take corrects the costs.
-
-    Args:
-        draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
-        start_cost (`float`, *optional*, defaults to 0): of a pass with drafts, beyond them.
-    """
-
-    # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
-    _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
-    # Passes without a draft after the first that did not pay, and at most.
-    _PATIENCE, _MOST_PATIENCE = 8, 1024
-    # So often a drafter is asked before what that brought counts, and drafts of a trial: one alone may bear a price
-    # that several share.
-    _ASKS, _TRIAL = 4, 3
-    # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
-    # machine may hold it up.
-    _BELIEVED, _MOST_TIMES, _MOST_MORE = 1.0, 3.0, 0.3
-
-    def __init__(self, draft_cost: float, verify_cost: float, start_cost: float = 0.0) -> None:
-        self.draft_cost, self.verify_cost, self.start = draft_cost, verify_cost, start_cost
-        self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
-        self.tokens, self.time = 1.0, 1.0
-        self.expected = self.taken = self._BELIEVED
-        # Tokens that asking brought, less what it cost, and how often it was.
-        self.gain, self.asks = 0.0, 0
-        self.waits, self.patience = 0, self._PATIENCE
-
-    @property
-    def chance(self) -> float:
-        """Of a draft to be accepted when all before it are."""
-        return self.held / self.tried
-
-    @property
-    def rate(self) -> float:
-        """R."""
-        return self.tokens / self.time
-
-    def least(self, count: int) -> float:
-        """Chance from which one more draft pays, behind `count` others."""
-        steps = self.spent(1, 1) - (self.start if count else 0.0)
-        return self.rate * steps * self.taken / self.expected
-
-    def most(self, room: int) -> int:
-        """Drafts that pay where each has the same chance."""
-        if room == 0:
-            return 0
-        if self.waits:
-            self.waits -= 1
-            return 0
-        best = self._best(room)
-        if best == 0 or (self.asks >= self._ASKS and self.gain <= 0):
-            # To see whether that has changed.
-            self.waits, self.patience = self.patience, min(self._MOST_PATIENCE, 2 * self.patience)
-            return max(best, min(room, self._TRIAL))
-        self.patience = self._PATIENCE
-        return best
-
-    def _best(self, room: int) -> int:
-        least, product, gain, count = self.least(1), self.chance, self.least(1) - self.least(0), 0
-        while count < room and product > least:
-            gain += product - least
-            product, count = product * self.chance, count + 1
-        return count if gain > 0 else 0
-
-    def spent(self, drafts: int, runs: float) -> float:
-        """Decode steps that so many drafts and runs of the drafter cost, as measured beforehand."""
-        return self.draft_cost * runs + self.verify_cost * drafts + (self.start if drafts else 0.0)
-
-    def note(
-        self,
-        drafts: int,
-        runs: float,
-        tried: int = 0,
-        held: int = 0,
-        tokens: float = 1.0,
-        taken: float | None = None,
-    ) -> None:
-        """What came of asking.
-
-        Args:
-            drafts (`int`): columns of drafts.
-            runs (`float`): how often the drafter ran.
-            tried, held (`int`): drafts whose turn came, over all rows, and those of them that were accepted.
-            tokens (`float`): mean tokens that a row got.
-            taken (`float`, *optional*): decode steps that the pass took beyond one, where that is known.
-        """
-        spent = expected = self.spent(drafts, runs)
-        if taken is not None:
-            spent = min(taken, self._MOST_TIMES * expected + self._MOST_MORE)
-        self.expected = self._FORGET * self.expected + expected
-        self.taken = self._FORGET * self.taken + spent
-        self.gain, self.asks = self._FORGET * self.gain + tokens - 1 - self.rate * spent, self.asks + 1
-        self.tried, self.held = self._FORGET * self.tried + tried, self._FORGET * self.held + held
-        self.tokens = self._FORGET * self.tokens + tokens
-        self.time = self._FORGET * self.time + 1 + spent
-
-
-class PassTimes:
-    """Seconds of passes over one token of each row, by which those of others are told in decode steps."""
-
-    _KEPT = 0.8
-
-    def __init__(self) -> None:
-        self.one: float | None = None
-
-    def note(self, seconds: float) -> None:
-        """A pass without drafts took so long."""
-        self.one = seconds if self.one is None else self._KEPT * self.one + (1 - self._KEPT) * seconds
-
-    def beyond_one(self, seconds: float) -> float | None:
-        """Decode steps of a pass beyond one; None where there was no pass without drafts yet."""
-        return max(0.0, seconds / self.one - 1) if self.one else None
 
 
 class PromptLookup(Drafter):
@@ -359,4 +239,4 @@ class JumpDrafts(Drafter):
         return Drafts(drafted, counts, torch.stack(probabilities, 1) if probabilities else None, runs=runs)
 
 
-__all__ = ["Drafter", "Drafting", "Drafts", "DraftsPay", "ExitDrafts", "JumpDrafts", "PassTimes", "PromptLookup"]
+__all__ = ["Drafter", "Drafting", "Drafts", "ExitDrafts", "JumpDrafts", "PromptLookup"]

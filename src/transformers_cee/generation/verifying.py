@@ -22,7 +22,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.draft_costs import DraftCosts
-from transformers_cee.generation.drafting import Drafter, Drafting, Drafts, DraftsPay, PassTimes
+from transformers_cee.generation.drafting import Drafter, Drafting, Drafts
+from transformers_cee.generation.drafts_pay import DraftsPay, PassTimes
 from transformers_cee.generation.growing import GrowingTexts, KeptScores
 from transformers_cee.generation.slots import SlotPass
 
