@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_reference import text_tokens
 from tiny import collate, collate_text, instructions, task, tiny_llama, tiny_model
+from torch.nn.utils.rnn import pad_sequence
 
 from transformers_cee.exits.policy import all_features
 from transformers_cee.stores.filling import collect_exits, length_sorted_batches, similar_length_batches
@@ -166,6 +167,32 @@ class TestTokens:
             apart = [float(prediction != token.predictions[-1]) for prediction in token.predictions]
             assert store.disagreements[number].tolist() == apart
         assert (store.features is None) == (inputs == "state")
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("max_tokens", [None, 20])
+    def test_padding_on_either_side_is_none(self, max_tokens, accelerator):
+        """A text's first token is predicted by nothing, also where padding stands before it."""
+        model, drawn = tiny_llama(), torch.Generator().manual_seed(0)
+        texts = [torch.randint(3, 60, (length,), generator=drawn) for length in (5, 9, 2, 7, 3, 9, 4)]
+        rows = [{"input_ids": text} for text in texts]
+
+        def padded(side):
+            def collate(some):
+                ids = [one["input_ids"] for one in some]
+                batch = {"input_ids": ids, "attention_mask": list(map(torch.ones_like, ids)), "labels": ids}
+                values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+                return {
+                    name: pad_sequence(value, True, values[name], padding_side=side) for name, value in batch.items()
+                }
+
+            return collate
+
+        stores = [
+            collect_tokens(model, rows, accelerator, padded(side), max_tokens=max_tokens) for side in ("left", "right")
+        ]
+        assert len(stores[0]) == (20 if max_tokens else sum(len(text) - 1 for text in texts))
+        for name, value in fields(stores[0]).items():
+            torch.testing.assert_close(value, fields(stores[1])[name], rtol=1e-4, atol=1e-5)
 
     @torch.no_grad()
     def test_features(self, accelerator):

@@ -86,7 +86,7 @@ def add_to_language_model(
     """
     start = time.perf_counter()
     found = _load(model, exit_layers, device)
-    # On the right: padding before a text would stand where its first token is predicted.
+    # On the right: heads would be fitted on padding that stands where a first token is predicted.
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

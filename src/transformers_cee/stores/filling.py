@@ -18,6 +18,7 @@ from transformers_cee.exits.entries import ExitEntries
 from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.saved_points import made_on
+from transformers_cee.exits.token_targets import IGNORED
 from transformers_cee.stores.mapped import mapped_array
 from transformers_cee.stores.store import ExitStore
 
@@ -158,7 +159,8 @@ def _entries_per_row(
         order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
     kept = torch.zeros(len(dataset), dtype=torch.long)
     for some in tqdm(order.split(batch_size), desc="Tokens to predict", disable=disable_tqdm):
-        kept[some] = model.count_items(_collate(dataset, some.tolist(), data_collator)["labels"]).cpu()
+        batch = _predictable(_collate(dataset, some.tolist(), data_collator))
+        kept[some] = model.count_items(batch["labels"]).cpu()
         if max_tokens is not None and int(kept.sum()) >= max_tokens:
             before = kept[order].cumsum(0) - kept[order]
             kept[order] = (max_tokens - before).clamp_min(0).minimum(kept[order])
@@ -178,6 +180,16 @@ def _collate(dataset: Any, rows: list[int], data_collator: Any, needs_labels: bo
     return batch
 
 
+def _predictable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of texts without a label at each row's first token, which nothing predicts. Padding on the left would
+    stand in that place, and rows that need none would have one token less."""
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    if mask is None or mask.shape != labels.shape:
+        return batch
+    first = (mask != 0).to(torch.int8).argmax(1, keepdim=True)
+    return {**batch, "labels": labels.scatter(1, first, IGNORED)}
+
+
 def _outputs(
     model: nn.Module,
     dataset: Any,
@@ -194,6 +206,7 @@ def _outputs(
         mine = start + accelerator.process_index
         rows = batches[min(mine, len(batches) - 1)]
         batch = _collate(dataset, rows, data_collator, needs_labels)
+        batch = _predictable(batch) if model.item == "token" else batch
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with torch.no_grad(), accelerator.autocast():
             output = model(**batch, output_all_exits=True)
