@@ -6,6 +6,7 @@ figures from test. See compare.py."""
 from __future__ import annotations
 
 import copy
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from calibration_coverage import write_scores
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +28,7 @@ from transformers import (
 
 from transformers_cee import ConsistentEETrainingArguments
 from transformers_cee.evaluation.comparison import Comparison, compare_criteria, time_points
+from transformers_cee.evaluation.operating_points import full_depth_point
 from transformers_cee.evaluation.overthinking import overthinking
 from transformers_cee.evaluation.reliability import exit_reliability
 from transformers_cee.exits.criteria import CRITERIA, CriterionSettings
@@ -34,7 +37,7 @@ from transformers_cee.exits.estimators import ESTIMATORS
 from transformers_cee.exits.policy import ExitPolicies, make_policies
 from transformers_cee.stores.scoring import score_exits
 from transformers_cee.stores.store import ExitStore
-from transformers_cee.training.estimators import fit_estimators, fit_token_hash
+from transformers_cee.training.estimators import TOKEN_HASH, fit_estimators, fit_token_hash
 from transformers_cee.training.hardness import memorized_layers
 from transformers_cee.training.policy_phase import StoredRewards, run_policy_phase
 
@@ -91,9 +94,10 @@ class Evaluation:
         fit_token_hash(model, splits["train"]["input_ids"], tokenizer.all_special_ids)
         return cls(model, corpus, splits, stores, training_args, DataCollatorWithPadding(tokenizer))
 
-    def settings(self, split: str) -> CriterionSettings:
-        """What criteria need besides, for the rows of a split."""
-        return settings_for(self.model, self.splits[split]["input_ids"])
+    def settings(self, split: str, rows: Tensor | None = None) -> CriterionSettings:
+        """What criteria need besides, for the rows of a split, or some of them."""
+        chosen = self.splits[split] if rows is None else self.splits[split].select(rows.tolist())
+        return settings_for(self.model, chosen["input_ids"])
 
     def policies_at(self, alphas: Sequence[float]) -> dict[float, ExitPolicies]:
         """Policies trained apart, one set per price of a layer, on the stored training rows."""
@@ -130,39 +134,70 @@ class Evaluation:
 
     def compare(self, alphas: Sequence[float], criteria: Sequence[str]) -> tuple[Comparison, dict[str, float]]:
         """Criteria on test, thresholds and estimators from dev; and the estimators' losses."""
-        dev, test = self.stores["validation"], self.stores["test"]
-        estimators = [name for name in ESTIMATORS if name != "token_hash"] if criteria else []
-        fitted = fit_estimators(self.model, dev, estimators)
-        layers = self.model.config.num_hidden_layers
-        depths = torch.linspace(1, layers, CURVE_POINTS).tolist() + [layers / speedup for speedup in SPEEDUPS]
-        comparison = compare_criteria(
+        fitted = self.fit(criteria, self.stores["validation"])
+        depths = torch.linspace(1, self.layers, CURVE_POINTS).tolist() + self.depths
+        comparison = self.compared(
             criteria,
-            dev,
-            test,
-            self.model.exit_policies,
-            make_compute_metrics(self.corpus.metrics),
-            self.corpus.metrics[0],
+            (self.stores["validation"], self.stores["test"]),
+            (self.settings("validation"), self.settings("test")),
             sorted(set(depths)),
             more_policies={"policies_by_alpha": self.policies_at(alphas)} if alphas else None,
-            settings=(self.settings("validation"), self.settings("test")),
         )
         return comparison, fitted
 
-    def policy_on_dev(self) -> dict[str, float | None]:
-        """Metric on dev at the reported speed-ups, prices picked on dev as well: what chooses between models."""
-        dev, layers = self.stores["validation"], self.model.config.num_hidden_layers
-        depths = [layers / speedup for speedup in SPEEDUPS]
-        metrics, metric = make_compute_metrics(self.corpus.metrics), self.corpus.metrics[0]
-        settings = (criterion_settings(self.model),) * 2
-        found = compare_criteria(
-            ["policy"], dev, dev, self.model.exit_policies, metrics, metric, depths, settings=settings
+    def on_dev(self, criteria: Sequence[str]) -> dict[str, dict[str, float | None]]:
+        """Metric on dev at the reported speed-ups, by criterion, which chooses between methods: estimators, prices and
+        thresholds come from one half of the rows and figures from the other, in turn."""
+        order = torch.randperm(len(self.stores["validation"]), generator=torch.Generator().manual_seed(0))
+        halves = order.tensor_split(2)
+        found = [self._judged(criteria, *ways).matched for ways in (halves, halves[::-1])] if criteria else [{}]
+        return {
+            name: {
+                str(speedup): _mean([one[name][depth] for one in found])
+                for speedup, depth in zip(SPEEDUPS, self.depths, strict=True)
+            }
+            for name in found[0]
+        }
+
+    def _judged(self, criteria: Sequence[str], fitted_on: Tensor, judged_on: Tensor) -> Comparison:
+        """Criteria on some rows of dev, fitted on others."""
+        stores = [self.stores["validation"].select(rows) for rows in (fitted_on, judged_on)]
+        self.fit(criteria, stores[0])
+        settings = [self.settings("validation", rows) for rows in (fitted_on, judged_on)]
+        return self.compared(criteria, tuple(stores), tuple(settings), self.depths)
+
+    def fit(self, criteria: Sequence[str], store: ExitStore) -> dict[str, float]:
+        """Gives the model estimators for all criteria that have some, if any are asked; returns their losses."""
+        return fit_estimators(
+            self.model, store, [name for name in ESTIMATORS if name != TOKEN_HASH] if criteria else []
         )
-        return {str(speedup): found.matched["policy"][layers / speedup] for speedup in SPEEDUPS}
+
+    def compared(
+        self,
+        criteria: Sequence[str],
+        stores: tuple[ExitStore, ExitStore],
+        settings: tuple[CriterionSettings, CriterionSettings],
+        depths: Sequence[float],
+        **more: Any,
+    ) -> Comparison:
+        """`compare_criteria` of this run."""
+        policies, metrics = self.model.exit_policies, make_compute_metrics(self.corpus.metrics)
+        metric = self.corpus.metrics[0]
+        return compare_criteria(criteria, *stores, policies, metrics, metric, depths, settings=settings, **more)
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def depths(self) -> list[float]:
+        """Mean exit layers that have the reported speed-ups."""
+        return [self.layers / speedup for speedup in SPEEDUPS]
 
     def time(self, comparison: Comparison) -> dict[str, dict[str, dict[str, float | None]]]:
         """Layer and wall-clock speed-up as executed, by criterion and batch size, at the point of the curve that is
         nearest to the timed layer speed-up; None of what is noise."""
-        depth = self.model.config.num_hidden_layers / TIMED_SPEEDUP
+        depth = self.layers / TIMED_SPEEDUP
         points = [
             min(comparison.curves[name], key=lambda point: abs(point.depth - depth))
             for name in TIMED
@@ -183,6 +218,12 @@ class Evaluation:
         return found
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of numbers; None where one is missing."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
+
+
 def evaluate_run(
     folder: Path, words: Sequence[str], alphas: Sequence[float], criteria: Sequence[str] | None = None
 ) -> dict[str, Any]:
@@ -197,7 +238,9 @@ def evaluate_run(
     if criteria is None:
         criteria = ["policy", *(name for name in CRITERIA if name not in NOT_COMPARED)]
     run = Evaluation.load(folder, words)
-    metric, layers = run.corpus.metrics[0], run.model.config.num_hidden_layers
+    metric, layers = run.corpus.metrics[0], run.layers
+    # What is judged on halves of dev is fitted anew for test.
+    on_dev = run.on_dev(criteria)
     comparison, fitted = run.compare(alphas, criteria)
     test = run.stores["test"]
     return {
@@ -212,7 +255,10 @@ def evaluate_run(
             name: {str(speedup): found[layers / speedup] for speedup in SPEEDUPS}
             for name, found in comparison.matched.items()
         },
-        "policy_on_dev": run.policy_on_dev() if "policy" in criteria else {},
+        "on_dev": on_dev,
+        "full_on_dev": full_depth_point(run.stores["validation"], make_compute_metrics(run.corpus.metrics)).metrics[
+            metric
+        ],
         "curves": {
             name: [[point.depth, point.metrics[metric]] for point in curve]
             for name, curve in comparison.curves.items()

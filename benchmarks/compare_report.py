@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compare_chosen import HEADLINE, chosen_section, interval, percent, times
 from compare_results import (
     FULL,
     POLICIES,
@@ -17,7 +18,6 @@ from compare_results import (
     Method,
     Run,
     TaskResults,
-    chosen_variant,
     mean_of_known,
     objective_name,
     read_results,
@@ -32,7 +32,6 @@ from transformers_cee.files import write_text
 NOTES = "notes.md"
 SPEEDUPS = (1.5, 2.0, 3.0)
 FAMILY_SPEEDUPS = (1.2, 1.5, 2.0, 3.0, 4.0)
-HEADLINE = 2.0
 
 INTRODUCTION = """\
 Every method on every task, all on the same data, code and seeds. A method is a training objective of the exit heads
@@ -46,19 +45,11 @@ layer); the best mean of a column is bold. What a layer speed-up is worth in tim
 over full depth, in turn in the same run, on rows of test that were really executed."""
 
 
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.1f}"
-
-
-def _times(speedup: float) -> str:
-    return f"{speedup:g}x"
-
-
 def speedup_table(results: TaskResults, methods: Sequence[Method], speedups: Sequence[float] = SPEEDUPS) -> str:
     """One row per method, one column per speed-up."""
     return spread_table(
         {
-            results.label(method): {_times(speedup): results.at(method, speedup) for speedup in speedups}
+            results.label(method): {times(speedup): results.at(method, speedup) for speedup in speedups}
             for method in methods
         },
         f"{results.metric.replace('_', ' ')} in %",
@@ -71,9 +62,7 @@ def difference_table(results: TaskResults, methods: Sequence[Method], speedup: f
     for method in methods:
         found = None if method == REFERENCE else results.difference(method, speedup)
         if found is not None:
-            low, high = _percent(found.low, "+"), _percent(found.high, "+")
-            interval = "-" if found.low is None else f"{low} to {high}"
-            rows.append([results.label(method), _percent(found.mean, "+"), interval, str(found.pairs)])
+            rows.append([results.label(method), percent(found.mean, "+"), interval(found), str(found.pairs)])
     if not rows:
         return f"{objective_name(REFERENCE[0])} shares no seed with another method yet."
     return markdown_table(["ConsistentEE minus", "points", "95 % interval", "seeds"], rows)
@@ -83,7 +72,7 @@ def family_table(results: TaskResults) -> str:
     """One conditioned policy against policies trained apart, on the same heads."""
     methods = family_methods(results)
     values: dict[str, dict[str, list[float | None]]] = {
-        name: {_times(speedup): results.at(method, speedup) for speedup in FAMILY_SPEEDUPS}
+        name: {times(speedup): results.at(method, speedup) for speedup in FAMILY_SPEEDUPS}
         for name, method in methods.items()
     }
     (objective, _), *_ = methods.values()
@@ -199,9 +188,9 @@ def task_section(results: TaskResults, picture: str, family_picture: str | None)
             *(["\n".join(f"- {note}" for note in notes)] if notes else []),
             speedup_table(results, results.main_methods),
             f"![{results.metric} against depth]({picture})",
-            f"### Time near {_times(HEADLINE)}",
+            f"### Time near {times(HEADLINE)}",
             time_table(results),
-            f"### ConsistentEE against the others at {_times(HEADLINE)}",
+            f"### ConsistentEE against the others at {times(HEADLINE)}",
             difference_table(results, results.main_methods),
             "### One policy for all speeds, or one per speed",
             family_table(results),
@@ -211,7 +200,7 @@ def task_section(results: TaskResults, picture: str, family_picture: str | None)
             plain_facts(results),
             f"<details><summary>All {len(methods)} methods</summary>",
             speedup_table(results, methods),
-            f"The same against ConsistentEE, policy by budget, at {_times(HEADLINE)}:",
+            f"The same against ConsistentEE, policy by budget, at {times(HEADLINE)}:",
             difference_table(results, methods),
             "</details>",
         ]
@@ -234,8 +223,8 @@ def summary(tasks: Sequence[TaskResults]) -> str:
                 str(len(entries)),
                 str(sum(_leads(*entry, entry[0].main_methods) for entry in entries)),
                 str(sum(_leads(*entry, entry[0].methods) for entry in entries)),
-                _percent(mean_of_known([results.mean_at(method, HEADLINE) for results, method in entries])),
-                _percent(mean_of_known([results.area(method) for results, method in entries])),
+                percent(mean_of_known([results.mean_at(method, HEADLINE) for results, method in entries])),
+                percent(mean_of_known([results.area(method) for results, method in entries])),
             ]
         )
     others = {
@@ -244,9 +233,9 @@ def summary(tasks: Sequence[TaskResults]) -> str:
         if label not in main
     }
     leading = [f"{label} ({', '.join(names)})" for label, names in others.items() if names]
-    header = ["method", "tasks", "best of these", "best of all", f"mean at {_times(HEADLINE)}", "area"]
+    header = ["method", "tasks", "best of these", "best of all", f"mean at {times(HEADLINE)}", "area"]
     text = (
-        f"In how many of its tasks a method is at or above every other mean at {_times(HEADLINE)}, of the methods in "
+        f"In how many of its tasks a method is at or above every other mean at {times(HEADLINE)}, of the methods in "
         "this table and of all; its mean over tasks; and the area under its curve, the mean metric over all depths."
     )
     lines = ["## Summary", text, markdown_table(header, rows)]
@@ -260,55 +249,6 @@ def _leads(results: TaskResults, method: Method, rivals: Sequence[Method]) -> bo
     means = [mean for rival in rivals if (mean := results.mean_at(rival, HEADLINE)) is not None]
     own = results.mean_at(method, HEADLINE)
     return own is not None and own >= max(means) - TIE
-
-
-def chosen_section(tasks: Sequence[TaskResults]) -> str:
-    """The policy on the heads that dev prefers, per task and over all tasks, against the best of all methods without a
-    policy."""
-    judged = [results for results in tasks if results.policy_on_dev(HEADLINE)]
-    over_all = chosen_variant(judged, HEADLINE)
-    if over_all is None:
-        return ""
-    own, own_reached, count = _against_baselines([(one, chosen_variant([one], HEADLINE)) for one in judged])
-    one, one_reached, _ = _against_baselines([(results, over_all) for results in judged])
-    text = (
-        f"The policy at {_times(HEADLINE)} on the heads that dev prefers, trained in turn with it or finished before, "
-        "against everything that has no policy: all criteria on the heads of the other objectives, and the shallower "
-        "model. The best of so many is picked on test, which flatters it. At or above it in "
-        f"{own_reached} of {count} tasks."
-    )
-    more = (
-        "Dev has few rows to choose by. The heads with the best mean on dev over all tasks, in all tasks: at or above "
-        f"it in {one_reached} of {count}."
-    )
-    return "\n\n".join(["## ConsistentEE against the best of the others", text, own, more, one])
-
-
-def _against_baselines(chosen: Sequence[tuple[TaskResults, Method | None]]) -> tuple[str, int, int]:
-    """A table of one variant per task with the best baseline, in how many tasks the variant is at or above it, and the
-    number of tasks."""
-    rows, reached = [], 0
-    for results, variant in chosen:
-        means = {method: results.mean_at(method, HEADLINE) for method in results.baselines}
-        known = {method: mean for method, mean in means.items() if mean is not None}
-        own = None if variant is None else results.mean_at(variant, HEADLINE)
-        if variant is None or own is None or not known:
-            continue
-        best = max(known, key=known.__getitem__)
-        reached += own >= known[best] - TIE
-        above = sum(mean > own + TIE for mean in known.values())
-        rows.append(
-            [
-                results.task,
-                results.label(variant),
-                spread(results.at(variant, HEADLINE)),
-                results.label(best),
-                spread(results.at(best, HEADLINE)),
-                f"{above} of {len(known)}",
-            ]
-        )
-    header = ["task", "chosen on dev", "metric", "best baseline on test", "metric", "baselines above"]
-    return markdown_table(header, rows), reached, len(rows)
 
 
 def same_heads_section(tasks: Sequence[TaskResults]) -> str:
@@ -336,7 +276,7 @@ def same_heads_section(tasks: Sequence[TaskResults]) -> str:
         "Points that the policy is ahead of another criterion on the same heads, mean over all models of all tasks, "
         "and in how many of them it is ahead or level."
     )
-    header = ["policy minus", *(_times(speedup) for speedup in FAMILY_SPEEDUPS)]
+    header = ["policy minus", *(times(speedup) for speedup in FAMILY_SPEEDUPS)]
     return "\n\n".join(["## The policy against other criteria on the same heads", text, markdown_table(header, rows)])
 
 
@@ -345,7 +285,7 @@ def _difference_cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
     level = sum(value >= -TIE for value in values)
-    return f"{_percent(statistics.mean(values), '+')} ({level} of {len(values)})"
+    return f"{percent(statistics.mean(values), '+')} ({level} of {len(values)})"
 
 
 def missing_section(missing: Sequence[Run], total: int) -> str:
@@ -409,8 +349,8 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
         *sections,
         "## Commands",
         commands(config),
-        f"MODEL is a BERT checkpoint, DATA the folder that the paths in `{config}` start from. Runs whose results are "
-        "there are not repeated.",
+        f"MODEL is an encoder checkpoint, DATA the folder that the paths in `{config}` start from. Runs whose results "
+        "are there are not repeated.",
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "\n\n".join(page) + "\n")

@@ -147,26 +147,37 @@ class TaskResults:
             if objective not in WITH_POLICY and criterion not in POLICIES
         ]
 
-    def policy_on_dev(self, speedup: float) -> dict[str, float]:
-        """Mean metric of the policy on dev by heads, over the seeds in which it was judged there on all of them; empty
-        before that, or without ConsistentEE."""
-        on_dev = {
-            objective: {
-                seed: value
-                for seed, run in self.deep(objective).items()
-                if (value := run.get("policy_on_dev", {}).get(str(speedup))) is not None
-            }
-            for objective, criterion in self.methods
-            if criterion == "policy"
-        }
-        shared = set.intersection(*map(set, on_dev.values())) if on_dev else set()
-        if REFERENCE not in self.methods or not shared:
-            return {}
-        return {objective: statistics.mean(by_seed[seed] for seed in shared) for objective, by_seed in on_dev.items()}
+    @property
+    def ours(self) -> list[Method]:
+        """The conditioned policy on all heads."""
+        return [method for method in self.methods if method[1] == "policy"]
 
-    def difference(self, method: Method, speedup: float) -> PairedDifference | None:
-        """ConsistentEE minus another method; None when they share no seed."""
-        first, second = self.at(REFERENCE, speedup), self.at(method, speedup)
+    def on_dev(self, method: Method, speedup: float) -> dict[int, float]:
+        """Metric on dev by seed, of those that judged the method there; of a shallower model at its own depth."""
+        objective, criterion = method
+        found: dict[int, float | None] = {}
+        for seed, run in self.runs.get(objective, {}).items():
+            if criterion == FULL:
+                is_there = math.isclose(self.num_layers / run["num_layers"], speedup)
+                found[seed] = run.get("full_on_dev") if is_there else None
+            elif run["num_layers"] == self.num_layers:
+                found[seed] = run.get("on_dev", {}).get(criterion, {}).get(str(speedup))
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def means_on_dev(self, methods: Sequence[Method], speedup: float) -> dict[Method, float]:
+        """Mean metric on dev of the methods that were judged there, over the seeds that they share."""
+        found = {method: values for method in methods if (values := self.on_dev(method, speedup))}
+        shared = set.intersection(*map(set, found.values())) if found else set()
+        return {method: statistics.mean(values[seed] for seed in shared) for method, values in found.items() if shared}
+
+    def chosen_on_dev(self, methods: Sequence[Method], speedup: float) -> Method | None:
+        """The method with the best mean on dev; None before dev has judged any."""
+        means = self.means_on_dev(methods, speedup)
+        return max(means, key=means.__getitem__, default=None)
+
+    def difference(self, method: Method, speedup: float, of: Method = REFERENCE) -> PairedDifference | None:
+        """A method, ConsistentEE by default, minus another; None when they share no seed."""
+        first, second = self.at(of, speedup), self.at(method, speedup)
         if all(one is None or other is None for one, other in zip(first, second, strict=True)):
             return None
         return paired_differences(first, second)
@@ -203,15 +214,13 @@ def objective_name(objective: str) -> str:
     return OBJECTIVE_NAMES.get(objective, objective.replace("_", "-"))
 
 
-def chosen_variant(tasks: Sequence[TaskResults], speedup: float) -> Method | None:
+def chosen_for_all(tasks: Sequence[TaskResults], speedup: float) -> Method | None:
     """The heads on which the policy is best on dev, in the mean over tasks, of those that all these tasks have; None
     before dev has judged any."""
-    on_dev = [results.policy_on_dev(speedup) for results in tasks]
-    shared = set.intersection(*map(set, on_dev)) if on_dev else set()
-    if not shared:
-        return None
-    best = max(sorted(shared), key=lambda objective: statistics.mean(one[objective] for one in on_dev))
-    return best, "policy"
+    means = [results.means_on_dev(results.ours, speedup) for results in tasks]
+    shared = set.intersection(*map(set, means)) if means else set()
+    # By name, where they are alike.
+    return max(sorted(shared), key=lambda method: statistics.mean(one[method] for one in means), default=None)
 
 
 def mean_of_known(values: Sequence[float | None]) -> float | None:

@@ -215,8 +215,12 @@ def test_every_criterion_is_evaluated(evaluated):
     for values in found["at_speedup"].values():
         assert set(values) == {"1.2", "1.5", "2.0", "3.0", "4.0"}
         assert all(0 <= value <= 1 for value in values.values())
-    assert set(found["policy_on_dev"]) == {"1.2", "1.5", "2.0", "3.0", "4.0"}
-    assert all(math.isclose(22 * value, round(22 * value)) for value in [found["policy_on_dev"]["4.0"]])
+    assert set(found["on_dev"]) == criteria - {"policies_by_alpha"}
+    for values in found["on_dev"].values():
+        assert set(values) == {"1.2", "1.5", "2.0", "3.0", "4.0"}
+        # Of each half of 22 rows, in the mean.
+        assert math.isclose(22 * values["4.0"], round(22 * values["4.0"]))
+    assert math.isclose(22 * found["full_on_dev"], round(22 * found["full_on_dev"]))
     # Four times as fast is the first layer for everybody.
     assert {values["4.0"] for values in found["at_speedup"].values()} == {found["exits"][0]}
 
@@ -252,9 +256,9 @@ def test_models_of_which_no_criterion_is_asked(evaluated):
     (root / "plain.yaml").write_text(yaml.safe_dump(config))
     compare.main(["evaluate", str(root / "plain.yaml"), *stage[2:-1], str(root / "plain")])
     plain, found = (json.loads((folder / path.name).read_text()) for folder in (root / "plain", path.parent))
-    for name in ("at_speedup", "policy_on_dev", "curves", "timed", "estimators"):
+    for name in ("at_speedup", "on_dev", "curves", "timed", "estimators"):
         assert plain[name] == {}
-    assert all(plain[name] == found[name] for name in ("full", "oracle", "exits", "overthinking"))
+    assert all(plain[name] == found[name] for name in ("full", "full_on_dev", "oracle", "exits", "overthinking"))
 
 
 def test_evaluated_runs_are_not_repeated(evaluated, capsys):

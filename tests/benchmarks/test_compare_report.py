@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 import compare
+import compare_chosen
 import compare_report
 import compare_results
 import pytest
@@ -180,7 +181,7 @@ def judge_on_dev(results, consistentee, layer_weighted):
     for objective, values in (("consistentee", consistentee), ("layer_weighted", layer_weighted)):
         for seed, value in zip((1, 2), values, strict=True):
             run = results.runs[objective][seed]
-            run["policy_on_dev"] = {} if value is None else {"2.0": value}
+            run["on_dev"] = {} if value is None else {"policy": {"2.0": value}}
             run["at_speedup"].setdefault("policy", dict.fromkeys(SPEEDUPS, 0.94 + 0.01 * seed))
 
 
@@ -195,42 +196,75 @@ def judge_on_dev(results, consistentee, layer_weighted):
     ],
 )
 def test_dev_chooses_the_variant(results, consistentee, layer_weighted, chosen):
-    assert compare_results.chosen_variant([results], 2.0) is None
+    assert results.chosen_on_dev(results.ours, 2.0) is None
     judge_on_dev(results, consistentee, layer_weighted)
-    assert compare_results.chosen_variant([results], 2.0) == (chosen, "policy")
+    assert results.chosen_on_dev(results.ours, 2.0) == (chosen, "policy")
 
 
 def test_any_heads_may_be_chosen(results):
     judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
-    results.runs["two_stage"] = {2: result("two_stage", 2) | {"policy_on_dev": {"2.0": 0.95}}}
+    results.runs["two_stage"] = {2: result("two_stage", 2) | {"on_dev": {"policy": {"2.0": 0.95}}}}
     results.runs["two_stage"][2]["at_speedup"] = {"policy": dict.fromkeys(SPEEDUPS, 0.7)}
-    assert compare_results.chosen_variant([results], 2.0) == ("two_stage", "policy")
-    results.runs["two_stage"][2]["policy_on_dev"]["2.0"] = 0.89
+    assert results.chosen_on_dev(results.ours, 2.0) == ("two_stage", "policy")
+    results.runs["two_stage"][2]["on_dev"]["policy"]["2.0"] = 0.89
     # Of seed 2 alone, the only one that all three share.
-    assert compare_results.chosen_variant([results], 2.0) == ("consistentee", "policy")
-    del results.runs["consistentee"]
-    assert compare_results.chosen_variant([results], 2.0) is None
+    assert results.chosen_on_dev(results.ours, 2.0) == ("consistentee", "policy")
 
 
 def test_no_variant_without_a_seed_in_common(results):
     judge_on_dev(results, (0.9, None), (None, 0.9))
-    assert compare_results.chosen_variant([results], 2.0) is None
-    assert compare_report.chosen_section([results]) == ""
+    assert results.chosen_on_dev(results.ours, 2.0) is None
+    assert compare_chosen.chosen_section([results]) == ""
 
 
-def test_chosen_variant_against_the_best_baseline(results):
+def judge_others_on_dev(results, **at_two):
+    """Gives every run of layer-weighted heads what dev says of other criteria at 2x; and the shallower model its."""
+    full = at_two.pop("full", None)
+    for run in results.runs["layer_weighted"].values():
+        run["on_dev"] |= {name: {"2.0": value} for name, value in at_two.items()}
+    for run in results.runs["half_depth"].values():
+        run["full_on_dev"] = full
+
+
+def test_both_sides_are_chosen_on_dev(results):
+    """The margin is best on test, and dev does not know."""
+    judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
+    judge_others_on_dev(results, max_probability=0.9, margin=0.89, patience=0.7, full=0.8)
+    text = compare_chosen.chosen_section([results])
+    ours = ["ConsistentEE, policy by budget", "91.0 ± 1.4"]
+    row = [*ours, "layer-weighted, maximum probability", "87.0 ± 1.4", "+4.0", "-21.4 to +29.4", "2"]
+    assert cells(text, "trec")[0] == row
+    assert "At 2x the policy is at or above it in 1 of 1 tasks" in text
+    # At other speeds dev has judged nothing.
+    assert "At 3x" not in text
+    judge_others_on_dev(results, full=0.95)
+    row = [*ours, "plain model of 6 layers, fine-tuned alike", "84.0 ± 0.0", "+7.0", "-5.7 to +19.7", "2"]
+    assert cells(compare_chosen.chosen_section([results]), "trec")[0] == row
+    judge_others_on_dev(results, margin=0.99)
+    text = compare_chosen.chosen_section([results])
+    assert cells(text, "trec")[0][2:] == ["layer-weighted, margin", "93.0 ± 0.0", "-2.0", "-14.7 to +10.7", "2"]
+    assert "At 2x the policy is at or above it in 0 of 1 tasks" in text
+
+
+def test_no_rival_where_dev_judged_the_policy_alone(results):
+    judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
+    text = compare_chosen.chosen_section([results])
+    assert "At 2x the policy is at or above it" not in text and "A remark" in text
+
+
+def test_chosen_variant_against_the_luckiest_baseline(results):
     judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
     assert ("consistentee", "policies_by_alpha") not in results.baselines
     assert ("layer_weighted", "policy") not in results.baselines
-    text = compare_report.chosen_section([results])
+    text = compare_chosen.chosen_section([results])
     # Of 93, 87, 80 and 84 one is above 91.
     row = ["ConsistentEE, policy by budget", "91.0 ± 1.4", "layer-weighted, margin", "93.0 ± 0.0", "1 of 4"]
     assert cells(text, "trec") == [row, row], "chosen for the task, and for all tasks"
-    assert "At or above it in 0 of 1 tasks" in text
+    assert "dev, is at or above even that in 0 of 1 tasks" in text
     judge_on_dev(results, (0.8, 0.9), (0.86, 0.86))
-    text = compare_report.chosen_section([results])
+    text = compare_chosen.chosen_section([results])
     assert cells(text, "trec")[0][:2] == ["layer-weighted, policy by budget", "95.5 ± 0.7"]
-    assert "At or above it in 1 of 1 tasks" in text
+    assert "dev, is at or above even that in 1 of 1 tasks" in text
 
 
 def test_a_variant_for_all_tasks(results, wanted, folder):
@@ -238,11 +272,11 @@ def test_a_variant_for_all_tasks(results, wanted, folder):
     other = compare_results.read_results(wanted, folder)[0][0]
     judge_on_dev(results, (0.8, 0.8), (0.7, 0.7))
     judge_on_dev(other, (0.5, 0.5), (0.9, 0.9))
-    text = compare_report.chosen_section([results, other])
+    text = compare_chosen.chosen_section([results, other])
     names = [row[0] for row in cells(text, "trec")]
     assert names == ["ConsistentEE, policy by budget", *["layer-weighted, policy by budget"] * 3]
-    assert "At or above it in 1 of 2 tasks" in text and "in all tasks: at or above it in 2 of 2" in text
-    assert compare_results.chosen_variant([], 2.0) is None
+    assert "even that in 1 of 2 tasks" in text and "in all tasks: at or above it in 2 of 2" in text
+    assert compare_results.chosen_for_all([], 2.0) is None
 
 
 def test_no_baseline_stands_on_heads_that_a_policy_trained(results):
