@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from transformers_cee import add_exits
 from transformers_cee.adding import run
-from transformers_cee.adding.data import class_ids
+from transformers_cee.adding.data import GivenTexts, class_ids, read_texts
 from transformers_cee.cli import main
 from transformers_cee.evaluation.report import method_name
 
@@ -251,7 +251,10 @@ def test_command(base, tmp_path, capsys):
         ({"exit_layers": [9]}, "exit_layers"),
         ({"agreement": [0.9999999, 0.99999999]}, "must be numbers that differ in their first six digits"),
         ({"label_column": "label"}, "`label_column`='label' is of a data set, or of a file with columns"),
-        ({"label_column": "kind", "texts": TABLE}, "`label_column`='kind' is no column of the data set"),
+        (
+            {"label_column": "kind", "texts": TABLE},
+            "`label_column`='kind' is no column of the data set; its columns are 'text', 'label'",
+        ),
         ({"label_column": "label", "texts": TABLE.to_iterable_dataset()}, "is a stream"),
         ({"batch_size": 0}, "`batch_size`=0"),
     ],
@@ -316,7 +319,38 @@ def test_a_base_is_found_from_everywhere(base, tmp_path, monkeypatch):
     ],
 )
 def test_labels_are_names_or_numbers_of_classes(given, names, expected):
-    assert class_ids(given, BertConfig(id2label=names), "label").tolist() == expected
+    texts = GivenTexts(["a text"] * len(given), [*range(1, len(given) + 1)], given)
+    assert class_ids(texts, BertConfig(id2label=names), "label").tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["list", "iterator", "csv"])
+def test_of_many_texts_some_are_drawn(kind, tmp_path):
+    """Each as likely as any other, in their order, and with their labels."""
+    texts = [f"text {number}" for number in range(1, 201)]
+    path = tmp_path / "texts.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, text[5:]) for text in texts)])
+    source = {"list": lambda: texts, "iterator": lambda: iter(texts), "csv": lambda: path}[kind]
+    label_column = "label" if kind == "csv" else None
+    counts = torch.zeros(200)
+    for seed in range(200):
+        given = read_texts(source(), "text", label_column, 50, seed)
+        assert len(given) == 50 and given.numbers == sorted(set(given.numbers))
+        assert given.texts == [texts[number - 1] for number in given.numbers]
+        assert given.labels == (None if label_column is None else [str(number) for number in given.numbers])
+        counts[torch.tensor(given.numbers) - 1] += 1
+    # Fifty times each, ± √(200 · ¼ · ¾) = 6.1.
+    assert counts.sum() == 200 * 50 and counts.std() < 8 and counts.min() > 20
+    whole = read_texts(source(), "text", label_column, 200, 0)
+    assert whole.texts == texts and whole.numbers == [*range(1, 201)]
+
+
+def test_a_row_is_named_by_its_place_among_all(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "MOST_LEARNING", 40)
+    monkeypatch.setattr(run, "MOST_CERTIFYING", 40)
+    data = Dataset.from_dict({"text": draw_texts(200), "label": [f"none {number}" for number in range(1, 201)]})
+    with pytest.raises(ValueError, match=r"Row (\d+) of `texts` has the label 'none \1'"):
+        add_exits(base[0], data, tmp_path / "exits", label_column="label", **QUIET)
 
 
 def test_unknown_labels(base, tmp_path):

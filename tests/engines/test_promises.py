@@ -69,7 +69,7 @@ def exported(make_model, rows, tokenizer, texts, tmp_path_factory):
     before = model.config.to_dict()
     options = {"precision": "float32", "measure": False, "processing_class": tokenizer, "calibration_texts": texts}
     labels = rows["labels"]
-    with pytest.warns(UserWarning, match="Exits are off: 60 calibration rows are too few"):
+    with pytest.warns(UserWarning, match="Exits are off at 'tight': 60 calibration rows are too few"):
         made = model.export(tmp_path_factory.mktemp("out") / "model", calibration_labels=labels, **options)
     assert model.config.to_dict() == before
     return made, before["exit_operating_points"]

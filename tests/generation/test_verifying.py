@@ -355,7 +355,7 @@ class TestPays:
         pays = DraftsPay(0.1, 0.1)
         asked = 0
         for _ in range(2000):
-            drafts = pays.most(8)
+            drafts = pays.most([1.0] * 8)
             asked += drafts
             if drafts:
                 pays.note(drafts, drafts, 1)
@@ -364,7 +364,7 @@ class TestPays:
     def test_a_drafter_that_proposes_nothing_is_asked_ever_more_rarely(self):
         pays, asked = DraftsPay(0.1, 0.1), 0
         for _ in range(2000):
-            if pays.most(8):
+            if pays.most([1.0] * 8):
                 asked += 1
                 pays.note(0, 1)
         assert asked < 20
@@ -375,11 +375,32 @@ class TestPays:
         for taken in asked:
             pays = DraftsPay(0.05, 0.05)
             for _ in range(500):
-                drafts = pays.most(4)
+                drafts = pays.most([1.0] * 4)
                 asked[taken] += drafts > 0
                 if drafts:
                     pays.note(drafts, drafts, 2, 1, 1.4, taken)
         assert asked[0.1] == 500 and asked[2.0] < 60
+
+    def test_a_draft_is_worth_what_it_brings_the_rows_that_it_reaches(self):
+        pays = DraftsPay(0.1, 0.1, rows=4)
+        pays.tried, pays.held = 100.0, 70.0
+        # 0.7 and 0.49 in all rows against 0.2; in half of them 0.35, 0.245 and 0.17.
+        assert pays.most([1.0, 1.0, 0.25]) == 2 and pays.most([0.5] * 8) == 2
+        # What pays in no case is not tried, and does not shorten the wait for what might.
+        assert pays.most([0.1] * 8) == 0 and not pays.waits
+        pays.held = 10.0
+        assert pays.most([0.5] * 8) == 3 and pays.waits == 32
+        assert pays.most([0.1] * 8) == 0 and pays.waits == 32
+
+    def test_the_more_rows_the_fewer_trials(self):
+        asked = {}
+        for rows in (1, 4, 16):
+            pays, asked[rows] = DraftsPay(0.1, 0.1, rows=rows), 0
+            for _ in range(200):
+                if drafts := pays.most([1.0] * 8):
+                    asked[rows] += 1
+                    pays.note(drafts, drafts, rows, 0)
+        assert asked[1] > asked[4] > asked[16] >= 2
 
     def test_steps_beyond_one(self):
         times = PassTimes()
@@ -392,7 +413,7 @@ class TestPays:
     def test_asking_pays_again_once_drafts_hold(self):
         pays, drafted = DraftsPay(0.1, 0.1), []
         for number in range(4000):
-            drafts = pays.most(8)
+            drafts = pays.most([1.0] * 8)
             held = drafts if number > 50 else 0
             if drafts:
                 pays.note(drafts, drafts, max(1, held), held, 1.0 + held)
@@ -404,16 +425,16 @@ class TestPays:
         assert (pays.least(0), pays.least(1)) == (pytest.approx(0.6), pytest.approx(0.2))
         pays.tried, pays.held = 100.0, 60.0
         # 0.6 + 0.36 − 0.4 − 2 · 0.2 against 0.4: two drafts pay, one does not.
-        assert pays.most(1) == 1 and pays.waits
+        assert pays.most([1.0] * 1) == 1 and pays.waits
         pays.waits = 0
-        assert pays.most(8) == 3 and not pays.waits
+        assert pays.most([1.0] * 8) == 3 and not pays.waits
 
     def test_trials_are_enough_where_several_drafts_share_a_price(self):
         draw, speeds = torch.Generator().manual_seed(0), []
         for _ in range(40):
             pays, tokens, time = DraftsPay(0.05, 0.06, 0.3), 0.0, 0.0
             for number in range(1000):
-                drafts, held = pays.most(8), 0
+                drafts, held = pays.most([1.0] * 8), 0
                 # Nothing holds at first.
                 while held < drafts and number >= 30 and float(torch.rand((), generator=draw)) < 0.8:
                     held += 1
@@ -427,7 +448,7 @@ class TestPays:
         pays = DraftsPay(0.1, 0.1)
         pays.tried, pays.held = 100.0, 70.0
         # Chances of 0.7, 0.49, 0.343, 0.24, 0.168 against 0.2 tokens.
-        assert pays.most(8) == 4 and pays.most(3) == 3 and pays.most(0) == 0
+        assert pays.most([1.0] * 8) == 4 and pays.most([1.0] * 3) == 3 and pays.most([1.0] * 0) == 0
 
     def test_the_faster_the_texts_grow_the_more_a_draft_must_promise(self):
         pays = DraftsPay(0.1, 0.1)

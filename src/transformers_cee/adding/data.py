@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,47 +39,83 @@ class TextsToLearn:
     certifying: Tensor
 
 
-def read_texts(texts: Any, text_column: str, label_column: str | None) -> tuple[list[str], list[Any] | None]:
-    """Texts, and their labels as they are written.
+@dataclass
+class GivenTexts:
+    """Texts as they were given, or as many of them as were drawn, in their order.
+
+    Args:
+        texts (`list[str]`): the texts.
+        numbers (`list[int]`): which of all texts they are, from 1.
+        labels (`list`, *optional*): what stands in the column of their labels.
+    """
+
+    texts: list[str]
+    numbers: list[int]
+    labels: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def place(self, row: int) -> str:
+        """Where one of them (0-based) stands, in words that begin a sentence."""
+        return f"Row {self.numbers[row]} of `texts`"
+
+
+def read_texts(texts: Any, text_column: str, label_column: str | None, most: int, seed: int) -> GivenTexts:
+    """Texts, of more than `most` as many drawn at random, and their labels as they are written.
 
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: no texts.
         ValueError: a row without text, a missing column, or too few texts to learn from.
     """
-    found = list(find_texts(texts, text_column).checked(takes_blanks=False))
-    if len(found) < FEWEST_TEXTS:
+    kept: list[tuple[int, str]] = []
+    draws, total = random.Random(seed), 0
+    for text in find_texts(texts, text_column).checked(takes_blanks=False):
+        total += 1
+        if total <= most:
+            kept.append((total, text))
+        # The next text is one of the drawn with the chance that all before it have (Vitter 1985, algorithm R).
+        elif (place := draws.randrange(total)) < most:
+            kept[place] = (total, text)
+    if total < FEWEST_TEXTS:
         raise ValueError(
-            f"`texts` holds {len(found)} texts; exits learn from at least {FEWEST_TEXTS}, better from thousands."
+            f"`texts` holds {total} texts; exits learn from at least {FEWEST_TEXTS}, better from thousands."
         )
-    return found, None if label_column is None else _labels(texts, label_column, len(found))
+    kept.sort()
+    given = GivenTexts([text for _, text in kept], [number for number, _ in kept])
+    if label_column is not None:
+        given.labels = _labels(texts, label_column, given.numbers, total)
+    return given
 
 
-def _labels(texts: Any, label_column: str, rows: int) -> list[Any]:
-    """What stands in a column beside the texts."""
+def _labels(texts: Any, label_column: str, numbers: list[int], total: int) -> list[Any]:
+    """What stands in a column beside some of the texts."""
     is_file = isinstance(texts, (str, os.PathLike))
     if not hasattr(texts, "select_columns") and not (is_file and not os.fspath(texts).lower().endswith(".txt")):
         raise ValueError(f"`label_column`={label_column!r} is of a data set, or of a file with columns.")
-    try:
-        source = find_texts(texts, label_column)
-        if not source.is_lasting:
-            raise ValueError(
-                f"`label_column`={label_column!r}: `texts` is a stream, which is read once; store it first."
-            )
-        labels = [label for _, label in source.read()]
-    except ValueError as error:
-        raise ValueError(str(error).replace("`text_column`", "`label_column`")) from error
-    if len(labels) != rows:
-        raise ValueError(f"`label_column`={label_column!r} has {len(labels)} labels for {rows} texts.")
-    return labels
+    source = find_texts(texts, label_column, argument="label_column")
+    if not source.is_lasting:
+        raise ValueError(f"`label_column`={label_column!r}: `texts` is a stream, which is read once; store it first.")
+    wanted, found, count = set(numbers), [], 0
+    for _, label in source.read():
+        count += 1
+        if count in wanted:
+            found.append(label)
+    if count != total:
+        raise ValueError(f"`label_column`={label_column!r} has {count} labels for {total} texts.")
+    return found
 
 
-def class_ids(labels: list[Any], config: Any, label_column: str | None) -> Tensor:
-    """Numbers of the model's classes (rows,) of labels that are names, or numbers, of classes.
+def class_ids(given: GivenTexts, config: Any, label_column: str | None) -> Tensor | None:
+    """Numbers of the model's classes (rows,) of labels that are names, or numbers, of classes; None without labels.
 
     Raises:
         ValueError: a label that is no class of the model, or a model that tells many labels per text.
     """
+    labels = given.labels
+    if labels is None:
+        return None
     if config.problem_type == "multi_label_classification":
         raise ValueError(f"`label_column`={label_column!r}: the model tells many labels per text; accepted is None.")
     ids = {str(name): index for index, name in config.id2label.items()}
@@ -86,30 +123,27 @@ def class_ids(labels: list[Any], config: Any, label_column: str | None) -> Tenso
     are_numbers = all(isinstance(label, int) and not isinstance(label, bool) for label in labels)
     if are_numbers or ids.keys().isdisjoint(map(str, labels)):
         ids = {str(index): index for index in config.id2label}
-    wrong = next((number for number, label in enumerate(labels, start=1) if str(label) not in ids), None)
+    wrong = next((row for row, label in enumerate(labels) if str(label) not in ids), None)
     if wrong is not None:
         known = ", ".join(map(repr, config.id2label.values()))
-        raise ValueError(f"Row {wrong} of `texts` has the label {labels[wrong - 1]!r}; the model has {known}.")
+        raise ValueError(f"{given.place(wrong)} has the label {labels[wrong]!r}; the model has {known}.")
     return torch.tensor([ids[str(label)] for label in labels])
 
 
-def prepare(texts: list[str], labels: Tensor | None, tokenizer: Any, model: Any, seed: int) -> TextsToLearn:
+def prepare(given: GivenTexts, labels: Tensor | None, tokenizer: Any, model: Any, seed: int) -> TextsToLearn:
     """Tokenises texts and cuts them in two at random.
 
     Raises:
         ValueError: a text of which the tokenizer makes no token.
     """
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    certifying = min(len(texts) // 2, MOST_CERTIFYING)
-    drawn = order[: certifying + MOST_LEARNING].sort().values
-    made = tokenizer(
-        [texts[row] for row in drawn.tolist()], truncation=True, max_length=longest_text(model, tokenizer)
-    )
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))
+    certifying = min(len(given) // 2, MOST_CERTIFYING)
+    made = tokenizer(given.texts, truncation=True, max_length=longest_text(model, tokenizer))
     rows = Dataset.from_dict({name: made[name] for name in tokenizer.model_input_names if name in made})
-    empty = next((number for number, ids in enumerate(made["input_ids"]) if not ids), None)
+    empty = next((row for row, ids in enumerate(made["input_ids"]) if not ids), None)
     if empty is not None:
-        text = texts[int(drawn[empty])]
-        raise ValueError(f"The tokenizer makes no token of row {int(drawn[empty]) + 1} of `texts`: {text!r}.")
-    certifies = torch.isin(drawn, order[:certifying])
-    halves = [half.nonzero().squeeze(1) for half in (~certifies, certifies)]
-    return TextsToLearn(rows, None if labels is None else labels[drawn], *halves)
+        text = given.texts[empty]
+        raise ValueError(f"The tokenizer makes no token of row {given.numbers[empty]} of `texts`: {text!r}.")
+    certifies = torch.zeros(len(given), dtype=torch.bool)
+    certifies[order[:certifying]] = True
+    return TextsToLearn(rows, labels, *(half.nonzero().squeeze(1) for half in (~certifies, certifies)))

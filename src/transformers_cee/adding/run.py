@@ -18,9 +18,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedConfig
 from transformers.utils import logging
 
-from transformers_cee.adding.data import TextsToLearn, class_ids, prepare, read_texts
+from transformers_cee.adding.data import (
+    MOST_CERTIFYING,
+    MOST_LEARNING,
+    TextsToLearn,
+    class_ids,
+    prepare,
+    read_texts,
+)
 from transformers_cee.adding.language import AUTO_CLASS as LANGUAGE_MODEL
-from transformers_cee.adding.language import add_to_language_model
+from transformers_cee.adding.language import MOST_TEXTS, add_to_language_model
 from transformers_cee.adding.learning import learn_heads, learn_policies
 from transformers_cee.adding.report import AddedExits, CertifiedSpeed, write_report
 from transformers_cee.auto import has_exits, model_class_of
@@ -124,19 +131,19 @@ def add_exits(
     is_decoder = is_language_model(model)
     if is_decoder and label_column is not None:
         raise ValueError(f"`label_column`={label_column!r} is of a classifier; `model`={os.fspath(model)!r} is none.")
-    given, labels = read_texts(texts, text_column, label_column)
+    most = 2 * MOST_TEXTS if is_decoder else MOST_CERTIFYING + MOST_LEARNING
+    given = read_texts(texts, text_column, label_column, most, seed)
     if is_decoder:
         named = {_name(level): level for level in levels}
         added, decoder = add_to_language_model(
-            model, given, output, named, risk=risk, exit_layers=exit_layers, batch_size=batch_size, device=device,
-            seed=seed, disable_tqdm=disable_tqdm,
+            model, given.texts, output, named, risk=risk, exit_layers=exit_layers, batch_size=batch_size,
+            device=device, seed=seed, disable_tqdm=disable_tqdm,
         )  # fmt: skip
         write_report(added, decoder)
         return added
     found = _load_classifier(model, exit_layers, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = None if labels is None else class_ids(labels, found.config, label_column)
-    data = prepare(given, ids, tokenizer, found, seed)
+    data = prepare(given, class_ids(given, found.config, label_column), tokenizer, found, seed)
     seconds, begun = {}, time.perf_counter()
     # Where the exits will be there is room for their states.
     Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -64,26 +64,41 @@ class Texts:
             yield window
 
 
-def find_texts(texts: Any, text_column: str) -> Texts:
+@dataclass(frozen=True)
+class Column:
+    """A column or field.
+
+    Args:
+        name (`str`): of the column.
+        argument (`str`): by which a caller names it, in errors.
+    """
+
+    name: str
+    argument: str
+
+
+def find_texts(texts: Any, text_column: str, argument: str = "text_column") -> Texts:
     """The texts that a caller means.
 
     Args:
         texts (iterable of `str`, data set, `str` or `os.PathLike`): see [`classify`].
         text_column (`str`): column or field that holds them, of data sets, .csv and .jsonl.
+        argument (`str`): what the caller calls it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file of another kind, or a data set without the column.
         TypeError: no texts.
     """
+    column = Column(text_column, argument)
     if isinstance(texts, (str, os.PathLike)):
-        return _of_file(Path(texts), text_column)
+        return _of_file(Path(texts), column)
     if hasattr(texts, "select_columns"):
         names = texts.column_names
         if names is not None and text_column not in names:
-            raise ValueError(_no_column(text_column, "the data set", names))
+            raise ValueError(_no_column(column, "the data set", names))
         # A stream is read once: it may come from far away.
-        return Texts("the data set", "row", partial(_of_dataset, texts, text_column), hasattr(texts, "__len__"))
+        return Texts("the data set", "row", partial(_of_dataset, texts, column), hasattr(texts, "__len__"))
     if hasattr(texts, "iloc"):
         raise TypeError(
             f"`texts` of type {type(texts).__name__} is a table, whose texts are in one of its columns: give "
@@ -98,24 +113,24 @@ def find_texts(texts: Any, text_column: str) -> Texts:
     return Texts("`texts`", "row", lambda: enumerate(texts, start=1), lasting)
 
 
-def _of_file(path: Path, text_column: str) -> Texts:
+def _of_file(path: Path, column: Column) -> Texts:
     if path.suffix.lower() not in READERS:
         raise ValueError(
             f"`texts`={os.fspath(path)!r} must be a file of {', '.join(READERS)}; single texts are given as a list."
         )
     if not path.is_file():
         raise FileNotFoundError(f"`texts`={os.fspath(path)!r}: there is no such file.")
-    return Texts(os.fspath(path), "line", partial(READERS[path.suffix.lower()], path, text_column))
+    return Texts(os.fspath(path), "line", partial(READERS[path.suffix.lower()], path, column))
 
 
-def _of_dataset(dataset: Any, column: str) -> Numbered:
+def _of_dataset(dataset: Any, column: Column) -> Numbered:
     number = 0
     if dataset.column_names is not None:
-        dataset = dataset.select_columns(column)
+        dataset = dataset.select_columns(column.name)
     for some in dataset.iter(batch_size=1000):
-        if column not in some:
+        if column.name not in some:
             raise ValueError(_no_column(column, "the data set", some))
-        for text in some[column]:
+        for text in some[column.name]:
             number += 1
             yield number, text
 
@@ -130,12 +145,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"Line {number} of {path} is no UTF-8: {error}.") from error
 
 
-def _of_txt(path: Path, column: str) -> Numbered:
+def _of_txt(path: Path, column: Column) -> Numbered:
     for number, line in _lines(path):
         yield number, line.rstrip("\r\n")
 
 
-def _of_jsonl(path: Path, column: str) -> Numbered:
+def _of_jsonl(path: Path, column: Column) -> Numbered:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -144,19 +159,19 @@ def _of_jsonl(path: Path, column: str) -> Numbered:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"Line {number} of {path} cannot be read as JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise ValueError(f"Line {number} of {path} must be an object with the field {column!r}; got {row!r}.")
-        if column not in row:
+            raise ValueError(f"Line {number} of {path} must be an object with the field {column.name!r}; got {row!r}.")
+        if column.name not in row:
             raise ValueError(_no_column(column, f"line {number} of {path}", row))
-        yield number, row[column]
+        yield number, row[column.name]
 
 
-def _of_csv(path: Path, column: str) -> Numbered:
+def _of_csv(path: Path, column: Column) -> Numbered:
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(rows, [])
-        if column not in header:
+        if column.name not in header:
             raise ValueError(_no_column(column, os.fspath(path), header))
-        place = header.index(column)
+        place = header.index(column.name)
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(
@@ -168,9 +183,9 @@ def _of_csv(path: Path, column: str) -> Numbered:
         raise ValueError(f"Line {rows.line_num} of {path} cannot be read as CSV: {error}.") from error
 
 
-def _no_column(column: str, where: str, names: Iterable[str]) -> str:
+def _no_column(column: Column, where: str, names: Iterable[str]) -> str:
     known = ", ".join(map(repr, names)) or "none"
-    return f"`text_column`={column!r} is no column of {where}; its columns are {known}."
+    return f"`{column.argument}`={column.name!r} is no column of {where}; its columns are {known}."
 
 
-READERS: dict[str, Callable[[Path, str], Numbered]] = {".txt": _of_txt, ".csv": _of_csv, ".jsonl": _of_jsonl}
+READERS: dict[str, Callable[[Path, Column], Numbered]] = {".txt": _of_txt, ".csv": _of_csv, ".jsonl": _of_jsonl}

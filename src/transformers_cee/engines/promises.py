@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,16 @@ def fit_promises(model: Any, promises: Promises, store: ExitStore | None) -> Non
         config.exit_budget = _reached(config, promises.budget)
     for name, values in points.items():
         try:
-            _refitted(model, store, values, budgets).save_to(model, name)
+            with warnings.catch_warnings():
+                # Said once, with the name of the point.
+                warnings.filterwarnings("ignore", "Exits are off")
+                point = _refitted(model, store, values, budgets)
         except ValueError as error:
             _say_dropped([name], str(error).removesuffix("."))
+            continue
+        if point.reason is not None:
+            warnings.warn(f"Exits are off at {name!r}: {point.reason}", stacklevel=3)
+        point.save_to(model, name)
     if promises.threshold in config.exit_operating_points:
         config.exit_threshold = promises.threshold
 

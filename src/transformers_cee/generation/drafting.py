@@ -104,7 +104,7 @@ class PromptLookup(Drafter):
         texts = drafting.texts
         follows = self._follows(texts)
         counts = torch.where(follows > 0, torch.minimum(texts.lengths - follows, room), 0)
-        most = pays.most(min(self.most_tokens, int(counts.max())))
+        most = pays.most(texts.reach(counts, self.most_tokens))
         if most == 0:
             return None
         places = follows.unsqueeze(1) + torch.arange(most, device=follows.device)
@@ -150,10 +150,10 @@ class ExitDrafts(Drafter):
         return found
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
-        most = pays.most(min(self.most_tokens, int(room.max())))
+        model, texts = drafting.model, drafting.texts
+        most = pays.most(texts.reach(room, self.most_tokens))
         if most == 0:
             return None
-        model, texts = drafting.model, drafting.texts
         goes_on, counts = room > 0, torch.zeros_like(room)
         token = texts.last(1)
         tokens: list[Tensor] = []
@@ -207,29 +207,28 @@ class JumpDrafts(Drafter):
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         if self.seen is None:
             return None
-        most = min(self.most_tokens, int(room.max()))
-        if pays.most(most) == 0:
-            return None
-        # Where drafts pay at all, their own probabilities say how many.
         model, texts, drafter, index = drafting.model, drafting.texts, self.drafter, self.index
-        goes_on, counts = room > 0, torch.zeros_like(room)
+        reach = texts.reach(room, self.most_tokens)
+        if pays.most(reach) == 0:
+            return None
+        # Where drafts pay at all, their own probabilities say how many: a column costs all rows the same.
+        counts, growing = torch.zeros_like(room), int(texts.grows.sum())
         product = torch.ones_like(room, dtype=torch.float)
         token, state = texts.last(1), self.seen.unsqueeze(1)
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
         runs = 0
-        while len(tokens) < most:
+        while len(tokens) < len(reach):
             runs += 1
             embedded = model.get_input_embeddings()(token)
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
             logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
-            product = product * logits.float().softmax(-1).amax(-1)
-            goes_on = goes_on & (counts < room) & (product > pays.least(len(tokens)))
-            if not bool(goes_on.any()):
+            product = torch.where(len(tokens) < room, product * logits.float().softmax(-1).amax(-1), 0.0)
+            if float(product.sum()) <= growing * pays.least(len(tokens)):
                 break
             drawn, probability = drafting.draw(logits)
-            counts = counts + goes_on
+            counts = counts + (len(tokens) < room)
             token = drafter.token_ids[drawn].unsqueeze(1)
             tokens.append(token)
             if probability is not None:

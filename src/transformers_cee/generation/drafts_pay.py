@@ -4,40 +4,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DraftsPay:
     """When a draft goes on: while the chance that it is accepted in full exceeds what it costs.
 
     With R tokens for each decode step's worth of time so far, one more draft costs R·(c_d + c_v) tokens: what the time
     to draft it and to verify one more token per row would give otherwise. It gains a token with the product of the
-    chances of all drafts up to it. A first draft also costs what a pass over several tokens does. Where no number of
-    drafts pays, or asking the drafter has cost more than it brought, it is asked now and then, ever more rarely. What
-    passes really take corrects the costs.
+    chances of all drafts up to it, in the rows that it reaches; all rows bear its costs. A first draft also costs what
+    a pass over several tokens does. Where no number of drafts pays, or asking the drafter has cost more than it
+    brought, it is asked now and then, ever more rarely: what a batch tries in vain costs more than in one row, and
+    tells as much more. What passes really take corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
         start_cost (`float`, *optional*, defaults to 0): of a pass with drafts, beyond them.
+        rows (`int`, *optional*, defaults to 1): of the batch.
     """
 
     # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
     _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
-    # Passes without a draft after the first that did not pay, and at most.
+    # Passes of one row without a draft after the first that did not pay, and at most.
     _PATIENCE, _MOST_PATIENCE = 8, 1024
-    # So often a drafter is asked before what that brought counts, and drafts of a trial: one alone may bear a price
-    # that several share.
+    # So often a drafter is asked, each row counted, before what that brought counts; and drafts of a trial: one alone
+    # may bear a price that several share.
     _ASKS, _TRIAL = 4, 3
     # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
     # machine may hold it up.
     _BELIEVED, _MOST_TIMES, _MOST_MORE = 1.0, 3.0, 0.3
 
-    def __init__(self, draft_cost: float, verify_cost: float, start_cost: float = 0.0) -> None:
-        self.draft_cost, self.verify_cost, self.start = draft_cost, verify_cost, start_cost
+    def __init__(self, draft_cost: float, verify_cost: float, start_cost: float = 0.0, rows: int = 1) -> None:
+        self.draft_cost, self.verify_cost, self.start, self.rows = draft_cost, verify_cost, start_cost, rows
         self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
         self.tokens, self.time = 1.0, 1.0
         self.expected = self.taken = self._BELIEVED
         # Tokens that asking brought, less what it cost, and how often it was.
         self.gain, self.asks = 0.0, 0
-        self.waits, self.patience = 0, self._PATIENCE
+        self.waits, self.patience = 0, self._PATIENCE * rows
 
     @property
     def chance(self) -> float:
@@ -54,27 +58,35 @@ class DraftsPay:
         steps = self.spent(1, 1) - (self.start if count else 0.0)
         return self.rate * steps * self.taken / self.expected
 
-    def most(self, room: int) -> int:
-        """Drafts that pay where each has the same chance."""
-        if room == 0:
+    def most(self, reach: Sequence[float]) -> int:
+        """Drafts that pay where each has the same chance.
+
+        Args:
+            reach (sequence of `float`): share of the rows that a first, second, … draft would reach.
+        """
+        # Nothing would be learned from drafts that do not pay even where all of them hold.
+        if self._best(reach, 1.0) == 0:
             return 0
         if self.waits:
             self.waits -= 1
             return 0
-        best = self._best(room)
-        if best == 0 or (self.asks >= self._ASKS and self.gain <= 0):
+        best = self._best(reach, self.chance)
+        if best == 0 or (self.asks * self.rows >= self._ASKS and self.gain <= 0):
             # To see whether that has changed.
             self.waits, self.patience = self.patience, min(self._MOST_PATIENCE, 2 * self.patience)
-            return max(best, min(room, self._TRIAL))
-        self.patience = self._PATIENCE
+            return max(best, min(len(reach), self._TRIAL))
+        self.patience = self._PATIENCE * self.rows
         return best
 
-    def _best(self, room: int) -> int:
-        least, product, gain, count = self.least(1), self.chance, self.least(1) - self.least(0), 0
-        while count < room and product > least:
-            gain += product - least
-            product, count = product * self.chance, count + 1
-        return count if gain > 0 else 0
+    def _best(self, reach: Sequence[float], chance: float) -> int:
+        """The number of drafts with the highest gain; 0 where none has any."""
+        best, most, gain, product = 0, 0.0, 0.0, 1.0
+        for count, share in enumerate(reach):
+            product *= chance
+            gain += share * product - self.least(count)
+            if gain > most:
+                best, most = count + 1, gain
+        return best
 
     def spent(self, drafts: int, runs: float) -> float:
         """Decode steps that so many drafts and runs of the drafter cost, as measured beforehand."""

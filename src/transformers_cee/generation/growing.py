@@ -82,6 +82,12 @@ class GrowingTexts:
         """Drafts (rows,) that a row may get: one more token follows them."""
         return torch.where(self.grows, (self.most - self.lengths - 1).clamp_min(0), 0)
 
+    def reach(self, counts: Tensor, most: int) -> list[float]:
+        """Share of the growing rows that a first, second, … draft reaches, where rows can have so many (rows,)."""
+        columns = torch.arange(min(most, int(counts.max())), device=counts.device)
+        found: list[float] = (counts.unsqueeze(1) > columns)[self.grows].float().mean(0).tolist()
+        return found
+
     def at(self, offsets: Tensor) -> Tensor:
         """Tokens (rows, columns) at offsets (rows, columns) from each row's length."""
         return self.tokens.gather(1, self.lengths.unsqueeze(1) + offsets)

@@ -85,7 +85,9 @@ class Verification:
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What `generate` calls to decode, see `custom_generate` there."""
         costs = self.costs(len(input_ids))
-        self.pays = {one.name: DraftsPay(one.cost(costs), costs.verify, costs.start) for one in self.drafters}
+        self.pays = {
+            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, len(input_ids)) for one in self.drafters
+        }
         self.processors, self.samples = logits_processor, generation_config.do_sample
         self.warpers = LogitsProcessorList(one for one in logits_processor if isinstance(one, _WARPERS))
         length = stopping_criteria.max_length or generation_config.max_length
