@@ -40,13 +40,13 @@ def tables(results: dict[str, Any]) -> str:
         )
         if one["choice"]:
             lines = [
-                [name, str(found["layers"][:-1]), f"{found['accuracy']:.4f}", f"{found['depth']:.2f}",
-                 Reported(**found["over_engine"]).text()]
+                [name, str(found["layers"][:-1]), f"{found['agreement']:.4f}", f"{found['accuracy']:.4f}",
+                 f"{found['depth']:.2f}", Reported(**found["over_engine"]).text()]
                 for name, found in one["choice"].items()
             ]  # fmt: skip
             parts.append(
-                "The same agreement with other exits:\n\n"
-                + markdown_table(["", "exits", "accuracy", "depth", "over the engine"], lines)
+                "Other exits with the agreement that these have on dev:\n\n"
+                + markdown_table(["", "exits", "agreement", "accuracy", "depth", "over the engine"], lines)
                 + "\n"
             )
     header = ["", "agreement", "accuracy", "depth before", "accuracy", "depth refitted", "accuracy"]

@@ -25,26 +25,24 @@ from typing import Any
 
 import torch
 from speed_peers import STOCK, SingleRows, by_entropy, by_patience, dynamic_int8, stock_of
+from speed_served import Chosen, Data, Served, accuracy_of, agreement_of, boldest
 from speed_tables import draw_speedups, tables
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
-from transformers_cee.calibration.agreement import calibrate_agreement
-from transformers_cee.calibration.exit_choice import ExitChoice, choose_exits
-from transformers_cee.calibration.scores import ExitScores, score_store
+from transformers_cee.calibration.exit_choice import choose_exits
+from transformers_cee.calibration.scores import score_store
 from transformers_cee.engines import ENGINES
 from transformers_cee.engines.costs import measure_costs
 from transformers_cee.engines.promises import exits_of
-from transformers_cee.engines.serving import of_layers, rates_of, subset
+from transformers_cee.engines.serving import of_layers, rates_of
 from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import write_results
 from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer, Timings
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.files import write_text
-from transformers_cee.stores.filling import length_sorted_batches
 from transformers_cee.stores.scoring import exits_taken, thresholds_for_depths
-from transformers_cee.stores.store import ExitStore
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -90,71 +88,6 @@ class SpeedArguments:
             CRITERIA.find(name, "criteria")
 
 
-@dataclass
-class Data:
-    """Tokenised rows of dev and test, texts for scales, and what makes batches."""
-
-    dev: Any
-    test: Any
-    texts: list[str]
-    tokenizer: Any
-
-    def batches(self, rows: Any, size: int) -> list[dict[str, Tensor]]:
-        """Padded batches of similar length, with labels."""
-        collate = DataCollatorWithPadding(self.tokenizer)
-        return [dict(collate([rows[row] for row in some])) for some in length_sorted_batches(rows, size)]
-
-    def length(self) -> float:
-        """Median number of tokens of a row of dev."""
-        return float(torch.tensor([float(len(ids)) for ids in self.dev["input_ids"]]).median())
-
-
-@dataclass
-class Served:
-    """A model on an engine, and its exits on dev and test.
-
-    Args:
-        export: exports the model with a criterion in its graphs.
-        model: exported with the first criterion.
-        dev, test: its exits, which all criteria are asked of.
-    """
-
-    name: str
-    export: Callable[[str], Any]
-    model: Any
-    dev: ExitStore
-    test: ExitStore
-
-    def with_criterion(self, criterion: str) -> Any:
-        """The exported model with a criterion in its graphs."""
-        if criterion == self.model.record["criterion"]:
-            return self.model
-        made = self.export(criterion)
-        made.costs, made.rates = self.model.costs, rates_of(made, self.dev)
-        return made
-
-    def scores(self, criterion: str, layers: Sequence[int] | None = None) -> ExitScores:
-        """Scores of dev; of some exits alone as they are when only these are asked."""
-        if layers is None:
-            return score_store(self.dev, criterion, self.model)
-        return score_store(subset(self.dev, self.places(layers)), criterion, of_layers(self.model, layers))
-
-    def places(self, layers: Sequence[int]) -> Tensor:
-        """Where exits stand among all of them."""
-        known = self.dev.layers.tolist()
-        return torch.tensor([known.index(layer) for layer in layers])
-
-
-@dataclass
-class Chosen:
-    """The exits of one engine and batch size, and what dev says of them."""
-
-    criterion: str
-    promised: float
-    choice: ExitChoice
-    accuracy: float
-
-
 def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path) -> Served:
     """Exports a model, measures costs, and collects exits."""
     engine, _, precision = word.partition(":")
@@ -175,12 +108,6 @@ def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path)
     made.rates = rates_of(made, stores[0])
     print(f"{word}: exported", flush=True)
     return Served(word, export, made, *stores)
-
-
-def accuracy_of(store: ExitStore, taken: Tensor | None = None) -> float:
-    """Accuracy at exits (rows,), or at the last one."""
-    correct = store.correct
-    return float((correct[:, -1] if taken is None else correct.gather(1, taken[:, None])).float().mean())
 
 
 def choose(args: SpeedArguments, data: Data, served: Served, batch_size: int, floor: float) -> Chosen | None:
@@ -292,33 +219,38 @@ def never_slower(args: SpeedArguments, data: Data, served: Served, rows: Any, si
 def exit_choices(
     args: SpeedArguments, data: Data, served: Served, chosen: Chosen, rows: Any, size: int
 ) -> dict[str, dict[str, Any]]:
-    """The exits chosen by cost, every exit, and every third: one threshold each for the same certified agreement."""
+    """The exits chosen by cost, every exit, and every third, at one agreement on dev: what the choice has there."""
     last = served.model.config.num_hidden_layers
-    known = served.dev.layers.tolist()
+    known, criterion = served.dev.layers.tolist(), chosen.criterion
     sets = {
         "by cost": chosen.choice.exit_layers,
         "every exit": known,
         "every third": [layer for layer in known if layer % 3 == 0 or layer == last],
     }
+    agreement = agreement_of(served.scores(criterion, sets["by cost"]), chosen.choice.point)
     calls: dict[str, Callable[..., Any]] = {}
-    whole = served.with_criterion(chosen.criterion)
+    told: dict[str, dict[str, Any]] = {}
+    whole = served.with_criterion(criterion)
     for name, layers in sets.items():
+        point = chosen.choice.point
+        if name != "by cost":
+            point = boldest(served.scores(criterion, layers), agreement)
         model = of_layers(whole, layers)
         # These exits are asked, whether they pay or not.
         model.costs = None
-        calibrate_agreement(served.scores(chosen.criterion, layers), 1 - chosen.promised).save_to(model, "same")
+        point.save_to(model, "same")
         calls[name] = partial(model, exit_threshold="same")
+        told[name] = {
+            "layers": layers,
+            "agreement_on_dev": agreement,
+            "agreement": agreement_of(served.scores(criterion, layers, served.test), point),
+            **answered(calls[name], data.batches(data.test, 32), last),
+        }
     calls["off"] = partial(served.model, **OFF)
     found = timed(args, calls, data.batches(rows, size), ["off"])
-    return {
-        name: {
-            "layers": layers,
-            "agreement": chosen.promised,
-            **answered(calls[name], data.batches(data.test, 32), last),
-            "over_engine": found.speedups["off"][name].reported._asdict(),
-        }
-        for name, layers in sets.items()
-    }
+    for name, about in told.items():
+        about["over_engine"] = found.speedups["off"][name].reported._asdict()
+    return told
 
 
 def load_data(args: SpeedArguments, data_args: DataArguments) -> tuple[Data, list[str]]:
