@@ -7,14 +7,15 @@
 
 The second command trains two-stage ConsistentEE on the same classifier: heads, hardness, policies and both in turn, on
 the rows and labels that the classifier was fine-tuned on, while its layers stay as they are. Both sets of exits are
-then certified on the same half of the texts, by the price of the policies, by one threshold of maximum probability,
-and by one of calibrated probability, whose temperatures are fitted on the labels of the other half.
+then certified on the same texts, those that `add_exits` certified on: by the price of the policies, by one threshold
+of maximum probability, and by one of calibrated probability, whose temperatures are fitted on labelled rows of dev and
+test that neither has seen. Budgets of the exits from labels are fitted on the texts that the others learned from.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import sys
 import warnings
 from dataclasses import fields
@@ -22,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
+from transformers_cee import ConsistentEETrainer, ConsistentEETrainingArguments
+from transformers_cee.adding.data import prepare, read_texts
+from transformers_cee.adding.run import AUTO_CLASS, EXIT_FIELDS, MOST_CERTIFYING, MOST_LEARNING
+from transformers_cee.auto import model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.prices import calibrate_price
 from transformers_cee.calibration.scores import score_store
@@ -36,28 +40,23 @@ from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.files import read_json, write_text
 from transformers_cee.stores.filling import OneProcess, collect_exits
 from transformers_cee.stores.store import ExitStore
+from transformers_cee.tokenizing import longest_text
 from transformers_cee.training.estimators import fit_estimators
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import run_glue_cee
-from glue_data import Corpus, DataArguments, load_corpus, take_split
+from glue_data import DataArguments, load_corpus, take_split
 from run_add_exits import MADE_BY
 
 
 CALIBRATED = "calibrated_probability"
 CRITERIA = ("policy", "max_probability", CALIBRATED)
-# Of two-stage ConsistentEE, beside the exits as `add_exits` places them.
-OPTIONS: dict[str, Any] = {
-    "do_train": True,
+# Of two-stage ConsistentEE.
+TRAINING: dict[str, Any] = {
     "use_cpu": True,
     "trainable": "exits",
     "phases": ["heads", "hardness", "policy", "consistent"],
-    "exit_pooling": "internal_mean",
-    "policy_inputs": "log_confidence",
-    "policy_condition": "film",
     "reward_loss": "error",
-    "reward_alpha": 0.01,
     "num_train_epochs": 2,
     "exit_learning_rate": 5e-4,
     "learning_rate": 5e-5,
@@ -75,30 +74,43 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def train_on_labels(plain: Path, output: Path, corpus: Corpus, seed: int) -> None:
-    """Exits of a classifier that learn from labels, in a folder, unless an earlier run made them."""
-    if (output / "config.json").is_file():
+def train_on_labels(plain: Path, output: Path, rows: Dataset, tokenizer: Any, made_by: dict[str, Any]) -> None:
+    """Exits of a classifier that learn from labels, in a folder, unless an earlier run made them.
+
+    Raises:
+        ValueError: the folder has exits of another classifier.
+    """
+    if (output / MADE_BY).is_file():
+        if read_json(output / MADE_BY, "Remove its folder.") != made_by:
+            raise ValueError(
+                f"`--output`={str(output.parent)!r} has exits of another classifier; give another folder."
+            )
         return
-    rows, names = corpus.splits["train"], corpus.label_names
-    path = output.with_suffix(".csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        texts = zip(rows[corpus.text_columns[0]], (names[label] for label in rows["label"]), strict=True)
-        csv.writer(file).writerows([("text", "label"), *texts])
-    options = OPTIONS | {"model_name_or_path": plain, "train_file": path, "output_dir": output, "seed": seed}
-    words = []
-    for name, value in options.items():
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    run_glue_cee.main(words)
-
-
-def stored(model: Any, texts: Dataset, column: str, tokenizer: Any) -> ExitStore:
-    """Exits of all texts, with their labels."""
-    rows = texts.map(
-        lambda some: {**tokenizer(some[column], truncation=True, max_length=128), "labels": some["label"]},
-        batched=True,
-        remove_columns=texts.column_names,
+    set_seed(made_by["seed"])
+    model_class = model_class_of(str(plain), AUTO_CLASS)
+    config = model_class.config_class.from_pretrained(plain, **EXIT_FIELDS)
+    model = model_class.from_pretrained(plain, config=config, dtype=torch.float32)
+    args = ConsistentEETrainingArguments(str(output), seed=made_by["seed"], **TRAINING)
+    trainer = ConsistentEETrainer(
+        model, args, train_dataset=rows, processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer)
     )
+    trainer.train()
+    trainer.save_model()
+    write_text(output / MADE_BY, json.dumps(made_by, indent=1))
+
+
+def tokenized(rows: Dataset, column: str, tokenizer: Any, longest: int | None) -> Dataset:
+    """Token ids and labels of texts, as `add_exits` makes them."""
+    return rows.map(
+        lambda some: {**tokenizer(some[column], truncation=True, max_length=longest), "labels": some["label"]},
+        batched=True,
+        remove_columns=rows.column_names,
+        desc="Tokenize",
+    )
+
+
+def stored(model: Any, rows: Dataset, tokenizer: Any) -> ExitStore:
+    """Exits of all rows, with their labels."""
     return collect_exits(
         model,
         rows,
@@ -126,13 +138,9 @@ def certified(model: Any, store: ExitStore, criterion: str, level: float, risk: 
     }
 
 
-def figures(model: Any, store: ExitStore, halves: tuple[Tensor, Tensor], args: argparse.Namespace) -> dict[str, Any]:
+def figures(model: Any, held_out: ExitStore, labelled: ExitStore, args: argparse.Namespace) -> dict[str, Any]:
     """Of one set of exits, at every promise and by every criterion."""
-    learning, held_out = (store.select(half) for half in halves)
-    fit_estimators(model, learning, [CALIBRATED])
-    model.config.exit_budgets = fit_exit_budgets(
-        model.exit_policies, learning, min_exit_layer=model.config.min_exit_layer
-    )
+    fit_estimators(model, labelled, [CALIBRATED])
     found: dict[str, Any] = {"full": float(held_out.correct[:, -1].float().mean())}
     for level in args.agreement:
         found[f"{level:g}"] = {
@@ -142,16 +150,15 @@ def figures(model: Any, store: ExitStore, halves: tuple[Tensor, Tensor], args: a
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    rows = []
-    for exits, about in found.items():
-        for promise in (name for name in about if name != "full"):
-            for criterion, one in about[promise].items():
-                rows.append(
-                    [
-                        exits, promise, method_name(criterion), f"{one['depth']:.2f}", f"{one['agreement']:.4f}",
-                        f"{one['accuracy']:.4f} ({about['full']:.4f})",
-                    ]
-                )  # fmt: skip
+    rows = [
+        [
+            exits, promise, method_name(criterion), f"{one['depth']:.2f}", f"{one['agreement']:.4f}",
+            f"{one['accuracy']:.4f} ({about['full']:.4f})",
+        ]
+        for exits, about in found.items()
+        for promise in about if promise != "full"
+        for criterion, one in about[promise].items()
+    ]  # fmt: skip
     header = ["exits learned from", "promise", "criterion", "depth", "agreement", "accuracy (full depth)"]
     return markdown_table(header, rows)
 
@@ -175,17 +182,26 @@ def main(argv: list[str] | None = None) -> None:
     data = DataArguments(**{one.name: made_by[one.name] for one in fields(DataArguments)})
     corpus = load_corpus(data)
     corpus.splits["train"], texts = take_split(corpus.splits["train"], made_by["texts"], data.split_seed)
-    train_on_labels(args.plain, args.output / "model", corpus, made_by["seed"])
+    column, tokenizer = corpus.text_columns[0], AutoTokenizer.from_pretrained(args.plain)
+    rows = tokenized(corpus.splits["train"], column, tokenizer, data.max_seq_length)
+    train_on_labels(args.plain, args.output / "model", rows, tokenizer, made_by)
     logging.set_verbosity_error()
-    # The same halves as in `add_exits`.
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(made_by["seed"]))
-    half = len(texts) // 2
-    halves = order[half:].sort().values, order[:half].sort().values
-    tokenizer = AutoTokenizer.from_pretrained(args.plain)
+    unseen = concatenate_datasets([corpus.splits[name] for name in ("validation", "test")])
     found = {}
     for name, folder in (("texts", args.added), ("labels", args.output / "model")):
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        found[name] = figures(model, stored(model, texts, corpus.text_columns[0], tokenizer), halves, args)
+        longest = longest_text(model, tokenizer)
+        given = read_texts(texts, column, None, MOST_CERTIFYING + MOST_LEARNING, made_by["seed"])
+        halves = prepare(given, None, tokenizer, model, made_by["seed"])
+        chosen = texts.select([number - 1 for number in given.numbers])
+        store, labelled = (
+            stored(model, tokenized(some, column, tokenizer, longest), tokenizer) for some in (chosen, unseen)
+        )
+        if name == "labels":
+            # Of the others they were fitted on what heads said of texts that they had not learned from.
+            seen = store.select(halves.learning)
+            model.config.exit_budgets = fit_exit_budgets(model.exit_policies, seen)
+        found[name] = figures(model, store.select(halves.certifying), labelled, args)
     write_results(found, args.output / "results.json")
     write_text(args.output / "table.md", table(found) + "\n")
     print(table(found))

@@ -344,7 +344,7 @@ def write_report(wanted: Sequence[Run], results: Path, output: Path, config: str
         INTRODUCTION,
         *([notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []),
         summary(tasks),
-        *filter(None, [chosen_section(tasks), same_heads_section(tasks)]),
+        *filter(None, [chosen_section(tasks, {task for task, _, _ in missing}), same_heads_section(tasks)]),
         missing_section(missing, len(wanted)),
         *sections,
         "## Commands",

@@ -152,6 +152,11 @@ class TaskResults:
         """The conditioned policy on all heads."""
         return [method for method in self.methods if method[1] == "policy"]
 
+    @property
+    def judged_in_sample(self) -> bool:
+        """Are there only figures of the policy on the rows of dev that its prices were picked on?"""
+        return not any("on_dev" in run for by_seed in self.runs.values() for run in by_seed.values())
+
     def on_dev(self, method: Method, speedup: float) -> dict[int, float]:
         """Metric on dev by seed, of those that judged the method there; of a shallower model at its own depth."""
         objective, criterion = method
@@ -161,7 +166,10 @@ class TaskResults:
                 is_there = math.isclose(self.num_layers / run["num_layers"], speedup)
                 found[seed] = run.get("full_on_dev") if is_there else None
             elif run["num_layers"] == self.num_layers:
-                found[seed] = run.get("on_dev", {}).get(criterion, {}).get(str(speedup))
+                by_criterion = run.get("on_dev", {})
+                if self.judged_in_sample:
+                    by_criterion = {"policy": run.get("policy_on_dev", {})}
+                found[seed] = by_criterion.get(criterion, {}).get(str(speedup))
         return {seed: value for seed, value in found.items() if value is not None}
 
     def means_on_dev(self, methods: Sequence[Method], speedup: float) -> dict[Method, float]:

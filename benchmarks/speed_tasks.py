@@ -242,7 +242,7 @@ def exit_choices(
         calls[name] = partial(model, exit_threshold="same")
         told[name] = {
             "layers": layers,
-            "agreement_on_dev": agreement,
+            "agreement_on_dev": agreement_of(served.scores(criterion, layers), point),
             "agreement": agreement_of(served.scores(criterion, layers, served.test), point),
             **answered(calls[name], data.batches(data.test, 32), last),
         }

@@ -45,9 +45,8 @@ def made(tmp_path):
 
 
 def test_both_are_certified_on_the_same_texts(made, monkeypatch, capsys):
-    monkeypatch.setattr(
-        added_exits, "OPTIONS", added_exits.OPTIONS | {"disable_tqdm": True, "policy_num_train_epochs": 2}
-    )
+    more = {"disable_tqdm": True, "policy_num_train_epochs": 2}
+    monkeypatch.setattr(added_exits, "TRAINING", added_exits.TRAINING | more)
     words = ["--plain", str(made / "exits-plain"), "--added", str(made / "exits"), "--output", str(made / "beside")]
     added_exits.main([*words, "--agreement", "0.6", "0.5"])
     found = json.loads((made / "beside" / "results.json").read_text())
@@ -63,9 +62,13 @@ def test_both_are_certified_on_the_same_texts(made, monkeypatch, capsys):
     assert all(torch.equal(labelled[name], value) for name, value in plain.items())
     assert "| labels" in capsys.readouterr().out
 
-    monkeypatch.setattr(added_exits.run_glue_cee, "main", lambda words: pytest.fail("trained again"))
+    monkeypatch.setattr(added_exits, "ConsistentEETrainer", lambda *given, **named: pytest.fail("trained again"))
     added_exits.main(words)
     assert set(read_json(made / "beside" / "results.json", "")["labels"]) == {"full", "0.99", "0.97"}
+    about = read_json(made / "exits-plain" / "made_by.json", "")
+    (made / "exits-plain" / "made_by.json").write_text(json.dumps(about | {"texts": 70}))
+    with pytest.raises(ValueError, match=r"`--output`=.* has exits of another classifier"):
+        added_exits.main(words)
 
 
 def test_a_classifier_of_another_origin(tmp_path, capsys):

@@ -247,9 +247,28 @@ def test_both_sides_are_chosen_on_dev(results):
 
 
 def test_no_rival_where_dev_judged_the_policy_alone(results):
+    """Figures of rows that prices were picked on choose heads for the remark, and stand beside no others."""
     judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
+    for by_seed in results.runs.values():
+        for run in by_seed.values():
+            run["policy_on_dev"] = run.pop("on_dev", {}).get("policy", {})
+    assert results.judged_in_sample
     text = compare_chosen.chosen_section([results])
     assert "At 2x the policy is at or above it" not in text and "A remark" in text
+    assert (
+        "Not chosen yet, since dev judged the policy alone, on the rows that its prices were picked on: trec." in text
+    )
+    assert cells(text, "trec")[0][0] == "ConsistentEE, policy by budget"
+    results.runs["layer_weighted"][1]["on_dev"] = {"policy": {"2.0": 0.1}}
+    assert results.chosen_on_dev(results.ours, 2.0) == ("layer_weighted", "policy")
+
+
+def test_nothing_is_chosen_of_a_task_that_lacks_runs(results):
+    judge_on_dev(results, (0.8, 0.9), (0.84, 0.85))
+    judge_others_on_dev(results, max_probability=0.9)
+    assert "At 2x the policy is at or above it" in compare_chosen.chosen_section([results], {"rte"})
+    text = compare_chosen.chosen_section([results], {"trec"})
+    assert "At 2x the policy is at or above it" not in text and "since runs are missing: trec." in text
 
 
 def test_chosen_variant_against_the_luckiest_baseline(results):

@@ -143,7 +143,7 @@ def prepare(given: GivenTexts, labels: Tensor | None, tokenizer: Any, model: Any
     empty = next((row for row, ids in enumerate(made["input_ids"]) if not ids), None)
     if empty is not None:
         text = given.texts[empty]
-        raise ValueError(f"The tokenizer makes no token of row {given.numbers[empty]} of `texts`: {text!r}.")
+        raise ValueError(f"{given.place(empty)} is {text!r}, and the tokenizer makes no token of that.")
     certifies = torch.zeros(len(given), dtype=torch.bool)
     certifies[order[:certifying]] = True
     return TextsToLearn(rows, labels, *(half.nonzero().squeeze(1) for half in (~certifies, certifies)))

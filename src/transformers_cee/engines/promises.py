@@ -84,7 +84,8 @@ def fit_promises(model: Any, promises: Promises, store: ExitStore | None) -> Non
         except ValueError as error:
             _say_dropped([name], str(error).removesuffix("."))
             continue
-        if point.reason is not None:
+        # A budget of all layers is no promise that failed.
+        if point.reason is not None and point.promise != "budget":
             warnings.warn(f"Exits are off at {name!r}: {point.reason}", stacklevel=3)
         point.save_to(model, name)
     if promises.threshold in config.exit_operating_points:

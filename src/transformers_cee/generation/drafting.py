@@ -102,6 +102,8 @@ class PromptLookup(Drafter):
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         texts = drafting.texts
+        if pays.rests():
+            return None
         follows = self._follows(texts)
         counts = torch.where(follows > 0, torch.minimum(texts.lengths - follows, room), 0)
         most = pays.most(texts.reach(counts, self.most_tokens))
@@ -151,10 +153,10 @@ class ExitDrafts(Drafter):
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         model, texts = drafting.model, drafting.texts
-        most = pays.most(texts.reach(room, self.most_tokens))
+        most = 0 if pays.rests() else pays.most(texts.reach(room, self.most_tokens))
         if most == 0:
             return None
-        goes_on, counts = room > 0, torch.zeros_like(room)
+        goes_on, counts, growing = room > 0, torch.zeros_like(room), int(texts.grows.sum())
         token = texts.last(1)
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -169,7 +171,8 @@ class ExitDrafts(Drafter):
             step = ExitStep(self.index, state, lambda state: model.exit_logits(state, self.index))
             criterion = self.criterion()
             goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
-            if not bool(goes_on.any()):
+            # A column costs all rows the same, and brings a token to those at most that go on.
+            if int(goes_on.sum()) <= growing * pays.least(1):
                 refused = self.refused
                 break
             drawn, probability = drafting.draw(step.logits)
@@ -208,6 +211,8 @@ class JumpDrafts(Drafter):
         if self.seen is None:
             return None
         model, texts, drafter, index = drafting.model, drafting.texts, self.drafter, self.index
+        if pays.rests():
+            return None
         reach = texts.reach(room, self.most_tokens)
         if pays.most(reach) == 0:
             return None

@@ -14,8 +14,8 @@ class DraftsPay:
     to draft it and to verify one more token per row would give otherwise. It gains a token with the product of the
     chances of all drafts up to it, in the rows that it reaches; all rows bear its costs. A first draft also costs what
     a pass over several tokens does. Where no number of drafts pays, or asking the drafter has cost more than it
-    brought, it is asked now and then, ever more rarely: what a batch tries in vain costs more than in one row, and
-    tells as much more. What passes really take corrects the costs.
+    brought, it is asked now and then, ever more rarely: a trial that reaches many rows costs as many steps and tells
+    more. What passes really take corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
@@ -25,11 +25,13 @@ class DraftsPay:
 
     # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
     _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
-    # Passes of one row without a draft after the first that did not pay, and at most.
-    _PATIENCE, _MOST_PATIENCE = 8, 1024
-    # So often a drafter is asked, each row counted, before what that brought counts; and drafts of a trial: one alone
-    # may bear a price that several share.
-    _ASKS, _TRIAL = 4, 3
+    # Passes without drafts after the first trial that reached one row in vain, and at most; trials double them.
+    _PATIENCE, _MOST_PATIENCE, _MOST_DOUBLED = 8, 1024, 10
+    # So many drafts had their turn before what they brought counts; and drafts of a trial, one more where a pass with
+    # drafts costs more than each of them does.
+    _SEEN, _TRIAL = 4, 2
+    # Tokens that a trial must bring beyond what it costs for another one at once.
+    _CLEAR = 0.5
     # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
     # machine may hold it up.
     _BELIEVED, _MOST_TIMES, _MOST_MORE = 1.0, 3.0, 0.3
@@ -39,9 +41,9 @@ class DraftsPay:
         self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
         self.tokens, self.time = 1.0, 1.0
         self.expected = self.taken = self._BELIEVED
-        # Tokens that asking brought, less what it cost, and how often it was.
-        self.gain, self.asks = 0.0, 0
-        self.waits, self.patience = 0, self._PATIENCE * rows
+        # Tokens that asking brought, less what it cost, and how many drafts had their turn.
+        self.gain, self.seen = 0.0, 0
+        self.waits, self.vain = 0, 0
 
     @property
     def chance(self) -> float:
@@ -58,24 +60,33 @@ class DraftsPay:
         steps = self.spent(1, 1) - (self.start if count else 0.0)
         return self.rate * steps * self.taken / self.expected
 
+    def rests(self) -> bool:
+        """Does this pass go without the drafter?"""
+        if self.waits == 0:
+            return False
+        self.waits -= 1
+        self._went_without()
+        return True
+
     def most(self, reach: Sequence[float]) -> int:
         """Drafts that pay where each has the same chance.
 
         Args:
-            reach (sequence of `float`): share of the rows that a first, second, … draft would reach.
+            reach (sequence of `float`): share of the growing rows that a first, second, … draft would reach.
         """
         # Nothing would be learned from drafts that do not pay even where all of them hold.
         if self._best(reach, 1.0) == 0:
-            return 0
-        if self.waits:
-            self.waits -= 1
+            self._went_without()
             return 0
         best = self._best(reach, self.chance)
-        if best == 0 or (self.asks * self.rows >= self._ASKS and self.gain <= 0):
+        if best == 0 or (self.seen >= self._SEEN and self.gain <= 0):
             # To see whether that has changed.
-            self.waits, self.patience = self.patience, min(self._MOST_PATIENCE, 2 * self.patience)
-            return max(best, min(len(reach), self._TRIAL))
-        self.patience = self._PATIENCE * self.rows
+            reached = max(1, round(reach[0] * self.rows))
+            self.waits = min(self._MOST_PATIENCE, self._PATIENCE * reached * 2**self.vain)
+            self.vain = min(self._MOST_DOUBLED, self.vain + 1)
+            trial = self._TRIAL + (self.start > self.draft_cost + self.verify_cost)
+            return max(best, min(len(reach), trial))
+        self.vain = 0
         return best
 
     def _best(self, reach: Sequence[float], chance: float) -> int:
@@ -115,10 +126,20 @@ class DraftsPay:
             spent = min(taken, self._MOST_TIMES * expected + self._MOST_MORE)
         self.expected = self._FORGET * self.expected + expected
         self.taken = self._FORGET * self.taken + spent
-        self.gain, self.asks = self._FORGET * self.gain + tokens - 1 - self.rate * spent, self.asks + 1
+        won = tokens - 1 - self.rate * spent
+        self.gain, self.seen = self._FORGET * self.gain + won, self.seen + max(1, tried)
+        if won > self._CLEAR:
+            self.waits = 0
         self.tried, self.held = self._FORGET * self.tried + tried, self._FORGET * self.held + held
+        self._went(tokens, 1 + spent)
+
+    def _went_without(self) -> None:
+        """A pass gave each row a token in a step."""
+        self._went(1.0, 1.0)
+
+    def _went(self, tokens: float, steps: float) -> None:
         self.tokens = self._FORGET * self.tokens + tokens
-        self.time = self._FORGET * self.time + 1 + spent
+        self.time = self._FORGET * self.time + steps
 
 
 class PassTimes:
