@@ -102,7 +102,7 @@ def exit_threshold(given: str) -> float | list[float] | str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="transformers-cee", description="Text classifiers with early exits: each text leaves at its own layer."
+        prog="transformers-cee", description="Models with early exits: each text, or token, leaves at its own layer."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_exits(commands.add_parser("add-exits", help="give exits to a model", description=_ADD_EXITS))

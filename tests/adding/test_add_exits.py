@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from bulk_reference import draw_texts, tokenizer_for, word_tokenizer
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
 
 from transformers_cee import add_exits
 from transformers_cee.adding import run
@@ -357,3 +357,21 @@ def test_unknown_labels(base, tmp_path):
     data = Dataset.from_dict({"text": draw_texts(60), "label": ["LABEL_0"] * 59 + ["nothing"]})
     with pytest.raises(ValueError, match="Row 60 of `texts` has the label 'nothing'; the model has 'LABEL_0'"):
         add_exits(base[0], data, tmp_path / "exits", label_column="label", **QUIET)
+
+
+def test_pipelines_find_the_tokenizer(added):
+    classify = pipeline("early-exit-text-classification", model=str(added[0]))
+    assert {"label", "score"} <= set(classify("w1 w2")[0])
+
+
+def test_too_few_texts_for_a_promise_are_told_before_anything_runs(base, tmp_path, caplog, monkeypatch):
+    def stop(*given):
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "_stored", stop)
+    with caplog.at_level(logging.WARNING), pytest.raises(InterruptedError):
+        add_exits(base[0], draw_texts(60), tmp_path / "exits", agreement=[0.99, 0.9], **QUIET)
+    said = [one.getMessage() for one in caplog.records if "texts that certify" in one.getMessage()]
+    # log(0.025) / log(0.99) = 367.04, and 35.01.
+    assert "`agreement`=0.99 takes 368 texts that certify" in said[0] and "there are 30" in said[0]
+    assert "`agreement`=0.9 takes 36 texts" in said[1] and len(said) == 2

@@ -172,6 +172,13 @@ def test_threads_and_labels(make_model, batch, tmp_path):
     with torch.no_grad():
         assert exported(**batch, labels=torch.tensor([0, 1, 2, 0, 1])).loss > 0
     assert torch.get_num_threads() == before
+    for wrong in (-1, 0, "x", 1.5):
+        with pytest.raises(ValueError, match=r"`threads`=.* must be a whole number"):
+            load_exported(tmp_path / "out", threads=wrong)
+    with pytest.raises(ValueError, match="were exported to 'torch' are part of its graphs"):
+        exported.save_exits(tmp_path / "exits")
+    with pytest.raises(TypeError, match="`model` is exported to 'torch' already"):
+        exported.export(tmp_path / "again")
     assert exported.to("meta").device == torch.device("cpu")
 
 

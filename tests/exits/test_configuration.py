@@ -146,3 +146,13 @@ class TestFieldsThatTrainingHasNow:
         warning = f"`{name}`=False of a config is ignored: `{now}` of `ConsistentEETrainingArguments`"
         # Once, and only what would have made a difference.
         assert len(said) == (0 if value else 1) and all(one.startswith(warning) for one in said)
+
+
+@pytest.mark.parametrize("config_class", list(OWN))
+@pytest.mark.parametrize("threshold", [5, "nobody", [0.5]])
+def test_what_could_not_be_loaded_is_not_saved(config_class, threshold, tmp_path):
+    config = config_class()
+    config.exit_threshold = threshold
+    with pytest.raises(ValueError, match="`exit_threshold`="):
+        config.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

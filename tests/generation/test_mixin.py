@@ -390,3 +390,14 @@ class TestDecay:
         expected = run(model, batch, exit_threshold_decay=6.0, **options)
         model.generation_config.exit_threshold_decay = 6.0
         assert torch.equal(run(model, batch, **options).exit_layers, expected.exit_layers)
+
+
+def test_misspelt_fields_of_a_generation_config():
+    """Such configs keep any field, and nobody would ever look at this one."""
+    model, asked = tiny_llama(), {"max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(TypeError, match=r"`exit_treshold`=0\.5 is no argument: did you mean `exit_threshold`"):
+        model.generate(torch.tensor([[3, 4]]), generation_config=GenerationConfig(exit_treshold=0.5, **asked))
+    model.generate(torch.tensor([[3, 4]]), generation_config=GenerationConfig(exit_treshold=None, **asked))
+    model.generation_config.exits_must_play = True
+    with pytest.raises(TypeError, match="did you mean `exits_must_pay`"):
+        model.generate(torch.tensor([[3, 4]]), **asked)

@@ -162,6 +162,13 @@ def test_refusals(kind, folders):
     assert model.active_exits == "fast"
 
 
+def test_a_name_is_a_text(kind, folders):
+    model = alone(kind, folders[0])
+    with pytest.raises(ValueError, match="`name`=3 must be a text"):
+        model.load_exits(folders[1], name=3)
+    assert model.exits_names == ["default"]
+
+
 def test_heads_of_other_labels(tmp_path):
     """Sets bring their own classifiers where the base has none; a pooler that one set does not use comes back."""
     torch.manual_seed(0)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -139,11 +140,12 @@ def add_exits(
             model, given.texts, output, named, risk=risk, exit_layers=exit_layers, batch_size=batch_size,
             device=device, seed=seed, disable_tqdm=disable_tqdm,
         )  # fmt: skip
-        write_report(added, decoder)
+        _finish(added, decoder)
         return added
     found = _load_classifier(model, exit_layers, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = prepare(given, class_ids(given, found.config, label_column), tokenizer, found, seed)
+    _say_too_few(len(data.certifying), levels, risk)
     seconds, begun = {}, time.perf_counter()
     # Where the exits will be there is room for their states.
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +179,26 @@ def add_exits(
         seconds=seconds,
         accuracy=accuracy,
     )
-    write_report(added, found)
+    _finish(added, found)
     return added
+
+
+def _finish(added: AddedExits, model: Any) -> None:
+    """Puts the tokenizer beside the exits, so that pipelines find it, and writes what was reached."""
+    AutoTokenizer.from_pretrained(added.base).save_pretrained(added.output)
+    write_report(added, model)
+
+
+def _say_too_few(certifying: int, levels: list[float], risk: float) -> None:
+    """Warns, before anything runs, of promises that so few texts certify in no case."""
+    for level in levels:
+        # Of both criteria each has half the risk.
+        needed = math.ceil(math.log(risk / 2) / math.log(level) - 1e-9)
+        if certifying < needed:
+            logger.warning(
+                f"`agreement`={level:g} takes {needed} texts that certify, twice as many `texts` in all; there are "
+                f"{certifying}, so exits will be off at it."
+            )
 
 
 def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int] | None, device: str = "cpu") -> Any:

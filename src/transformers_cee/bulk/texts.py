@@ -50,7 +50,7 @@ class Texts:
                     f"{self.place(number)} holds {text!r} of type {type(text).__name__}; every row must be a text."
                 )
             if not takes_blanks and not text.strip():
-                raise ValueError(f"{self.place(number)} is empty, and the tokenizer makes no token of that.")
+                raise ValueError(f"{self.place(number)} is empty; every row must have a word.")
             yield text
 
     def place(self, number: int) -> str:

@@ -106,7 +106,11 @@ def export_model(
 
 def _check_model(model: Any, criterion: str | None) -> str | None:
     """The criterion whose score becomes part of the graphs, if one can; raises what stands in the way of an export."""
-    if not isinstance(model, EarlyExitSequenceClassifier) or isinstance(model, ExportedSequenceClassifier):
+    if isinstance(model, ExportedSequenceClassifier):
+        raise TypeError(
+            f"`model` is exported to {model.record['engine']!r} already; export the one that it was made of."
+        )
+    if not isinstance(model, EarlyExitSequenceClassifier):
         raise TypeError(f"`model` of type {type(model).__name__} must be a classifier of texts with exits.")
     check_no_adapters(model)
     asked = model.config.exit_criterion if criterion is None else criterion

@@ -22,6 +22,7 @@ from transformers_cee.engines.engine import ENGINES
 from transformers_cee.engines.model import ExportedSequenceClassifier
 from transformers_cee.engines.record import EXITS, GRAPHS, RECORD, check_record
 from transformers_cee.engines.serving import is_of, load_serving
+from transformers_cee.exits.fields import check_field, whole
 
 
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -62,6 +63,7 @@ def load_exported(source: Any, config: Any = None, **kwargs: Any) -> ExportedSeq
     """
     hub = {name: kwargs.pop(name) for name in _OF_HUB if name in kwargs}
     threads, device = kwargs.pop("threads", None), str(kwargs.pop("device", "cpu"))
+    check_field("threads", threads, whole(1).or_none())
     kwargs.pop("dtype", None)
     options = {name: kwargs.pop(name) for one in ENGINES.values() for name in one.options if name in kwargs}
     if config is None:

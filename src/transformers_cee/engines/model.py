@@ -155,6 +155,13 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             asked = {name: kwargs[name] for name in _OF_PUSHING if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or folder.name, **asked)
 
+    def save_exits(self, *args: Any, **kwargs: Any) -> None:
+        """Raises `ValueError`: exits are part of the engine's graphs."""
+        raise ValueError(
+            f"Exits that were exported to {self.record['engine']!r} are part of its graphs: `save_pretrained` saves "
+            "them, `save_exits` those of the original."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ExportedSequenceClassifier:
         """A model with a config, policies and estimators of its own, on the same engine, whose blocks never change."""
         made = memo[id(self)] = type(self)(copy.deepcopy(self.config, memo), self.engine)

@@ -65,6 +65,19 @@ def check_arguments(forward: Callable, config: Any, given: Mapping[str, Any]) ->
             raise unknown_argument(name, given[name], _parameters(forward))
 
 
+def check_exit_names(config: Any, accepted: Collection[str]) -> None:
+    """Raises `TypeError` for a field of a config of transformers whose name begins as those of exits do, and that
+    nobody takes. `None` asks for nothing.
+
+    Args:
+        config (`GenerationConfig`): such configs keep any field.
+        accepted (collection of `str`): names of fields.
+    """
+    for name, value in vars(config).items():
+        if name.startswith(("exit_", "exits_")) and name not in accepted and value is not None:
+            raise unknown_argument(name, value, accepted)
+
+
 @cache
 def _parameters(forward: Callable) -> tuple[str, ...]:
     return tuple(
@@ -79,4 +92,4 @@ def _attention_arguments(implementation: str | None) -> Collection[str]:
     return () if attention is None else inspect.signature(attention).parameters
 
 
-__all__ = ["check_arguments", "unknown_argument"]
+__all__ = ["check_arguments", "check_exit_names", "unknown_argument"]

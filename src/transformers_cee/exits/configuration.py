@@ -148,6 +148,11 @@ class ExitConfigMixin(ConfigLoadingMixin):
         config.model_type = type(config).model_type
         self.check_exits()
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedConfig.save_pretrained`, unless a field of the exits was set to what nobody could load."""
+        self.check_exits()
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     @property
     def exit_layer_numbers(self) -> list[int]:
         """1-based layers of all exits, ascending, the last layer included."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from transformers_cee.exits.criteria import (
     CRITERIA,
@@ -21,6 +22,8 @@ from transformers_cee.exits.criterion import FullDepth
 from transformers_cee.exits.numbers import number
 from transformers_cee.exits.saved_points import check_fitted_on
 
+
+logger = logging.get_logger(__name__)
 
 # End of the name of a method whose promise holds whichever of the exits are asked.
 ANY_OF_THEM = "any_of_them"
@@ -79,10 +82,9 @@ def resolve_decision(
         exit_budget = config.exit_budget
     if exit_budget is not None:
         if exit_threshold is not None or exit_criterion not in (None, "policy"):
-            raise ValueError(
-                f"`exit_budget`={exit_budget} excludes `exit_threshold`={exit_threshold} and "
-                f"`exit_criterion`={exit_criterion!r}: give one of them."
-            )
+            beside = {"exit_threshold": exit_threshold, "exit_criterion": exit_criterion}
+            given = " and ".join(f"`{name}`={value!r}" for name, value in beside.items() if value is not None)
+            raise ValueError(f"`exit_budget`={exit_budget} excludes {given}: give one of them.")
         alpha, limit = price_of_budget(config.exit_budgets, exit_budget)
         return ExitDecision("policy", limit, alpha)
     threshold, criterion = exit_threshold, config.exit_criterion if exit_criterion is None else exit_criterion
@@ -90,6 +92,8 @@ def resolve_decision(
         threshold = config.exit_threshold
     if threshold is None:
         check_criterion(criterion)
+        if exit_criterion is not None:
+            logger.warning_once(f"`exit_criterion`={exit_criterion!r} without `exit_threshold`: exits stay off.")
         return ExitDecision(criterion, CRITERIA[criterion].off, is_asked=False)
     if not isinstance(threshold, str):
         return ExitDecision(criterion, threshold)

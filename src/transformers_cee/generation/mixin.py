@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from transformers_cee.exits.arguments import check_exit_names
 from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, rename_cache
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
 from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, Thresholds
@@ -118,6 +119,9 @@ class EarlyExitGenerationMixin(GenerationMixin):
         if isinstance(mask, Tensor) and mask.dim() == 2:
             # Transformers counts positions by adding it up.
             kwargs["attention_mask"] = (mask != 0).long()
+        for config in (generation_config, self.generation_config):
+            if config is not None:
+                check_exit_names(config, EXIT_ARGUMENTS)
         asked = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
         settings = self._exit_settings(asked, generation_config, self.generation_config)
         trace = ExitTrace()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_cee.exits.fields import check_field, text
 from transformers_cee.families import MODELS
 from transformers_cee.modeling.exits_folder import (
     EXITS,
@@ -221,6 +222,7 @@ def load_exits(base: Any, folder: str | os.PathLike[str], name: str = DEFAULT, *
 
 
 def _add_set(model: Any, source: Any, name: str, kwargs: dict[str, Any]) -> None:
+    check_field("name", name, text)
     _check_can_switch(model)
     sets = _sets(model)
     folder, found = _read(type(model), source, kwargs)

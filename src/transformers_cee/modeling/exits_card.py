@@ -33,6 +33,9 @@ def exits_card(model: Any, record: Mapping[str, Any], name: str) -> str:
     at = f" at revision `{record['revision']}`" if record["revision"] else ""
     along = " and ".join(f"`{task}`" for task in record["task_modules"])
     parts = f"heads, policies and thresholds{f', with {along} of the last exit' if along else ''}"
+    is_text = str(MODELS[config.model_type].task).startswith("text")
+    auto_classes = f"{auto_class}, AutoTokenizer" if is_text else auto_class
+    tokenizer = f"\ntokenizer = AutoTokenizer.from_pretrained({base!r})" if is_text else ""
     points = ", ".join(f"`{point}`" for point in config.exit_operating_points)
     speeds = f"\nOperating points, for `exit_threshold=`: {points}.\n" if points else ""
     return f"""---
@@ -50,9 +53,9 @@ pip install transformers-cee
 
 ```python
 import transformers_cee  # makes the Auto classes know these models
-from transformers import {auto_class}
+from transformers import {auto_classes}
 
-model = {auto_class}.from_pretrained({name!r})  # loads the base, too
+model = {auto_class}.from_pretrained({name!r})  # loads the base, too{tokenizer}
 ```
 
 Around a base that is loaded already, or as one of several sets of exits:
