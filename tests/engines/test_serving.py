@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import BertForConsistentEE, CalibratedPoint
 from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
+from transformers_cee.calibration.exit_plans import plan_exits
+from transformers_cee.engines import model as model_module
 from transformers_cee.engines.costs import measure_costs
 from transformers_cee.evaluation.timing import Timer
 from transformers_cee.exits.estimators import ESTIMATORS
@@ -37,6 +40,18 @@ def test_exits_that_cannot_pay_are_not_asked(exported, tokenizer, texts):
     full = exported(**batch, exit_threshold=1.0)
     assert early.exit_layers.float().mean() < 4 and late.exit_layers.tolist() == [4] * 12
     torch.testing.assert_close(late.logits, full.logits)
+
+
+@torch.no_grad()
+def test_exits_that_would_save_next_to_nothing_are_not_asked(exported, tokenizer, texts, monkeypatch):
+    batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
+    middle = float(exported.rates[0].scores.median())
+    exported.costs = costs(0.0)
+    plan = plan_exits(exported.rates[0], [middle] * 4, exported.costs, 12, 16)
+    saved = 1 - plan.seconds / plan.full_seconds
+    for least, is_asked in ((saved - 0.01, True), (saved + 0.01, False)):
+        monkeypatch.setattr(model_module, "LEAST_GAIN", least)
+        assert bool((exported(**batch, exit_threshold=middle).exit_layers < 4).any()) == is_asked
 
 
 @torch.no_grad()
@@ -77,6 +92,53 @@ def test_sizes_that_are_measured(make_model, tokenizer, texts, tmp_path):
     assert {batch.length for batch in exported.costs.batches} == {16, 20}
     few = measure_costs(exported, batch_sizes=[4], lengths=[16], timer=Timer(3, 1), disable_tqdm=True)
     assert [batch.batch_size for batch in few.batches] == [1, 4]
+
+
+class CountingTimer:
+    """A layer takes a second, the embeddings three, an internal exit a quarter, whatever this machine is doing."""
+
+    def __init__(self, model) -> None:
+        self.seconds = 0.0
+        block = model.engine.block
+        model.engine.block = lambda cut: self.counting(block(cut), cut, model.config.num_hidden_layers)
+        model.blocks.clear()
+
+    def counting(self, run, cut, last):
+        def counted(given):
+            self.seconds += (
+                cut.stop - cut.start + (3.0 if cut.start == 0 else 0.0) + (0.25 if cut.stop < last else 0.0)
+            )
+            return run(given)
+
+        return counted
+
+    def time(self, variants, device):
+        figures = {}
+        for name, run in variants.items():
+            self.seconds = 0.0
+            run()
+            figures[name] = SimpleNamespace(median=self.seconds)
+        return SimpleNamespace(seconds=figures)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exit_criterion": "max_probability"},
+        {"exit_criterion": "policy"},
+        # Features of these policies look back, so all exits before the one that is left at are asked, too.
+        {"exit_criterion": "policy", "policy_inputs": "confidence"},
+    ],
+    ids=["max_probability", "policy", "looks_back"],
+)
+def test_layers_and_checks_are_told_apart(fields, make_model, tokenizer, texts, tmp_path):
+    options = {"precision": "float32", "processing_class": tokenizer, "calibration_texts": texts, "measure": False}
+    exported = make_model(**fields).export(tmp_path / "out", engine="torch", **options)
+    timer = CountingTimer(exported)
+    table = measure_costs(exported, batch_sizes=[1, 4], lengths=[16], timer=timer, disable_tqdm=True)
+    for batch in table.batches:
+        assert batch.layer_seconds == pytest.approx({1: 4.0, 2: 1.0, 3: 1.0, 4: 1.0})
+        assert batch.check_seconds == pytest.approx({1: 0.25, 2: 0.25, 3: 0.25, 4: 0.0})
 
 
 def test_nothing_to_measure(exported):

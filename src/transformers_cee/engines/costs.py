@@ -18,6 +18,7 @@ from transformers_cee.calibration.scores import boldest_threshold
 from transformers_cee.evaluation.environment import processor_name
 from transformers_cee.evaluation.timing import Timer
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.deciding import ExitDecision, model_criterion
 from transformers_cee.exits.row_batch import RowBatch
 
 
@@ -89,7 +90,10 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     seconds = {name: figure.median for name, figure in timer.time(variants, device=model.device).seconds.items()}
     checks = max(0.0, seconds["asked"] - seconds["whole"]) / (len(numbers) - 1)
     # Exits before the first that may be left at are not asked, unless the criterion remembers them.
-    layer = max(0.0, seconds["whole"] - max(0.0, seconds["half"] - checks)) / (last - half)
+    decision = ExitDecision(criterion, everybody)
+    remembers = model_criterion(model, decision, input_ids=ids, first_exit=model.first_exit(half)).has_memory
+    until_half = sum(number <= half for number in numbers) if remembers else 1
+    layer = max(0.0, seconds["whole"] - max(0.0, seconds["half"] - until_half * checks)) / (last - half)
     first = max(0.0, seconds["whole"] - layer * (last - 1))
     return MeasuredBatch(
         rows,
