@@ -19,6 +19,7 @@ from slow_batches import all_subsets, slow_seconds
 
 from transformers_cee import ExitRates, plan_exits
 from transformers_cee.calibration import exit_subsets
+from transformers_cee.calibration.exit_plans import rates_at
 
 
 LAYERS = [2, 3, 5, 8]
@@ -48,6 +49,15 @@ class TestRates:
         scores = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 1.0]])
         found = ExitRates("patience", scores, torch.tensor([1, 2, 3, 4]), has_memory=True)
         assert found.survivors(2.0) == {1: 1.0, 2: 1.0, 3: 0.5} and found.survivors(1.0) == {1: 1.0, 2: 0.5, 3: 0.0}
+
+    def test_prices_between_others(self):
+        low, middle, high = (rates(seed=number, alpha=price) for number, price in enumerate((0.01, 0.04, 0.1)))
+        prices = (low, middle, high)
+        assert [rates_at(prices, alpha) for alpha in (0.001, 0.01, 0.04, 0.1, 0.5)] == [low, low, middle, high, high]
+        # Half way from 0.01 to 0.04 in the logarithm.
+        between = rates_at(prices, 0.02)
+        torch.testing.assert_close(between.scores, (low.scores + middle.scores) / 2)
+        assert between.alpha == 0.02 and rates_at(prices, 0.02) is between and rates_at((low,), 7.0) is low
 
     def test_as_many_rows_as_fit(self, tmp_path):
         scores = population(5000, 12)

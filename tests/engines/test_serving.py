@@ -1,18 +1,25 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import BertForConsistentEE, CalibratedPoint
 from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
 from transformers_cee.calibration.exit_plans import plan_exits
+from transformers_cee.calibration.scores import score_store
 from transformers_cee.engines import model as model_module
 from transformers_cee.engines.costs import measure_costs
+from transformers_cee.engines.promises import exits_of
+from transformers_cee.engines.serving import rates_of
 from transformers_cee.evaluation.timing import Timer
+from transformers_cee.exits.criteria import build_criterion
+from transformers_cee.exits.deciding import criterion_settings
 from transformers_cee.exits.estimators import ESTIMATORS
 
 
@@ -68,6 +75,40 @@ def test_promises_made_for_all_exits_ask_all(exported, tokenizer, texts):
     assert exported(**batch, exit_threshold="any").exit_layers.tolist() == [4] * 12
 
 
+@pytest.mark.parametrize("columns", range(1, 61))
+def test_lengths_are_planned_as_they_are(columns, exported, monkeypatch):
+    """Up to an eighth of a doubling: a plan for longer texts overrates what layers save."""
+    seen = []
+    monkeypatch.setattr(model_module, "plan_exits", lambda *given: seen.append(given[-1]) or plan_exits(*given))
+    exported.costs = costs(0.0)
+    ids = torch.full((2, columns), 7)
+    exported(input_ids=ids, exit_threshold=float(exported.rates[0].scores.median()))
+    assert abs(math.log2(seen[0] / columns)) <= 1 / 8 + 1e-9
+
+
+@torch.no_grad()
+def test_rates_are_those_of_the_price_that_is_asked(make_model, tokenizer, texts, tmp_path):
+    """Prices far apart leave other shares of rows at each exit."""
+    model = make_model(policy_condition="film", policy_inputs="confidence", policy_alphas=[0.001, 0.5])
+    for networks in model.exit_policies.networks:
+        for weight in networks.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    model.config.exit_budgets = [[0.3, 0.5, 0.5], [0.6, 0.02, 0.5], [1.0, 0.001, 0.5]]
+    options = {"precision": "float32", "processing_class": tokenizer, "calibration_texts": texts, "measure": False}
+    exported = model.export(tmp_path / "out", engine="torch", **options)
+    rows = tokenizer(texts)
+    store = exits_of(exported, Dataset.from_dict(dict(rows)), tokenizer)
+    exported.rates = rates_of(exported, store)
+    assert len(exported.rates) >= 3
+    for alpha in (None, 0.5, 0.1, 0.02):
+        settings = criterion_settings(exported, alpha)
+        true = score_store(store, "policy", exported, settings).scores
+        criterion = build_criterion("policy", 0.5, 4, "single_label_classification", exported.exit_policies, settings)
+        torch.testing.assert_close(
+            exported._rates_of(criterion).scores, true, atol=0.02 if alpha == 0.1 else 1e-5, rtol=0
+        )
+
+
 def test_costs_and_rates_are_kept(exported):
     again = BertForConsistentEE.from_pretrained(exported.name_or_path)
     assert again.costs.exit_layers == [1, 2, 3, 4] and again.costs.engine == "openvino"
@@ -89,7 +130,7 @@ def test_sizes_that_are_measured(make_model, tokenizer, texts, tmp_path):
     made = make_model(exit_criterion="max_probability", max_position_embeddings=20)
     options = {"engine": "torch", "precision": "float32", "calibration_texts": texts, "processing_class": tokenizer}
     exported = made.export(tmp_path / "out", **options)
-    assert {batch.length for batch in exported.costs.batches} == {16, 20}
+    assert {batch.length for batch in exported.costs.batches} == {8, 20}
     few = measure_costs(exported, batch_sizes=[4], lengths=[16], timer=Timer(3, 1), disable_tqdm=True)
     assert [batch.batch_size for batch in few.batches] == [1, 4]
 

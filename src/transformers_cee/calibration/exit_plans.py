@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -102,6 +103,23 @@ class ExitRates:
             return cls(about["criterion"], **tensors, has_memory=has_memory, alpha=alpha)
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is damaged, or holds no rates of exits ({error}).") from error
+
+
+@lru_cache(maxsize=256)
+def rates_at(rates: tuple[ExitRates, ...], alpha: float) -> ExitRates:
+    """Rates at a price of a layer, from those of the same rows at some prices: between two of them scores are linear
+    in the logarithm of the price, beyond them as at the nearest.
+
+    Args:
+        rates (tuple of `ExitRates`): by rising price, at least one.
+    """
+    upper = next((place for place, one in enumerate(rates) if (one.alpha or 0.0) >= alpha), len(rates) - 1)
+    lower = max(0, upper - 1)
+    low, high = rates[lower].alpha or alpha, rates[upper].alpha or alpha
+    if upper == lower or alpha >= high:
+        return rates[upper]
+    share = math.log(alpha / low) / math.log(high / low)
+    return replace(rates[lower], scores=torch.lerp(rates[lower].scores, rates[upper].scores, share), alpha=alpha)
 
 
 @dataclass(frozen=True)

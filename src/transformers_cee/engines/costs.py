@@ -23,7 +23,7 @@ from transformers_cee.exits.row_batch import RowBatch
 
 
 BATCH_SIZES = (1, 8, 32)
-LENGTHS = (16, 64)
+LENGTHS = (8, 64)
 
 
 @torch.no_grad()

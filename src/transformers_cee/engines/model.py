@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_cee.calibration.cost_table import CostTable
-from transformers_cee.calibration.exit_plans import ExitRates, plan_exits
+from transformers_cee.calibration.exit_plans import ExitRates, plan_exits, rates_at
 from transformers_cee.engines.engine import Engine, Run
 from transformers_cee.engines.graphs import (
     ALPHA,
@@ -46,8 +46,8 @@ from transformers_cee.modeling.flops import ItemFlops
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 
 
-# Columns up to a multiple of this are planned alike.
-PLANNED_COLUMNS = 16
+# Numbers of columns are planned alike within this part of a doubling, at its middle.
+PLANNED_PARTS = 4
 # Exits are asked where they are expected to save this share of the time. Costs and rates are measured, and not for the
 # rows that come: plans that promise less are as often a loss.
 LEAST_GAIN = 0.05
@@ -258,22 +258,21 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             return asked
         closed = [criterion.off] * first_exit
         rows, columns = batch.hidden_states.shape[:2]
-        # Nearby lengths have one plan.
-        length = -(-columns // PLANNED_COLUMNS) * PLANNED_COLUMNS
+        length = 2 ** (round(PLANNED_PARTS * math.log2(columns)) / PLANNED_PARTS)
         plan = plan_exits(rates, [*closed, *criterion.thresholds[first_exit:]], self.costs, rows, length)
         if plan.seconds > (1 - LEAST_GAIN) * plan.full_seconds:
             return ()
         return [index for index in asked if self.layer_numbers[index] in plan.exit_layers]
 
     def _rates_of(self, criterion: ExitCriterion) -> ExitRates | None:
-        """Rates of a criterion, at the price of a layer that is nearest to its own."""
+        """Rates of a criterion, at its own price of a layer."""
         found = [rates for rates in self.rates if rates.criterion == criterion.name]
         alpha = criterion.settings.alpha
         if alpha is None and self.exit_policies.is_conditioned:
             alpha = self.exit_policies.default_alpha
         if alpha is None or len(found) < 2:
             return found[0] if found else None
-        return min(found, key=lambda rates: abs(math.log((rates.alpha or alpha) / alpha)))
+        return rates_at(tuple(sorted(found, key=lambda rates: rates.alpha or 0.0)), alpha)
 
     def _stack(
         self, asked: Sequence[int], criterion: ExitCriterion | None, gives: set[str], at_last: set[str]

@@ -33,7 +33,7 @@ PRICES = 6
 
 def rates_of(model: Any, store: ExitStore) -> list[ExitRates]:
     """Rates of the criterion that is part of an exported model's graphs; of conditioned policies at several prices of
-    a layer, between which a walk's own has the nearest."""
+    a layer, the default one among them."""
     criterion = model.record["criterion"]
     if criterion is None or len(model.layer_numbers) == 1:
         return []
@@ -42,7 +42,7 @@ def rates_of(model: Any, store: ExitStore) -> list[ExitRates]:
     prices: list[float | None] = [None]
     if criterion == "policy" and model.exit_policies.is_conditioned and budgets:
         step = max(1, len(budgets) // PRICES)
-        prices = sorted({alpha for _, alpha, _ in budgets[::step]})
+        prices = sorted({model.exit_policies.default_alpha, *(alpha for _, alpha, _ in budgets[::step])})
     return [ExitRates.of(score_store(store, criterion, model, replace(settings, alpha=alpha))) for alpha in prices]
 
 
