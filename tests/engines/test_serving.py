@@ -104,9 +104,8 @@ def test_rates_are_those_of_the_price_that_is_asked(make_model, tokenizer, texts
         settings = criterion_settings(exported, alpha)
         true = score_store(store, "policy", exported, settings).scores
         criterion = build_criterion("policy", 0.5, 4, "single_label_classification", exported.exit_policies, settings)
-        torch.testing.assert_close(
-            exported._rates_of(criterion).scores, true, atol=0.02 if alpha == 0.1 else 1e-5, rtol=0
-        )
+        tolerance = 0.02 if alpha == 0.1 else 1e-5
+        torch.testing.assert_close(exported._rates_of(criterion).scores, true, atol=tolerance, rtol=0)
 
 
 def test_costs_and_rates_are_kept(exported):
