@@ -93,13 +93,15 @@ def test_rates_are_those_of_the_price_that_is_asked(make_model, tokenizer, texts
     for networks in model.exit_policies.networks:
         for weight in networks.parameters():
             torch.nn.init.normal_(weight, std=0.3)
-    model.config.exit_budgets = [[0.3, 0.5, 0.5], [0.6, 0.02, 0.5], [1.0, 0.001, 0.5]]
+    # As they are fitted: many thresholds at the lowest price.
+    deep = [[0.7 + number / 100, 0.001, 0.5 + number / 100] for number in range(30)]
+    model.config.exit_budgets = [[0.3, 0.5, 0.5], [0.6, 0.02, 0.5], *deep]
     options = {"precision": "float32", "processing_class": tokenizer, "calibration_texts": texts, "measure": False}
     exported = model.export(tmp_path / "out", engine="torch", **options)
     rows = tokenizer(texts)
     store = exits_of(exported, Dataset.from_dict(dict(rows)), tokenizer)
     exported.rates = rates_of(exported, store)
-    assert len(exported.rates) >= 3
+    assert [rates.alpha for rates in exported.rates] == [0.001, 0.02, 0.5]
     for alpha in (None, 0.5, 0.1, 0.02):
         settings = criterion_settings(exported, alpha)
         true = score_store(store, "policy", exported, settings).scores
@@ -179,6 +181,21 @@ def test_layers_and_checks_are_told_apart(fields, make_model, tokenizer, texts, 
     for batch in table.batches:
         assert batch.layer_seconds == pytest.approx({1: 4.0, 2: 1.0, 3: 1.0, 4: 1.0})
         assert batch.check_seconds == pytest.approx({1: 0.25, 2: 0.25, 3: 0.25, 4: 0.0})
+
+
+def test_noise_makes_no_layer_dearer_than_the_whole_allows(make_model, tokenizer, texts, tmp_path):
+    fields = {"exit_criterion": "policy", "policy_inputs": "confidence"}
+    options = {"precision": "float32", "processing_class": tokenizer, "calibration_texts": texts, "measure": False}
+    exported = make_model(**fields).export(tmp_path / "out", engine="torch", **options)
+
+    class NoisyTimer(CountingTimer):
+        def time(self, variants, device):
+            found = super().time(variants, device)
+            found.seconds["half"].median = 0.1
+            return found
+
+    table = measure_costs(exported, batch_sizes=[1], lengths=[16], timer=NoisyTimer(exported), disable_tqdm=True)
+    assert table.batches[0].layer_seconds == pytest.approx(dict.fromkeys(range(1, 5), 7 / 4))
 
 
 def test_nothing_to_measure(exported):

@@ -398,6 +398,9 @@ def test_misspelt_fields_of_a_generation_config():
     with pytest.raises(TypeError, match=r"`exit_treshold`=0\.5 is no argument: did you mean `exit_threshold`"):
         model.generate(torch.tensor([[3, 4]]), generation_config=GenerationConfig(exit_treshold=0.5, **asked))
     model.generate(torch.tensor([[3, 4]]), generation_config=GenerationConfig(exit_treshold=None, **asked))
+    for name, meant in (("min_exit_layers", "min_exit_layer"), ("skiped_kv", "skipped_kv")):
+        with pytest.raises(TypeError, match=f"did you mean `{meant}`"):
+            model.generate(torch.tensor([[3, 4]]), generation_config=GenerationConfig(**{name: 2}, **asked))
     model.generation_config.exits_must_play = True
     with pytest.raises(TypeError, match="did you mean `exits_must_pay`"):
         model.generate(torch.tensor([[3, 4]]), **asked)

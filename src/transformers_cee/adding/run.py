@@ -184,9 +184,9 @@ def add_exits(
 
 
 def _finish(added: AddedExits, model: Any) -> None:
-    """Puts the tokenizer beside the exits, so that pipelines find it, and writes what was reached."""
-    AutoTokenizer.from_pretrained(added.base).save_pretrained(added.output)
+    """Writes what was reached, and puts the tokenizer beside the exits, so that pipelines find it."""
     write_report(added, model)
+    AutoTokenizer.from_pretrained(added.base).save_pretrained(added.output)
 
 
 def _say_too_few(certifying: int, levels: list[float], risk: float) -> None:
@@ -195,9 +195,12 @@ def _say_too_few(certifying: int, levels: list[float], risk: float) -> None:
         # Of both criteria each has half the risk.
         needed = math.ceil(math.log(risk / 2) / math.log(level) - 1e-9)
         if certifying < needed:
+            advice = (
+                "twice as many `texts` in all" if needed <= MOST_CERTIFYING else f"and {MOST_CERTIFYING} at most do"
+            )
             logger.warning(
-                f"`agreement`={level:g} takes {needed} texts that certify, twice as many `texts` in all; there are "
-                f"{certifying}, so exits will be off at it."
+                f"`agreement`={level:g} takes {needed} texts that certify, {advice}; there are {certifying}, so exits "
+                "will be off at it."
             )
 
 

@@ -94,6 +94,8 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     remembers = model_criterion(model, decision, input_ids=ids, first_exit=model.first_exit(half)).has_memory
     until_half = sum(number <= half for number in numbers) if remembers else 1
     layer = max(0.0, seconds["whole"] - max(0.0, seconds["half"] - until_half * checks)) / (last - half)
+    # The first layer has the embeddings, too, and costs no less, whatever noise says.
+    layer = min(layer, seconds["whole"] / last)
     first = max(0.0, seconds["whole"] - layer * (last - 1))
     return MeasuredBatch(
         rows,

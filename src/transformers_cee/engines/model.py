@@ -46,7 +46,7 @@ from transformers_cee.modeling.flops import ItemFlops
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 
 
-# Numbers of columns are planned alike within this part of a doubling, at its middle.
+# Numbers of columns, and prices of a layer, are planned alike within this part of a doubling, at its middle.
 PLANNED_PARTS = 4
 # Exits are asked where they are expected to save this share of the time. Costs and rates are measured, and not for the
 # rows that come: plans that promise less are as often a loss.
@@ -142,6 +142,8 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             kwargs: those of `push_to_hub`, `repo_id` by default the folder's name. Others of
                 `PreTrainedModel.save_pretrained` are about weights, which are the engine's, and have no effect.
         """
+        self.config.exit_layers = list(self.layer_numbers)
+        self.config.check_exits()
         folder, source = Path(save_directory), self.engine.folder.parent
         (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
         graphs = [name for name in self.record["files"] if name.startswith(f"{GRAPHS}/")]
@@ -151,7 +153,6 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with replacing(folder / EXITS) as beside:
             save_file(tensors, beside)
-        self.config.exit_layers = list(self.layer_numbers)
         self.config.exit_engine = {**self.record, "files": [*graphs, *save_serving(self, folder)]}
         self.config.save_pretrained(folder)
         if push_to_hub:
@@ -272,7 +273,11 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             alpha = self.exit_policies.default_alpha
         if alpha is None or len(found) < 2:
             return found[0] if found else None
-        return rates_at(tuple(sorted(found, key=lambda rates: rates.alpha or 0.0)), alpha)
+        prices = tuple(sorted(found, key=lambda rates: rates.alpha or 0.0))
+        if all(rates.alpha != alpha for rates in prices):
+            # Nearby prices have one plan.
+            alpha = 2 ** (round(PLANNED_PARTS * math.log2(alpha)) / PLANNED_PARTS)
+        return rates_at(prices, alpha)
 
     def _stack(
         self, asked: Sequence[int], criterion: ExitCriterion | None, gives: set[str], at_last: set[str]

@@ -41,8 +41,9 @@ def rates_of(model: Any, store: ExitStore) -> list[ExitRates]:
     budgets = model.config.exit_budgets
     prices: list[float | None] = [None]
     if criterion == "policy" and model.exit_policies.is_conditioned and budgets:
-        step = max(1, len(budgets) // PRICES)
-        prices = sorted({model.exit_policies.default_alpha, *(alpha for _, alpha, _ in budgets[::step])})
+        known = sorted({alpha for _, alpha, _ in budgets})
+        places = torch.linspace(0, len(known) - 1, min(PRICES, len(known))).round().long().tolist()
+        prices = sorted({model.exit_policies.default_alpha, *(known[place] for place in places)})
     return [ExitRates.of(score_store(store, criterion, model, replace(settings, alpha=alpha))) for alpha in prices]
 
 

@@ -66,15 +66,18 @@ def check_arguments(forward: Callable, config: Any, given: Mapping[str, Any]) ->
 
 
 def check_exit_names(config: Any, accepted: Collection[str]) -> None:
-    """Raises `TypeError` for a field of a config of transformers whose name begins as those of exits do, and that
-    nobody takes. `None` asks for nothing.
+    """Raises `TypeError` for a field of a config of transformers that nobody takes, and whose name is nearly that of
+    one of the exits, or begins as they do. `None` asks for nothing.
 
     Args:
         config (`GenerationConfig`): such configs keep any field.
         accepted (collection of `str`): names of fields.
     """
+    names, known = sorted(accepted), {*accepted, *vars(type(config)())}
     for name, value in vars(config).items():
-        if name.startswith(("exit_", "exits_")) and name not in accepted and value is not None:
+        if value is None or name in known:
+            continue
+        if name.startswith(("exit_", "exits_")) or get_close_matches(name, names, n=1, cutoff=0.8):
             raise unknown_argument(name, value, accepted)
 
 
