@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,11 +82,15 @@ class SingleRows:
         model = self.model
         others = dict.fromkeys(("token_type_ids", "position_ids", "inputs_embeds"))
         batch = model.embed(mask, input_ids=input_ids, **others)
-        stack = model.stack(batch, {}).layers
+        run: tuple[Tensor, int] = model.walked(partial(self._walk, batch), model.stack(batch, {}).layers, {})["run"]
+        return run
+
+    def _walk(self, batch: Any, layers: Sequence[Callable[[Any], Tensor]]) -> tuple[Tensor, int]:
+        model = self.model
         predictions: list[int] = []
         sure: list[float] = []
         logits = torch.empty(0)
-        for number, layer in enumerate(stack, start=1):
+        for number, layer in enumerate(layers, start=1):
             batch.hidden_states = layer(batch)
             if number not in model.layer_numbers:
                 continue
@@ -97,4 +102,4 @@ class SingleRows:
             predictions.append(int(logits.argmax(-1).item()))
             if number >= self.first and self.leaves(predictions, sure):
                 return logits, number
-        return logits, len(stack)
+        return logits, len(layers)

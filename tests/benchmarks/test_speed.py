@@ -34,6 +34,17 @@ def test_loops_of_single_rows_leave_where_batches_do(criterion, threshold, rule)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+def test_loops_of_single_rows_take_any_family(model_type):
+    model = families.model(model_type)
+    batch = dict(tokenizer_for(model)(draw_texts(4), padding=True, return_tensors="pt"))
+    with torch.no_grad():
+        expected = model(**batch, exit_criterion="entropy", exit_threshold=0.9)
+    found = SingleRows(model, by_entropy(0.9))(**batch)
+    assert found.exit_layers.tolist() == expected.exit_layers.tolist()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
 def test_patience_counts_repeated_predictions():
     seen = [[0], [0, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 1]]
     assert [by_patience(2)(predictions, []) for predictions in seen] == [False, False, True, False, True, False]
