@@ -28,8 +28,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from transformers.utils import logging
 
 from transformers_cee import ConsistentEETrainer, ConsistentEETrainingArguments
-from transformers_cee.adding.data import prepare, read_texts
-from transformers_cee.adding.run import AUTO_CLASS, EXIT_FIELDS, MOST_CERTIFYING, MOST_LEARNING
+from transformers_cee.adding.data import MOST_CERTIFYING, MOST_LEARNING, prepare, read_texts
+from transformers_cee.adding.run import AUTO_CLASS, EXIT_FIELDS
 from transformers_cee.auto import model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.prices import calibrate_price

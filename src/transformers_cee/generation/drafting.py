@@ -156,7 +156,7 @@ class ExitDrafts(Drafter):
         most = 0 if pays.rests() else pays.most(texts.reach(room, self.most_tokens))
         if most == 0:
             return None
-        goes_on, counts, growing = room > 0, torch.zeros_like(room), int(texts.grows.sum())
+        goes_on, counts = room > 0, torch.zeros_like(room)
         token = texts.last(1)
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -172,7 +172,7 @@ class ExitDrafts(Drafter):
             criterion = self.criterion()
             goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
             # A column costs all rows the same, and brings a token to those at most that go on.
-            if int(goes_on.sum()) <= growing * pays.least(1):
+            if float(goes_on.sum() / texts.grows.sum()) <= pays.least(1):
                 refused = self.refused
                 break
             drawn, probability = drafting.draw(step.logits)
@@ -217,7 +217,7 @@ class JumpDrafts(Drafter):
         if pays.most(reach) == 0:
             return None
         # Where drafts pay at all, their own probabilities say how many: a column costs all rows the same.
-        counts, growing = torch.zeros_like(room), int(texts.grows.sum())
+        counts = torch.zeros_like(room)
         product = torch.ones_like(room, dtype=torch.float)
         token, state = texts.last(1), self.seen.unsqueeze(1)
         tokens: list[Tensor] = []
@@ -230,7 +230,7 @@ class JumpDrafts(Drafter):
             logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
             product = torch.where(len(tokens) < room, product * logits.float().softmax(-1).amax(-1), 0.0)
-            if float(product.sum()) <= growing * pays.least(len(tokens)):
+            if float(product.sum() / texts.grows.sum()) <= pays.least(len(tokens)):
                 break
             drawn, probability = drafting.draw(logits)
             counts = counts + (len(tokens) < room)

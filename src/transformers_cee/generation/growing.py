@@ -84,9 +84,11 @@ class GrowingTexts:
 
     def reach(self, counts: Tensor, most: int) -> list[float]:
         """Share of the growing rows that a first, second, … draft reaches, where rows can have so many (rows,)."""
-        columns = torch.arange(min(most, int(counts.max())), device=counts.device)
-        found: list[float] = (counts.unsqueeze(1) > columns)[self.grows].float().mean(0).tolist()
-        return found
+        columns = torch.arange(most, device=counts.device)
+        reached = (counts.unsqueeze(1) > columns) & self.grows.unsqueeze(1)
+        shares: list[float] = (reached.sum(0) / self.grows.sum().clamp_min(1)).tolist()
+        # The further, the fewer.
+        return [share for share in shares if share > 0]
 
     def at(self, offsets: Tensor) -> Tensor:
         """Tokens (rows, columns) at offsets (rows, columns) from each row's length."""
