@@ -67,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help=f"at least {FEWEST_ROUNDS}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="of the engine torch, and of the peers")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="beside stock float32")
     parser.add_argument("--quick", action="store_true", help="few sizes and rounds: under three minutes")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json, table.md and speed.png")
     args = parser.parse_args()
@@ -106,12 +107,13 @@ def make_variants(args: argparse.Namespace, model: Any, folder: Path) -> tuple[d
     half = min(model.layer_numbers[:-1], key=lambda layer: abs(layer - last / 2))
     stock = stock_of(model).to(args.device)
     variants: dict[str, Callable] = {STOCK: stock}
-    variants["stock torch bfloat16"] = copy.deepcopy(stock).to(torch.bfloat16)
-    if args.device == "cpu":
-        variants["stock torch dynamic int8"] = dynamic_int8(stock)
-    variants["stock torch float32, half the layers"] = stock_of(model, last // 2).to(args.device)
-    loop = SingleRows(copy.deepcopy(model).to(args.device), by_entropy(2.0), half)
-    variants["loop of single rows, half"] = loop
+    if args.peers:
+        variants["stock torch bfloat16"] = copy.deepcopy(stock).to(torch.bfloat16)
+        if args.device == "cpu":
+            variants["stock torch dynamic int8"] = dynamic_int8(stock)
+        variants["stock torch float32, half the layers"] = stock_of(model, last // 2).to(args.device)
+        loop = SingleRows(copy.deepcopy(model).to(args.device), by_entropy(2.0), half)
+        variants["loop of single rows, half"] = loop
     texts, tokenizer = None, None
     if args.texts is not None:
         texts = [

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -17,7 +19,7 @@ from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.fitting.drafter import fit_drafter
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.slots import SlotPass
-from transformers_cee.modeling.roll_outs import read_text, roll_outs
+from transformers_cee.modeling.roll_outs import draft_figures, read_text, roll_outs
 
 
 LAYER, TIME = 3, 12
@@ -147,17 +149,84 @@ def test_padding_on_either_side_changes_nothing():
 def test_short_texts(time):
     model = model_with_drafter()
     output = model(torch.full((2, time), 5), exit_training=ExitTraining(roll_outs=3))
-    assert output.loss.isfinite() and (output.accepted_drafts is None or len(output.accepted_drafts) == time - 1)
+    assert output.loss.isfinite() and output.judged_drafts.shape == (2, 3, 3)
+    counts = [max(0, time - min(3, time - 1)) if step < time - 1 else 0 for step in range(3)]
+    assert output.judged_drafts[..., 2].tolist() == [counts, counts]
 
 
-def test_nobody_stops_it_early(tmp_path):
-    """Callbacks that wait for evaluations find none in this phase."""
+@torch.no_grad()
+def test_judged_as_drafted_token_by_token():
+    """Figures of an evaluation are those of a slow loop over rows, starts and steps; prompts are not judged."""
+    model = model_with_drafter().eval()
+    batch, drafter = texts(model, 5), model.exit_drafter
+    ids = batch["input_ids"]
+    labels, held = ids.clone(), torch.zeros(3, 2)
+    for row, prompt in enumerate((1, 3, 5, 8, 12)):
+        labels[row, :prompt] = -100
+        for start in range(1, TIME - 2):
+            cache = DynamicCache()
+            hidden = model.model(
+                input_ids=ids[row : row + 1, :start], output_hidden_states=True, use_cache=True, **{CACHE_NAME: cache}
+            ).hidden_states
+            run_cache, state = EarlyExitCache.from_cache(cache, 4), hidden[LAYER][:, -1:]
+            for step in range(3):
+                column = start + step
+                first, none = torch.tensor([column]), torch.zeros(1, dtype=torch.long)
+                run = SlotPass(model.as_decoder, run_cache, first, 1, None, none, state[:0, 0])
+                embedded = model.get_input_embeddings()(ids[row : row + 1, column : column + 1])
+                state = run.run_layer(drafter.layer, LAYER - 1, drafter.jump(state, embedded))
+                logits = model.lm_head(model.model.norm(drafter.read(state[0])))[:, drafter.token_ids]
+                says = model(ids[row : row + 1, : column + 1]).logits[0, -1].argmax()
+                if column + 1 < TIME and labels[row, column + 1] != -100:
+                    held[step] += torch.tensor([float(drafter.token_ids[logits.argmax()] == says), 1.0])
+    judged = model(**batch, labels=labels, exit_training=ExitTraining(roll_outs=3)).judged_drafts
+    assert torch.equal(judged[..., 1:].sum(0), held) and (held[:, 1] > 0).all() and not judged[-1].any()
+    shares = (held[:, 0] / held[:, 1]).tolist()
+    figures = draft_figures(judged)
+    assert [figures[f"accepted_{step}"] for step in (1, 2, 3)] == pytest.approx(shares)
+    assert figures["tokens_per_pass"] == pytest.approx(1 + shares[0] * (1 + shares[1] * (1 + shares[2])))
+    assert draft_figures(judged[-1:]) == {}
+
+
+def test_evaluations_say_what_is_accepted(tmp_path):
+    """Of several sets each, and their mean; the best checkpoint is the one with the most tokens per pass."""
     model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
-    options = {"eval_strategy": "epoch", "metric_for_best_model": "loss", "drafter_num_train_epochs": 1}
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = trainer_of(model, tmp_path, drafter_num_train_epochs=4, **options)
+    rows = trainer.eval_dataset
+    trainer.eval_dataset = {"few": rows.select(range(5)), "many": rows}
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "eval_many_accepted_1" in entry]
+    assert len(log) == 4 and 0 < log[-1]["eval_many_accepted_1"] <= 1
+    assert log[-1]["eval_many_loss"] < log[0]["eval_many_loss"]
+    last = tmp_path / "phases" / "drafter"
+    state = json.loads((max(last.glob("checkpoint-*"), key=checkpoint_number) / "trainer_state.json").read_text())
+    best = max(
+        (entry for entry in state["log_history"] if "eval_many_tokens_per_pass" in entry),
+        key=lambda entry: entry["eval_many_tokens_per_pass"] + few_of(state, entry["step"]),
+    )
+    assert state["best_global_step"] == best["step"]
+
+
+def few_of(state, step):
+    entries = (one for one in state["log_history"] if one["step"] == step)
+    return next(one["eval_few_tokens_per_pass"] for one in entries if "eval_few_tokens_per_pass" in one)
+
+
+def checkpoint_number(path):
+    return int(path.name.rpartition("-")[2])
+
+
+def test_it_stops_when_no_more_is_accepted(tmp_path):
+    model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
+    options = {
+        "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
+        "metric_for_best_model": "loss", "drafter_num_train_epochs": 6,
+    }  # fmt: skip
     trainer = trainer_of(model, tmp_path, **options)
-    trainer.add_callback(EarlyStoppingCallback(1))
-    assert list(trainer.train().phases) == ["drafter"]
-    assert any(isinstance(one, EarlyStoppingCallback) for one in trainer.callback_handler.callbacks)
+    # Nothing gets better by so much.
+    trainer.add_callback(EarlyStoppingCallback(1, early_stopping_threshold=9.0))
+    assert trainer.train().phases["drafter"].global_step == 12
 
 
 def test_words_are_those_said_most():

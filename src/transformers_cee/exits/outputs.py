@@ -83,8 +83,8 @@ class ExitCausalLMOutput(CausalLMOutputWithPast):
         token_losses (`torch.Tensor` of shape `(tokens,)`, *optional*):
             Cross-entropy of each counted position at its own exit, with `exit_threshold` on known text with labels.
         token_predictions (`torch.LongTensor` of shape `(tokens,)`, *optional*): its own exit's token, likewise.
-        accepted_drafts (`torch.Tensor` of shape `(roll-outs,)`, *optional*):
-            While the drafter learns: share of its tokens that are the model's own choice, by how far ahead.
+        judged_drafts (`torch.Tensor` of shape `(batch, roll-outs, 3)`, *optional*):
+            What the drafter's roll-outs came to, see `modeling.roll_outs.judge_drafts`.
         hidden_states (`tuple` of `torch.Tensor` of shape `(batch, time, hidden)`, *optional*):
             With `output_hidden_states=True`, embeddings and the output of every layer, the last one normed: layers + 1
             entries. NaN where a token had left before the layer.
@@ -104,4 +104,4 @@ class ExitCausalLMOutput(CausalLMOutputWithPast):
     may_exit: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
     token_predictions: torch.Tensor | None = None
-    accepted_drafts: torch.Tensor | None = None
+    judged_drafts: torch.Tensor | None = None

@@ -283,7 +283,7 @@ class EarlyExitCausalLM(GGUFLoadingMixin, DecoderRuns, EarlyExitGenerationMixin)
         check_arguments(EarlyExitCausalLM.forward, self.config, kwargs)
         shape, options = check_inputs(input_ids, inputs_embeds), exit_training or ExitTraining()
         if options.roll_outs:
-            return self.run_roll_outs(input_ids, attention_mask, options.roll_outs)
+            return self.run_roll_outs(input_ids, attention_mask, labels, options.roll_outs)
         targets = token_targets(labels, shape, kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100))
         if targets is None and (output_all_exits or options.sample_exits):
             raise ValueError("`output_all_exits` and `sample_exits` need `labels`, which say what positions count.")

@@ -28,7 +28,7 @@ from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, complete_waiting, decode_step
 from transformers_cee.modeling.base import OUTPUT_FLAGS, EarlyExitModel
-from transformers_cee.modeling.roll_outs import read_text, roll_outs
+from transformers_cee.modeling.roll_outs import judge_drafts, read_text, roll_outs
 
 
 @dataclass
@@ -263,14 +263,17 @@ class DecoderRuns(EarlyExitModel):
             **{CACHE_NAME: cache},
         )
 
-    def run_roll_outs(self, input_ids: Tensor, attention_mask: Tensor | None, ahead: int) -> ExitCausalLMOutput:
-        """The drafter's loss over a known text, in which it drafts so many tokens from every token on."""
+    def run_roll_outs(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, ahead: int
+    ) -> ExitCausalLMOutput:
+        """The drafter's loss over a known text, in which it drafts so many tokens from every token on. It learns from
+        all tokens; labels say which are judged."""
         found = list(roll_outs(self, read_text(self, input_ids, attention_mask), ahead))
         if not found:
-            return ExitCausalLMOutput(loss=torch.zeros((), device=input_ids.device))
+            none = torch.zeros(len(input_ids), ahead, 3, device=input_ids.device)
+            return ExitCausalLMOutput(loss=none.sum(), judged_drafts=none)
         loss = torch.stack([one.loss for one in found]).mean()
-        accepted = torch.stack([one.accepted for one in found])
-        return ExitCausalLMOutput(loss=loss, accepted_drafts=accepted)
+        return ExitCausalLMOutput(loss=loss, judged_drafts=judge_drafts(found, labels, ahead))
 
     # Parts
 

@@ -8,7 +8,8 @@ distribution is to be the model's (KL; training-time test of EAGLE-3, Li et al. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.exits.jump_drafter import JumpDrafter
 from transformers_cee.exits.row_batch import SLIDING
+from transformers_cee.exits.token_targets import IGNORED
 
 
 # Weight of the squared error of predicted states, over their mean square.
@@ -65,17 +67,30 @@ def read_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> T
 
 @dataclass
 class RollOut:
-    """What drafting so far ahead came to, as means over tokens.
+    """What drafting so far ahead came to.
 
     Args:
-        loss (`Tensor`): KL and the weighted error of predicted states.
-        kl (`Tensor`): KL of the drafter's distribution from the model's, over the drafter's vocabulary.
-        accepted (`Tensor`): share of drafts that are the model's own choice.
+        loss (`Tensor`): mean over tokens of KL and the weighted error of predicted states.
+        divergence (`Tensor` of shape `(rows, starts)`):
+            KL of the drafter's distribution from the model's, over the drafter's vocabulary; 0 where nothing counts.
+        stands (`BoolTensor` of shape `(rows, starts)`): is the draft the model's own choice?
+        counted (`BoolTensor` of shape `(rows, starts)`): which drafts count.
     """
 
     loss: Tensor
-    kl: Tensor
-    accepted: Tensor
+    divergence: Tensor
+    stands: Tensor
+    counted: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """Mean divergence of the drafts that count."""
+        return self.divergence.sum() / self.counted.sum()
+
+    @property
+    def accepted(self) -> Tensor:
+        """Share of the drafts that count which stand."""
+        return self.stands.sum() / self.counted.sum()
 
 
 class _RollOutCache:
@@ -134,11 +149,58 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
             chosen = teacher.argmax(-1)
             wanted = teacher.log_softmax(-1)[:, drafter.token_ids]
         said = logits.float().log_softmax(-1)
-        kl = (wanted.exp() * (wanted - said)).sum(-1).mean()
+        divergence = (wanted.exp() * (wanted - said)).sum(-1)
         true = read.before[:, here][counted]
         error = (jumped[counted] - true).pow(2).mean() / true.pow(2).mean()
-        accepted = (drafter.token_ids[said.argmax(-1)] == chosen).float().mean()
-        yield RollOut(kl + _STATES * error, kl.detach(), accepted)
+        stands = drafter.token_ids[said.argmax(-1)] == chosen
+        yield RollOut(
+            divergence.mean() + _STATES * error,
+            torch.zeros_like(counted, dtype=torch.float).masked_scatter(counted, divergence.detach()),
+            torch.zeros_like(counted).masked_scatter(counted, stands),
+            counted,
+        )
 
 
-__all__ = ["RollOut", "TextRead", "read_text", "roll_outs"]
+@torch.no_grad()
+def judge_drafts(found: Sequence[RollOut], labels: Tensor | None, ahead: int) -> Tensor:
+    """What roll-outs of a text came to, row by row.
+
+    Args:
+        found (sequence of [`RollOut`]): the first, second, … drafts.
+        labels (`LongTensor` of shape `(rows, time)`, *optional*):
+            Only tokens whose label is not −100 are judged, such as an answer's; without labels all of them.
+        ahead (`int`): so many were asked for; short texts end sooner.
+
+    Returns:
+        `Tensor` of shape `(rows, ahead, 3)`: sums of the divergence, of the drafts that stand, and of their number.
+    """
+    rows, starts = found[0].counted.shape
+    sums = found[0].divergence.new_zeros(rows, ahead, 3)
+    for step, one in enumerate(found):
+        counted = one.counted
+        if labels is not None:
+            # The first draft begins at the second token, and drafts the third.
+            counted = counted & F.pad(labels[:, 2 + step :] != IGNORED, (0, starts))[:, :starts]
+        for column, values in enumerate((one.divergence, one.stands, counted)):
+            sums[:, step, column] = (values * counted).sum(1)
+    return sums
+
+
+def draft_figures(judged: Tensor) -> dict[str, float]:
+    """Figures of what [`judge_drafts`] gave for all rows.
+
+    Returns:
+        `dict[str, float]`: `loss`, the mean divergence; `accepted_1`, `accepted_2`, … the share of first, second, …
+        drafts that stand where those before them do; and `tokens_per_pass`, what a pass that verifies so many drafts
+        gives of tokens. Empty where no draft counts.
+    """
+    divergence, stands, counted = judged.double().sum(0).unbind(-1)
+    if not counted.sum():
+        return {}
+    shares = (stands / counted.clamp_min(1)).tolist()
+    figures = {f"accepted_{step}": share for step, share in enumerate(shares, 1)}
+    per_pass = 1 + sum(math.prod(shares[:step]) for step in range(1, len(shares) + 1))
+    return {"loss": float(divergence.sum() / counted.sum()), **figures, "tokens_per_pass": per_pass}
+
+
+__all__ = ["RollOut", "TextRead", "draft_figures", "judge_drafts", "read_text", "roll_outs"]

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.exit_evaluation import ExitEvaluationTrainer, ExitLoopOutput
 from transformers_cee.training.labels import FiniteLabels, FiniteLoss
-from transformers_cee.training.model_step import ModelPhase, with_gradient
+from transformers_cee.training.model_step import ModelPhase, RowJudge, with_gradient
 from transformers_cee.training.parameters import freeze_for_model_step, keeping_requires_grad, split_exit_groups
 from transformers_cee.training.policy_phase import at_rate
 from transformers_cee.training.training_args import ConsistentEETrainingArguments
@@ -32,11 +31,12 @@ def phase_arguments(
     own = copy.copy(args)
     own.output_dir, own.learning_rate, own.num_train_epochs = folder, learning_rate, epochs
     own.push_to_hub = False
-    if not phase.is_judged:
-        own.eval_strategy, own.load_best_model_at_end = IntervalStrategy.NO, False
-    if phase.trainable == "internal_exits" and own.metric_for_best_model is not None:
+    if own.metric_for_best_model is not None:
         # Nothing else that an evaluation reports can change.
-        own.metric_for_best_model, own.greater_is_better = "exit_loss", False
+        if phase.judge is not None:
+            own.metric_for_best_model, own.greater_is_better = phase.judge.best_by, True
+        elif phase.trainable == "internal_exits":
+            own.metric_for_best_model, own.greater_is_better = "exit_loss", False
     return own
 
 
@@ -86,12 +86,6 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         args.report_to, args.enable_jit_checkpoint = reporters, checkpoints
         self.run, self.phase = run, phase
         self.callback_handler, self.control = run.callback_handler, run.control
-        if not phase.is_judged:
-            # Whoever stops early waits for evaluations, which there are not.
-            self.callback_handler = copy.copy(run.callback_handler)
-            self.callback_handler.callbacks = [
-                one for one in run.callback_handler.callbacks if not isinstance(one, EarlyStoppingCallback)
-            ]
         # It knows what a backend has prepared for good.
         self.accelerator, self.gather_function = run.accelerator, run.gather_function
         self.deepspeed = run.deepspeed
@@ -148,8 +142,8 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
     def measure(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics, depth and `exit_loss` where the phase is judged; of several sets each behind its name, and
-        `exit_loss` without a name, too: its mean over the sets."""
+        """Metrics, depth and `exit_loss` where the phase is judged, or figures of the phase's own judge; of several
+        sets each behind its name. What the best checkpoint is chosen by, its mean over the sets, has no name, too."""
         override = eval_dataset is not None
         sets = eval_dataset if override else self.eval_dataset
         if not isinstance(sets, dict):
@@ -157,10 +151,11 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         metrics: dict[str, float] = {}
         for name, rows in sets.items():
             metrics |= self.evaluate(rows if override else name, ignore_keys, f"{metric_key_prefix}_{name}")
-        losses = [metrics[key] for name in sets if (key := f"{metric_key_prefix}_{name}_exit_loss") in metrics]
-        if losses:
+        best = "exit_loss" if self.phase.judge is None else self.phase.judge.best_by
+        figures = [metrics[key] for name in sets if (key := f"{metric_key_prefix}_{name}_{best}") in metrics]
+        if figures:
             # Callbacks have been told of each set, and now hear of all.
-            overall = {f"{metric_key_prefix}_exit_loss": sum(losses) / len(losses)}
+            overall = {f"{metric_key_prefix}_{best}": sum(figures) / len(figures)}
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
             metrics |= overall
         return metrics
@@ -173,7 +168,9 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> ExitLoopOutput:
-        """Trainer's loop where the phase is judged; metrics get depth and `exit_loss`."""
+        """Trainer's loop where the phase is judged; metrics get depth and `exit_loss`, or are those of its judge."""
+        if self.phase.judge is not None:
+            return self._judged(self.phase.judge, dataloader, metric_key_prefix)
         output = self.run_exits(dataloader, description, ignore_keys, metric_key_prefix, self.phase.evaluation)
         if output.items is not None and output.items.losses is not None:
             loss = float(self.phase.exit_loss(output.items.losses.double()))
@@ -181,6 +178,25 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         elif f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_exit_loss"] = output.metrics[f"{metric_key_prefix}_loss"]
         return output
+
+    @torch.no_grad()
+    def _judged(self, judge: RowJudge, dataloader: Any, metric_key_prefix: str) -> ExitLoopOutput:
+        model, found = self.model_wrapped, []
+        is_training = model.training
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        try:
+            for batch in dataloader:
+                with self.compute_loss_context_manager():
+                    output = model(**self._prepare_inputs(batch), exit_training=judge.options)
+                found.append(self.gather_function(output[judge.output]).cpu())
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            model.train(is_training)
+        figures = judge.figures(torch.cat(found)) if found else {}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        rows = sum(map(len, found))
+        return ExitLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     def _load_best_model(self) -> None:
         # Adapters that are loaded may come unfrozen.

@@ -15,6 +15,7 @@ from transformers_cee.exits.deciding import resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.exits.training_options import ExitTraining
+from transformers_cee.modeling.roll_outs import draft_figures
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
 from transformers_cee.training.items import items_of
 from transformers_cee.training.objectives import closed_before, consistent_expected, consistent_sampled
@@ -24,6 +25,23 @@ from transformers_cee.training.training_args import ConsistentEETrainingArgument
 
 # From the model, a batch and the state of the training: mean loss over the batch's items, and the model's output.
 StepLoss = Callable[[nn.Module, dict[str, Any], TrainerState], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class RowJudge:
+    """How a phase is judged that leaves exits as they are.
+
+    Args:
+        options ([`ExitTraining`]): given to the model's forward.
+        output (`str`): the field of the model's output that says what came of it, (rows, …).
+        figures (`Callable`): from that of all rows to figures by name.
+        best_by (`str`): of these; the more the better.
+    """
+
+    options: ExitTraining
+    output: str
+    figures: Callable[[Tensor], dict[str, float]]
+    best_by: str
 
 
 @dataclass
@@ -36,7 +54,7 @@ class ModelPhase:
         trainable (`str`): what learns, as in `freeze_for_model_step`.
         trains_policies (`bool`): do the policies learn, too?
         exit_loss (`Callable`): what evaluation reports of losses (rows or tokens, exits), if it has them.
-        is_judged (`bool`): can an evaluation of exits change by it?
+        judge ([`RowJudge`], *optional*): takes the place of an evaluation of exits, which cannot change by the phase.
     """
 
     loss: StepLoss
@@ -44,7 +62,7 @@ class ModelPhase:
     trainable: str
     trains_policies: bool = False
     exit_loss: Callable[[Tensor], Tensor] = field(default=torch.mean)
-    is_judged: bool = True
+    judge: RowJudge | None = None
 
 
 # `compute_loss_func` of the caller: from outputs of one exit and labels to one number, or (rows,).
@@ -170,7 +188,8 @@ def drafter_phase(args: ConsistentEETrainingArguments, exit_model: Any) -> Model
         outputs = model(**inputs, exit_training=options)
         return outputs.loss, outputs
 
-    return ModelPhase(loss, {}, "drafter", is_judged=False)
+    judge = RowJudge(options, "judged_drafts", draft_figures, "tokens_per_pass")
+    return ModelPhase(loss, {}, "drafter", judge=judge)
 
 
 def operating_point(exit_model: Any) -> tuple[str, Thresholds]:
