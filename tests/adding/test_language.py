@@ -137,6 +137,10 @@ def test_too_few_texts_for_the_promise(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = add_exits(base[0], draw_texts(60), tmp_path / "exits", agreement=0.99, **QUIET)
     assert "Exits are off at 'agreement-0.99'" in caplog.text and found.speeds[0].reason
+    # Said before the pass, with the number that the reason gives after it.
+    early = caplog.records[0].getMessage()
+    assert "`agreement`=0.99 takes 299 texts that certify" in early and "there are 27" in early
+    assert "at least 299" in found.speeds[0].reason
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "exits").config.exit_threshold is None
 
 

@@ -30,8 +30,8 @@ def test_acceptance_is_what_was_asked_for():
     model = tiny_llama(drafter_layer=3, drafter_vocab_size=40).eval()
     prompt = torch.randint(3, 60, (2, 5))
     text, accepted = forced(model, prompt, 1.0)
-    # The prompt gives one token, and so does the first pass, which has no state to draft from; each other one gives four,
-    # and the last one as many as there is room for.
+    # The prompt gives one token, and so does the first pass, which has no state to draft from; each other one gives
+    # four, and the last one as many as there is room for.
     assert accepted.shape[1] == 1 + math.ceil((NEW - 2) / 4) and text.shape[1] == 5 + NEW
     plain = model.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
     text, accepted = forced(model, prompt, 0.0)

@@ -4,18 +4,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers.utils import logging
 
 from transformers_cee.bulk.texts import find_texts
 from transformers_cee.tokenizing import longest_text
 
+
+logger = logging.get_logger(__name__)
 
 # Half of all texts certify, the others are learned from; more than these make hardly a difference.
 MOST_CERTIFYING, MOST_LEARNING = 10_000, 20_000
@@ -147,3 +152,23 @@ def prepare(given: GivenTexts, labels: Tensor | None, tokenizer: Any, model: Any
     certifies = torch.zeros(len(given), dtype=torch.bool)
     certifies[order[:certifying]] = True
     return TextsToLearn(rows, labels, *(half.nonzero().squeeze(1) for half in (~certifies, certifies)))
+
+
+def say_too_few(certifying: int, levels: Iterable[float], risk: float, most: int) -> None:
+    """Warns, before anything runs, of promises that so few texts certify in no case.
+
+    Args:
+        certifying (`int`): texts that certify.
+        levels (iterable of `float`): promised agreements.
+        risk (`float`): with which each may fail.
+        most (`int`): texts that certify at most.
+    """
+    for level in levels:
+        # Of texts without any disagreement.
+        needed = math.ceil(math.log(risk) / math.log(level) - 1e-9)
+        if certifying < needed:
+            advice = "twice as many `texts` in all" if needed <= most else f"and {most} at most do"
+            logger.warning(
+                f"`agreement`={level:g} takes {needed} texts that certify, {advice}; there are {certifying}, so exits "
+                "will be off at it."
+            )

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 from transformers.utils import logging
 
+from transformers_cee.adding.data import say_too_few
 from transformers_cee.adding.learning import learn_policies
 from transformers_cee.adding.report import AddedExits, CertifiedSpeed
 from transformers_cee.auto import model_class_of
@@ -91,6 +92,7 @@ def add_to_language_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows, learning, certifying = _prepare(texts, tokenizer, found, seed)
+    say_too_few(len(certifying), levels.values(), risk, MOST_TEXTS)
     collate = DataCollatorForSeq2Seq(tokenizer)
     seconds, begun = {}, time.perf_counter()
     batches = _batches(rows.select(learning.tolist()), collate, batch_size)

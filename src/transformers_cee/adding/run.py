@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -26,6 +25,7 @@ from transformers_cee.adding.data import (
     class_ids,
     prepare,
     read_texts,
+    say_too_few,
 )
 from transformers_cee.adding.language import AUTO_CLASS as LANGUAGE_MODEL
 from transformers_cee.adding.language import MOST_TEXTS, add_to_language_model
@@ -145,7 +145,8 @@ def add_exits(
     found = _load_classifier(model, exit_layers, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = prepare(given, class_ids(given, found.config, label_column), tokenizer, found, seed)
-    _say_too_few(len(data.certifying), levels, risk)
+    # Of both criteria each has half the risk.
+    say_too_few(len(data.certifying), levels, risk / 2, MOST_CERTIFYING)
     seconds, begun = {}, time.perf_counter()
     # Where the exits will be there is room for their states.
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -187,21 +188,6 @@ def _finish(added: AddedExits, model: Any) -> None:
     """Writes what was reached, and puts the tokenizer beside the exits, so that pipelines find it."""
     write_report(added, model)
     AutoTokenizer.from_pretrained(added.base).save_pretrained(added.output)
-
-
-def _say_too_few(certifying: int, levels: list[float], risk: float) -> None:
-    """Warns, before anything runs, of promises that so few texts certify in no case."""
-    for level in levels:
-        # Of both criteria each has half the risk.
-        needed = math.ceil(math.log(risk / 2) / math.log(level) - 1e-9)
-        if certifying < needed:
-            advice = (
-                "twice as many `texts` in all" if needed <= MOST_CERTIFYING else f"and {MOST_CERTIFYING} at most do"
-            )
-            logger.warning(
-                f"`agreement`={level:g} takes {needed} texts that certify, {advice}; there are {certifying}, so exits "
-                "will be off at it."
-            )
 
 
 def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int] | None, device: str = "cpu") -> Any:

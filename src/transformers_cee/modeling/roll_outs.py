@@ -121,6 +121,7 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
     own = torch.eye(starts, dtype=torch.bool, device=places.device)
     head = model.lm_head.weight[drafter.token_ids]
     state = read.behind[:, :starts]
+    chosen, wanted = _said_by_model(model, read.last, drafter.token_ids)
     for step in range(ahead):
         here = places + step
         embedded, counted = read.embedded[:, here], read.counts[:, here] & read.counts[:, places - 1]
@@ -144,21 +145,30 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
             **{CACHE_NAME: cache},
         )
         logits = F.linear(model.model.norm(drafter.read(state[counted])), head)
-        with torch.no_grad():
-            teacher = model.lm_head(read.last[:, here][counted]).float()
-            chosen = teacher.argmax(-1)
-            wanted = teacher.log_softmax(-1)[:, drafter.token_ids]
-        said = logits.float().log_softmax(-1)
-        divergence = (wanted.exp() * (wanted - said)).sum(-1)
+        said, to_say = logits.float().log_softmax(-1), wanted[:, here][counted]
+        divergence = (to_say.exp() * (to_say - said)).sum(-1)
         true = read.before[:, here][counted]
         error = (jumped[counted] - true).pow(2).mean() / true.pow(2).mean()
-        stands = drafter.token_ids[said.argmax(-1)] == chosen
+        stands = drafter.token_ids[said.argmax(-1)] == chosen[:, here][counted]
         yield RollOut(
             divergence.mean() + _STATES * error,
             torch.zeros_like(counted, dtype=torch.float).masked_scatter(counted, divergence.detach()),
             torch.zeros_like(counted).masked_scatter(counted, stands),
             counted,
         )
+
+
+@torch.no_grad()
+def _said_by_model(model: Any, last: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's choice (rows, time) and its log-probabilities of the drafter's tokens (rows, time, words), of which
+    all steps of a roll-out need most."""
+    chosen, words = [], []
+    # Logits over the whole vocabulary are large: those of one row at a time.
+    for row in last:
+        logits = model.lm_head(row).float()
+        chosen.append(logits.argmax(-1))
+        words.append(logits[:, token_ids] - logits.logsumexp(-1, keepdim=True))
+    return torch.stack(chosen), torch.stack(words)
 
 
 @torch.no_grad()
