@@ -202,20 +202,31 @@ def main() -> None:
 
 
 def table_of(sizes: list[dict[str, Any]]) -> str:
-    """Speed-up over the stock model, over the engine without exits, and the share of the layers' speed-up."""
-    header = ["variant", *(f"{one['batch_size']} × {one['length']}" for one in sizes)]
+    """Speed-ups over the stock model, and of exits over their engine without them."""
+    by_size = {
+        f"{one['batch_size']} × {one['length']}": {entry["variant"]: entry for entry in one["variants"]}
+        for one in sizes
+    }
+    first = next(iter(by_size.values()))
+    over_stock = [
+        [size, *(Reported(**entry["over_stock"]).text() for entry in variants.values())]
+        for size, variants in by_size.items()
+    ]
+    lines = ["Over stock torch:\n", markdown_table(["batch × length", *first], over_stock)]
+    with_exits = [name for name, entry in first.items() if "over_engine" in entry]
+    header = ["batch × length"]
+    for name in with_exits:
+        header += [name, "share"] if name.endswith(", half") else [name]
     rows = []
-    for place, first in enumerate(sizes[0]["variants"]):
-        cells = []
-        for one in sizes:
-            entry = one["variants"][place]
-            text = Reported(**entry["over_stock"]).text()
-            if "over_engine" in entry:
-                text += f" ({Reported(**entry['over_engine']).text()}"
-                text += f", share {entry['share']:.2f})" if "share" in entry else ")"
-            cells.append(text)
-        rows.append([first["variant"], *cells])
-    return markdown_table(header, rows)
+    for size, variants in by_size.items():
+        cells = [size]
+        for name in with_exits:
+            cells.append(Reported(**variants[name]["over_engine"]).text())
+            if name.endswith(", half"):
+                share = variants[name].get("share")
+                cells.append("" if share is None else f"{share:.2f}")
+        rows.append(cells)
+    return "\n".join([*lines, "\nOver the same engine without exits:\n", markdown_table(header, rows)])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import bulk
 import families
 import pytest
+import speed
 import speed_tasks
 import tiny_bert
 import torch
@@ -76,6 +77,26 @@ def test_tasks(trained, tmp_path, capsys):
         assert whole["depth"] == 3 and ("loop of single rows as PABEE" in variants) == (one["batch_size"] == 1)
     assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out + "\n"
     assert (tmp_path / "out" / "speed.png").stat().st_size > 0
+
+
+def test_engines(tmp_path, capsys, monkeypatch):
+    words = ["speed.py", "--random", "tiny", "--quick", "--no-peers", "--engines", "torch:float32", "openvino:float32"]
+    monkeypatch.setattr("sys.argv", [*words, "--output", str(tmp_path)])
+    speed.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(one["batch_size"], one["length"]) for one in results["sizes"]] == [(1, 16), (8, 16)]
+    ways = ["without exits", "half", "open"]
+    names = [f"{engine}, {way}" for engine in ("torch:float32", "openvino:float32") for way in ways]
+    for one in results["sizes"]:
+        variants = {entry["variant"]: entry for entry in one["variants"]}
+        assert list(variants) == ["stock torch float32", *names]
+        for name, entry in variants.items():
+            assert ("over_engine" in entry) == name.endswith(("half", "open"))
+            if "share" in entry:
+                # Everybody leaves at the sixth of twelve layers.
+                assert entry["share"] == pytest.approx(entry["over_engine"]["value"] / 2)
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out and table.count("\n| 8 × 16 ") == 2
 
 
 @pytest.mark.slow
