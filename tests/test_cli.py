@@ -11,6 +11,7 @@ import sys
 import pytest
 from bulk_reference import draw_texts, thresholds_of, tokenizer_for
 from families import model as tiny
+from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import classify
 from transformers_cee.cli import main
@@ -51,6 +52,22 @@ def test_export_and_classify(folder, capsys):
         assert main(["classify", model, str(folder / "texts.txt"), *asked]) == 0
         results.append([json.loads(line) for line in (folder / "one.jsonl").read_text().splitlines()])
     assert [row["exit_layer"] for row in results[0]] == [row["exit_layer"] for row in results[1]]
+
+
+def test_export_takes_what_the_method_takes(folder, capsys):
+    """Exits are chosen by cost, or costs are not measured."""
+    pytest.importorskip("onnxruntime")
+    model, texts = str(folder / "model"), str(folder / "texts.txt")
+    found = []
+    for out, more in (("chosen", ["--exit_layers", "auto", "--agreement", "0.1"]), ("quick", ["--no-measure"])):
+        asked = ["--engine", "onnxruntime", "--precision", "float32", "--calibration_texts", texts, *more]
+        assert main(["export", model, str(folder / out), *asked]) == 0
+        found.append(AutoModelForSequenceClassification.from_pretrained(folder / out))
+    chosen, quick = found
+    assert "agreement-0.1" in chosen.config.exit_operating_points and chosen.costs is not None
+    assert quick.costs is None and not quick.config.exit_operating_points
+    assert main(["export", model, str(folder / "none"), "--exit_layers", "auto", "--precision", "float32"]) == 2
+    assert "takes `calibration_texts` and `measure`=True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

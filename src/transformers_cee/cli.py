@@ -181,7 +181,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text_column", default="text", help="column or field of the texts (default: %(default)s)")
     parser.add_argument("--exit_criterion", help="criterion whose score is part of the graphs (default: the model's)")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows per batch of calibration texts")
+    parser.add_argument(
+        "--exit_layers", help="'auto' keeps the exits that take the least time, by costs measured here (default: all)"
+    )
+    parser.add_argument("--agreement", type=float, default=0.99, help="promised by 'auto' (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="of calibration, and what 'auto' chooses for")
+    parser.add_argument(
+        "--measure", action=argparse.BooleanOptionalAction, default=True, help="what layers and checks cost here"
+    )
 
 
 __all__ = ["exit_threshold", "main"]
