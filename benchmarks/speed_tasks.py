@@ -8,7 +8,8 @@
 Files and splits are those of `run_glue_cee.py`, with its options. Scales of int8 come from training texts. Criterion,
 exits and thresholds are chosen on dev, by measured costs, as `export(exit_layers="auto")` chooses them: for every
 agreement of `--agreements` the exits with the least expected time; of these the fastest whose accuracy on dev is at
-most `--max_drop` points below that of the float32 model at full depth. Everything reported comes from test.
+most `--max_drop` points below that of the float32 model at full depth, or no lower than the engine's own where
+quantisation alone takes more. Everything reported comes from test.
 
 Beside the comparison it tells, of each engine, what quantisation does to predictions and to the depth of a budget; how
 often times with exits are above times without ("never slower"); and what the choice of exits brings.
@@ -111,8 +112,9 @@ def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path)
 
 
 def choose(args: SpeedArguments, data: Data, served: Served, batch_size: int, floor: float) -> Chosen | None:
-    """The fastest exits, criterion and agreement whose accuracy on dev is above a floor; None where none pays."""
-    found = []
+    """The fastest exits, criterion and agreement whose accuracy on dev is above a floor, or above that of the engine
+    where it is below the floor itself; None where none pays."""
+    found, floor = [], min(floor, accuracy_of(served.dev))
     for criterion in args.criteria:
         scores = served.scores(criterion)
         rescore = partial(served.scores, criterion)
