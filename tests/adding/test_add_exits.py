@@ -364,6 +364,15 @@ def test_pipelines_find_the_tokenizer(added):
     assert {"label", "score"} <= set(classify("w1 w2")[0])
 
 
+def test_stopped_while_time_is_taken(base, tmp_path, monkeypatch):
+    """The exits are there, with their tokenizer."""
+    monkeypatch.setattr(run, "_time", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add_exits(base[0], draw_texts(60), tmp_path / "exits", agreement=0.5, **QUIET)
+    classify = pipeline("early-exit-text-classification", model=str(tmp_path / "exits"))
+    assert {"label", "score"} <= set(classify("w1 w2")[0])
+
+
 def test_too_few_texts_for_a_promise_are_told_before_anything_runs(base, tmp_path, caplog, monkeypatch):
     def stop(*given):
         raise InterruptedError

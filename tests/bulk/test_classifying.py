@@ -113,6 +113,13 @@ def test_texts_are_cut(model, tokenizer, texts):
     same(found, list(classify(model, cut, tokenizer, disable_tqdm=True)))
 
 
+def test_long_fields_of_a_table(model, tokenizer, tmp_path):
+    """They are cut as any long text."""
+    (tmp_path / "a.csv").write_text('id,text\n1,"' + "w11 " * 50_000 + '"\n2,w12\n')
+    found = list(classify(model, tmp_path / "a.csv", tokenizer, disable_tqdm=True))
+    same(found, list(classify(model, ["w11 " * 50_000, "w12"], tokenizer, disable_tqdm=True)))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -127,6 +134,7 @@ def test_texts_are_cut(model, tokenizer, texts):
         ("a.jsonl", b'{"text": "w11"}\n["w11"]\n', "Line 2 of .*a.jsonl must be an object with the field 'text'"),
         ("a.jsonl", b'{"text": "w11"}\n{"words": ""}\n', "no column of line 2 of .*a.jsonl; its columns are 'words'"),
         ("a.jsonl", b'{"text": "w11"}\n{"text": 3}\n', "Line 2 of .*a.jsonl holds 3 of type int"),
+        ("a.jsonl", b'{"text": "w11"}\n{"text": "w\\ud83d"}\n', "Line 2 of .*a.jsonl holds half of a character"),
         ("a.parquet", b"", "a.parquet' must be a file of .txt, .csv, .jsonl"),
     ],
 )
@@ -140,6 +148,7 @@ def test_bad_rows_are_named_before_any_work(name, content, message, model, token
     ("texts", "error", "message"),
     [
         (["w11", None], ValueError, "Row 2 of `texts` holds None"),
+        (["w\U0001f600", "w\ude00"], ValueError, "Row 2 of `texts` holds half of a character"),
         (Dataset.from_dict({"text": ["w11", None]}), ValueError, "Row 2 of the data set holds None"),
         (Dataset.from_dict({"words": ["w11"]}), ValueError, "`text_column`='text' is no column of the data set"),
         (3, TypeError, "`texts` of type int must be texts"),

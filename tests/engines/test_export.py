@@ -1,10 +1,14 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
+import os
+from pathlib import Path
+
+import families
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from transformers_cee.engines import ENGINES
+from transformers_cee.engines import ENGINES, exporting
 
 
 FLOATS = [name for name, engine in ENGINES.items() if "float32" in engine.precisions]
@@ -109,3 +113,95 @@ def test_policies_that_remember_indicators_of_labels(make_model, tokenizer, text
     assert len(theirs.exit_probabilities[:, 2].unique()) > 1
     torch.testing.assert_close(mine.exit_probabilities, theirs.exit_probabilities, equal_nan=True)
     agree(mine, theirs)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+@torch.no_grad()
+def test_what_no_table_holds_is_refused(engine, make_model, tmp_path):
+    """Engines may read beyond a table without an error, and answer all the same."""
+    model = make_model(max_position_embeddings=16).export(tmp_path / "out", engine=engine, precision="float32")
+    fits = torch.full((2, 16), 59)
+    assert model(fits, torch.ones_like(fits)).logits.shape == (2, 3)
+    with pytest.raises(ValueError, match="`input_ids` has 17 tokens in a row, and the model reads 16 at most"):
+        model(torch.full((1, 17), 5))
+    for wrong in (60, -1):
+        with pytest.raises(ValueError, match=f"`input_ids` holds {wrong}, and the model knows the tokens 0 to 59"):
+            model(torch.tensor([[5, wrong, 6]]))
+
+
+@pytest.mark.parametrize("model_type", families.of_kind("encoder"))
+@torch.no_grad()
+def test_long_texts_are_read_where_the_original_reads_them(model_type, tmp_path):
+    model = families.model(model_type)
+    exported = model.export(tmp_path / "out", engine="torch", precision="float32")
+    columns = model.most_tokens + 1
+    ids = torch.full((1, columns), 7)
+    try:
+        expected = model(ids, torch.ones_like(ids)).logits
+    except (IndexError, RuntimeError):
+        with pytest.raises(ValueError, match=f"has {columns} tokens in a row"):
+            exported(ids, torch.ones_like(ids))
+    else:
+        found = exported(ids, torch.ones_like(ids)).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_choice_that_cannot_be_made_is_refused(make_model, tokenizer, texts, tmp_path):
+    options = {"precision": "float32", "calibration_texts": texts, "processing_class": tokenizer}
+    choice = {**options, "exit_layers": "auto"}
+    with pytest.raises(ValueError, match="needs a criterion in the graphs, which 'patience' cannot be"):
+        make_model(exit_criterion="patience").export(tmp_path / "out", **choice)
+    with pytest.raises(ValueError, match="the model has no internal exits"):
+        make_model(exit_layers=[4]).export(tmp_path / "out", **choice)
+    with pytest.raises(ValueError, match="`batch_size`=0"):
+        make_model().export(tmp_path / "out", **options, batch_size=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_that_leaves_no_exits_is_told(make_model, tokenizer, texts, tmp_path):
+    options = {"precision": "float32", "calibration_texts": texts, "processing_class": tokenizer}
+    with pytest.warns(UserWarning, match="Exits are off at 'agreement-0.99': 60 calibration rows.* 598"):
+        made = make_model(exit_criterion="max_probability").export(tmp_path / "out", **options, exit_layers="auto")
+    assert made.layer_numbers == [4]
+
+
+def test_nothing_is_certified_on_texts_that_set_the_scales(make_model, tokenizer, tmp_path, monkeypatch):
+    certifying, scales = [], []
+    exits_of, samples = exporting.exits_of, exporting._samples
+    monkeypatch.setattr(
+        exporting,
+        "exits_of",
+        lambda model, rows, *more: certifying.append(rows["input_ids"]) or exits_of(model, rows, *more),
+    )
+    monkeypatch.setattr(exporting, "_samples", lambda rows, *more: scales.append(samples(rows, *more)) or scales[-1])
+    # Each text is another.
+    texts = [" ".join(["w1"] * (1 + number // 7) + [f"w{number % 7 + 10}"]) for number in range(60)]
+    for engine, precision, count in (("openvino", "int8", 30), ("torch", "int8", 30), ("openvino", "float32", 60)):
+        certifying.clear(), scales.clear()
+        make_model().export(
+            tmp_path / f"{engine}-{precision}", engine=engine, precision=precision, calibration_texts=texts,
+            processing_class=tokenizer, measure=False,
+        )  # fmt: skip
+        seen = {tuple(ids) for ids in certifying[0]}
+        took = {
+            tuple(ids[mask].tolist())
+            for batch in scales[0]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        }
+        assert len(seen) == count and len(took) == 30 and (precision == "float32" or not seen & took)
+
+
+def test_an_empty_folder_is_filled_and_not_replaced(make_model, tmp_path, monkeypatch):
+    """It may be all that may be written to, or where a disk is mounted."""
+    target = tmp_path / "out"
+    target.mkdir()
+    before, moved, replace = target.stat().st_ino, [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, to: moved.append(Path(to).name) or replace(source, to))
+    make_model().export(target, precision="float32")
+    assert target.stat().st_ino == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert moved[-1] == "config.json" and not [path for path in target.iterdir() if path.name.startswith(".")]
+    (tmp_path / "failed").mkdir()
+    monkeypatch.setattr(exporting, "fit_promises", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_model().export(tmp_path / "failed", precision="float32")
+    assert not list((tmp_path / "failed").iterdir())

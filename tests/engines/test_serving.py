@@ -248,3 +248,22 @@ def test_an_estimator_fitted_anew_is_asked_outside_of_the_graphs(make_model, tok
     torch.testing.assert_close(mine.exit_probabilities, theirs.exit_probabilities, equal_nan=True)
     fewer = BertForConsistentEE.from_pretrained(tmp_path / "out", exit_layers=[2])
     assert fewer.layer_numbers == [2, 4]
+
+
+@torch.no_grad()
+def test_calls_may_leave_before_the_first_layer_of_the_config(make_model, tokenizer, texts, tmp_path):
+    """Plans know how many rows leave at every exit, also at those that the config closes."""
+    options = {"precision": "float32", "calibration_texts": texts, "processing_class": tokenizer, "measure": False}
+    model = make_model(exit_criterion="max_probability", min_exit_layer=3)
+    planned = model.export(tmp_path / "out", **options)
+    rows = Dataset.from_dict(dict(tokenizer(texts)))
+    planned.rates = rates_of(planned, exits_of(planned, rows, tokenizer))
+    batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
+    middle = float(planned.rates[0].scores.flatten().median())
+    planned.costs = costs(0.0)
+    for first in (1, 2, 3, None):
+        asked = {"exit_threshold": middle, "min_exit_layer": first}
+        expected, found = model(**batch, **asked), planned(**batch, **asked)
+        assert found.exit_layers.tolist() == expected.exit_layers.tolist()
+        assert int(found.exit_layers.min()) >= (first or 3)
+    assert int(planned(**batch, exit_threshold=middle, min_exit_layer=1).exit_layers.min()) < 3

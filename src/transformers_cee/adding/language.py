@@ -121,6 +121,8 @@ def add_to_language_model(
     if speeds[0].reason is None:
         found.config.exit_threshold = speeds[0].name
     found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
+    # As it was: the one above pads on the right, and may have a padding token.
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
     _time(found, speeds, rows.select(certifying.tolist()), tokenizer, disable_tqdm)
     seconds["all"] = time.perf_counter() - start
     added = AddedExits(

@@ -140,7 +140,7 @@ def add_exits(
             model, given.texts, output, named, risk=risk, exit_layers=exit_layers, batch_size=batch_size,
             device=device, seed=seed, disable_tqdm=disable_tqdm,
         )  # fmt: skip
-        _finish(added, decoder)
+        write_report(added, decoder)
         return added
     found = _load_classifier(model, exit_layers, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -166,6 +166,8 @@ def add_exits(
         found.config.exit_threshold = speeds[0].name
     # The folder is found from everywhere, so its base must be, too.
     found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
+    # Pipelines look for it beside the exits.
+    tokenizer.save_pretrained(output)
     _time(found, speeds, data, tokenizer)
     seconds["all"] = time.perf_counter() - start
     accuracy = None if data.labels is None else _accuracy(held_out, data, _last(held_out))
@@ -180,14 +182,8 @@ def add_exits(
         seconds=seconds,
         accuracy=accuracy,
     )
-    _finish(added, found)
+    write_report(added, found)
     return added
-
-
-def _finish(added: AddedExits, model: Any) -> None:
-    """Writes what was reached, and puts the tokenizer beside the exits, so that pipelines find it."""
-    write_report(added, model)
-    AutoTokenizer.from_pretrained(added.base).save_pretrained(added.output)
 
 
 def _load_classifier(model: str | os.PathLike[str], exit_layers: int | list[int] | None, device: str = "cpu") -> Any:

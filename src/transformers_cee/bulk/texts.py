@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,11 @@ from typing import Any
 
 # Number of a row in its source, and what stands there.
 Numbered = Iterator[tuple[int, Any]]
+
+# Halves of characters, which no tokenizer takes; the JSON of texts that were cut may spell them.
+_HALVES = re.compile("[\ud800-\udfff]")
+# Characters of a field of a CSV file, of which Python reads 131,072 by default.
+_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass
@@ -49,6 +55,8 @@ class Texts:
                 raise ValueError(
                     f"{self.place(number)} holds {text!r} of type {type(text).__name__}; every row must be a text."
                 )
+            if not text.isascii() and _HALVES.search(text):
+                raise ValueError(f"{self.place(number)} holds half of a character (a lone surrogate): {text[:40]!r}.")
             if not takes_blanks and not text.strip():
                 raise ValueError(f"{self.place(number)} is empty; every row must have a word.")
             yield text
@@ -166,6 +174,7 @@ def _of_jsonl(path: Path, column: Column) -> Numbered:
 
 
 def _of_csv(path: Path, column: Column) -> Numbered:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(rows, [])

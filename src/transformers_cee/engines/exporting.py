@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers_cee.engines.serving import choose, keep_own, of_layers, rates_
 from transformers_cee.engines.tracing import tracing
 from transformers_cee.exits.criteria import CRITERIA
 from transformers_cee.exits.evaluating import evaluating
+from transformers_cee.exits.fields import check_field, whole
 from transformers_cee.exits.losses import check_labels
 from transformers_cee.exits.numbers import plain, share
 from transformers_cee.modeling.exits_saving import check_no_adapters
@@ -77,10 +79,18 @@ def export_model(
             "when it is loaded: `from_pretrained(..., exit_layers=[...])`."
         )
     share("agreement", agreement)
+    check_field("batch_size", batch_size, whole(1))
     if exit_layers == "auto" and not (texts and measure):
         raise ValueError(
             "`exit_layers`='auto' takes `calibration_texts` and `measure`=True: exits are chosen by both."
         )
+    if exit_layers == "auto" and criterion is None:
+        raise ValueError(
+            f"`exit_layers`='auto' needs a criterion in the graphs, which {model.config.exit_criterion!r} cannot be; "
+            "give another `exit_criterion`."
+        )
+    if exit_layers == "auto" and len(model.layer_numbers) == 1:
+        raise ValueError("`exit_layers`='auto' has nothing to choose from: the model has no internal exits.")
     if texts and processing_class is None:
         processing_class = tokenizer_of(model, "`calibration_texts`")
     if not texts and processing_class is None:
@@ -88,17 +98,24 @@ def export_model(
             processing_class = tokenizer_of(model, "texts")
     rows = _tokens(texts, processing_class, model, calibration_labels) if texts else None
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved at the end: whatever is at `output` is whole.
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # Written beside and moved at the end: whatever is at `output` is whole. A folder that is there may be all that
+    # may be written to, and no folder that could be replaced.
+    is_there = target.exists()
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if is_there else target.parent))
     # The folder around it is for this process alone, what is moved for everybody.
     written = beside / "written"
     try:
         written.mkdir()
         exported, promises = _write(model, written, made, precision, criterion, rows, processing_class)
+        if rows is not None and precision in made.calibrated:
+            rows = _without(rows, _scale_rows(len(rows)))
         _prepare(exported, promises, written, rows, processing_class, exit_layers, agreement, batch_size, measure)
-        if target.exists():
-            target.rmdir()
-        os.replace(written, target)
+        if is_there:
+            # The config last: without it nothing is loaded.
+            for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, target / path.name)
+        else:
+            os.replace(written, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return load_exported(target, threads=exported.engine.threads)
@@ -189,8 +206,8 @@ def _write(
     own = {name: value for name, value in frozen.state_dict().items() if name.startswith(_KEPT)}
     save_file({name: value.contiguous() for name, value in own.items()}, folder / EXITS)
     files = sorted(f"{GRAPHS}/{path.name}" for path in graphs.iterdir())
-    record = {"engine": engine.name, "precision": precision, "criterion": criterion, "most_tokens": model.most_tokens}
-    setattr(config, RECORD, record | {"files": files})
+    about = {"criterion": criterion, "most_tokens": model.most_tokens, "reads_longer": model.reads_longer}
+    setattr(config, RECORD, {"engine": engine.name, "precision": precision, **about, "files": files})
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     config.save_pretrained(folder)
@@ -215,11 +232,16 @@ def _prepare(
         exported.costs = measure_costs(exported)
         if exit_layers == "auto":
             lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
-            found = choose(exported, store, exported.costs, agreement, batch_size, statistics.median(lengths))
+            with warnings.catch_warnings():
+                # Said once, with the name of the point.
+                warnings.simplefilter("ignore")
+                found = choose(exported, store, exported.costs, agreement, batch_size, statistics.median(lengths))
             places = torch.tensor([store.layers.tolist().index(layer) for layer in found.exit_layers])
             store, exported = subset(store, places), of_layers(exported, found.exit_layers)
             keep_own(folder, EXITS, exported.config)
             name = f"agreement-{agreement:g}"
+            if found.reason is not None:
+                warnings.warn(f"Exits are off at {name!r}: {found.reason}", stacklevel=4)
             found.point.save_to(exported, name)
             exported.config.exit_threshold, exported.config.exit_budget = name, None
         exported.rates = rates_of(exported, store)
@@ -233,10 +255,7 @@ _KEPT = ("exit_policies.", "exit_estimators.")
 
 def _samples(rows: Dataset, processing_class: Any, names: Sequence[str]) -> list[dict[str, Tensor]]:
     """Batches of rows of similar length, evenly taken from all."""
-    step = max(1, len(rows) // SCALE_TEXTS)
-    taken = rows.select(range(0, len(rows), step)).select_columns(
-        [name for name in names if name in rows.column_names]
-    )
+    taken = rows.select(_scale_rows(len(rows))).select_columns([name for name in names if name in rows.column_names])
     lengths = [len(ids) for ids in taken["input_ids"]]
     collate = DataCollatorWithPadding(processing_class)
     batches = [
@@ -244,6 +263,17 @@ def _samples(rows: Dataset, processing_class: Any, names: Sequence[str]) -> list
         for some in similar_length_batches(range(len(taken)), lengths, SCALE_ROWS)
     ]
     return [_named(batch, names) for batch in batches]
+
+
+def _scale_rows(count: int) -> range:
+    """Which of so many rows set the scales. Nothing is certified on them: they are the ones that scales fit best."""
+    return range(0, count, max(2, count // SCALE_TEXTS))
+
+
+def _without(rows: Dataset, taken: range) -> Dataset:
+    """Rows that are not taken; all where there is but one."""
+    left = sorted(set(range(len(rows))) - set(taken))
+    return rows.select(left) if left else rows
 
 
 def _named(batch: Any, names: Sequence[str]) -> dict[str, Tensor]:

@@ -149,7 +149,9 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         graphs = [name for name in self.record["files"] if name.startswith(f"{GRAPHS}/")]
         if folder.resolve() != source.resolve():
             for name in graphs:
-                shutil.copyfile(source / name, folder / name)
+                # Whoever has the old one open keeps it.
+                with replacing(folder / name) as beside:
+                    shutil.copyfile(source / name, beside)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with replacing(folder / EXITS) as beside:
             save_file(tensors, beside)
@@ -213,6 +215,7 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
             if given[name] is not None:
                 raise ValueError(f"`{name}` is not taken by an exported model; give `input_ids` alone.")
         assert ids is not None
+        self._check_tokens(ids)
         # Graphs take one type of numbers.
         tokens = {"input_ids": ids.long()}
         if "token_type_ids" in self.inputs:
@@ -223,6 +226,24 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         if attention_mask is not None:
             attention_mask = attention_mask.to(self.device)
         return TokenBatch(ids, padding_mask=attention_mask, tokens=tokens)
+
+    def _check_tokens(self, ids: Tensor) -> None:
+        """Raises `ValueError` for what a graph may look up outside of its tables, without an error of its own."""
+        most, columns = self.most_tokens, ids.shape[1]
+        if most is not None and columns > most and not self.record.get("reads_longer", True):
+            raise ValueError(
+                f"`input_ids` has {columns} tokens in a row, and the model reads {most} at most: tokenize with "
+                "`truncation=True`."
+            )
+        # On a GPU it would wait for the look.
+        if self.device.type == "cpu" and ids.numel():
+            low, high = torch.aminmax(ids)
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = int(low if low < 0 else high)
+                raise ValueError(
+                    f"`input_ids` holds {wrong}, and the model knows the tokens 0 to {self.config.vocab_size - 1}: is "
+                    "it another model's tokenizer?"
+                )
 
     def masked(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_cee.exits.criteria import CRITERIA
-from transformers_cee.exits.fields import Kind, check_field, check_fields, choice, listed, mapping, text, whole
+from transformers_cee.exits.fields import Kind, check_field, check_fields, choice, flag, listed, mapping, text, whole
 
 
 # Field of the config, file of the policies and estimators, and folder of the engine's own files.
@@ -30,6 +30,7 @@ _FIELDS = {
     "precision": text,
     "criterion": choice(CRITERIA).or_none(),
     "most_tokens": whole(1).or_none(),
+    "reads_longer": flag,
     "files": listed(Kind(is_own_file, "the name of a file of the folder")),
 }
 
@@ -41,7 +42,7 @@ def check_record(record: Any) -> dict[str, Any]:
         ValueError: a field that is missing, unknown or not of its kind, or a file outside of the folder.
     """
     check_field(RECORD, record, mapping)
-    check_fields(record, _FIELDS, list(_FIELDS), RECORD)
+    check_fields(record, _FIELDS, [name for name in _FIELDS if name != "reads_longer"], RECORD)
     checked: dict[str, Any] = record
     return checked
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def rates_of(model: Any, store: ExitStore) -> list[ExitRates]:
         known = sorted({alpha for _, alpha, _ in budgets})
         places = torch.linspace(0, len(known) - 1, min(PRICES, len(known))).round().long().tolist()
         prices = sorted({model.exit_policies.default_alpha, *(known[place] for place in places)})
-    return [ExitRates.of(score_store(store, criterion, model, replace(settings, alpha=alpha))) for alpha in prices]
+    # Calls may leave earlier than the config says, or later.
+    rescored = partial(score_store, store, criterion, model, min_exit_layer=1)
+    return [ExitRates.of(rescored(replace(settings, alpha=alpha))) for alpha in prices]
 
 
 def choose(
@@ -53,10 +56,6 @@ def choose(
     """The exits and the threshold with the least expected time of a batch, for an agreement with full depth that is
     certified on the second half of a store's rows."""
     criterion = model.record["criterion"]
-    if criterion is None:
-        raise ValueError(
-            f"`exit_layers`='auto' needs a criterion in the graphs, which {model.config.exit_criterion!r} cannot be."
-        )
 
     def rescore(layers: Sequence[int]) -> ExitScores:
         places = torch.tensor([store.layers.tolist().index(layer) for layer in layers])

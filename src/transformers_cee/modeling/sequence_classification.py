@@ -59,6 +59,12 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
         most: int | None = getattr(self.config, "max_position_embeddings", None)
         return most
 
+    @property
+    def reads_longer(self) -> bool:
+        """Does the model compute something of longer texts, too? One that looks positions up in a table does not."""
+        modules = self.body.named_modules()
+        return not any(isinstance(one, nn.Embedding) and name.endswith("position_embeddings") for name, one in modules)
+
     def bind(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> Layer:
         """The layer `index` (0-based) as a function of the batch; `arguments` are those that the caller hands on."""
         types = getattr(self.config, "layer_types", None)
@@ -148,7 +154,7 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             precision (`str`, *optional*, defaults to `"int8"`): `"float32"`, `"bfloat16"` or `"int8"`.
             calibration_texts (sequence of `str`, *optional*):
                 Texts that the model is for, without labels; some hundred give the scales of int8, some thousand
-                certify an agreement of 0.99.
+                certify an agreement of 0.99. On those that set scales, at most half, nothing is fitted or certified.
             calibration_labels (sequence, *optional*):
                 Labels of these texts, as in a data set. Operating points that bound a risk take them; others do not.
             processing_class (*optional*): the tokenizer; by default that of the checkpoint the model came from.
