@@ -214,10 +214,10 @@ def test_int8_has_static_scales(make_model, tokenizer, texts, tmp_path):
     # Exits and embeddings stay as they are.
     kept = ("classifier", "bert.pooler.dense", "exit_heads.heads.layer_1", "bert.embeddings.word_embeddings")
     assert all(torch.equal(weights[f"{one}.weight"], model.get_parameter(f"{one}.weight")) for one in kept)
-    # The range is that of all tokens that the texts have, and of no padding.
+    # The range is that of all tokens of the texts that set scales, every second one here, and of no padding.
     seen = []
     hook = stock.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
-    for text in texts:
+    for text in texts[::2]:
         model(**tokenizer(text, return_tensors="pt"), exit_threshold=1.0)
     hook.remove()
     given = torch.cat(seen)

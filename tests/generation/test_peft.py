@@ -48,6 +48,11 @@ class TestLearntPrompts:
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
         assert torch.equal(output, tokens)
 
+    def test_verified_texts_are_refused(self, kind):
+        model, batch = adapted(LEARNT[kind]()), prompts([4, 2, 5])
+        with pytest.raises(ValueError, match=r"does not know where the virtual tokens of \w+ stand"):
+            model.generate(**batch, **OPTIONS, exit_verify=True)
+
     @pytest.mark.parametrize("skipped_kv", ["copy", "deferred"])
     def test_rows_of_a_batch_are_rows_alone(self, kind, skipped_kv):
         model, batch, thresholds = adapted(LEARNT[kind]()), prompts([4, 2, 5]), spreading(tiny_llama())
@@ -155,3 +160,14 @@ def test_modules_are_searched_for_adapters_once_per_generation(monkeypatch):
         for _ in range(2):
             model(torch.tensor([[7]]), exit_threshold=0.0, **{CACHE_NAME: cache})
     assert len(searched) == 3
+
+
+@torch.no_grad()
+def test_verified_texts_of_adapters_are_their_own():
+    model, batch = (
+        adapted(peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])),
+        prompts([4, 2, 5]),
+    )
+    expected = model.generate(**batch, **OPTIONS, exit_threshold=1.0)
+    found = model.generate(**batch, **OPTIONS, exit_verify=True, prompt_lookup_num_tokens=4)
+    assert torch.equal(found, expected) and not torch.equal(found, tiny_llama().generate(**batch, **OPTIONS))

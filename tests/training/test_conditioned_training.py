@@ -209,3 +209,49 @@ def test_what_is_older_than_the_weights_is_named(tmp_path, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert "exit_budgets of the config were fitted before this training" in caplog.text
+
+
+def test_phases_are_judged_at_the_price_of_a_named_point(tmp_path):
+    """Thresholds of one price say nothing at another. What a phase reports is what the model does at the point."""
+    depths = []
+    for alpha in (0.001, 0.3):
+        torch.manual_seed(0)
+        model = tiny_model(num_hidden_layers=4, policy_condition="film")
+        with torch.no_grad():
+            for weight in model.exit_policies.parameters():
+                weight.add_(torch.randn_like(weight))
+        points = {"named": {"criterion": "policy", "thresholds": [0.5, 0.5, 0.5, 1.0], "alpha": alpha}}
+        model.config.exit_operating_points, model.config.exit_threshold = points, "named"
+        # Nothing learns.
+        rates = {"learning_rate": 0.0, "consistent_learning_rate": 0.0, "policy_learning_rate": 0.0}
+        trainer = tiny_trainer(
+            tmp_path / str(alpha), model, phases=["policy", "consistent"], eval_strategy="epoch", **rates,
+            policy_num_train_epochs=1, consistent_num_train_epochs=1,
+        )  # fmt: skip
+        expected = trainer.evaluate()["eval_depth"]
+        trainer.train()
+        found = [one["eval_depth"] for one in trainer.state.log_history if "eval_depth" in one]
+        assert found == pytest.approx([expected] * 3)
+        depths.append(expected)
+    assert abs(depths[0] - depths[1]) > 0.2
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_go_up_by_the_reward(kind, tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, phases=["policy"], policy_num_train_epochs=6, eval_strategy="epoch", logging_strategy="epoch",
+        lr_scheduler_type=kind, lr_scheduler_kwargs={"patience": 0, "factor": 0.1}, metric_for_best_model="accuracy",
+    )  # fmt: skip
+    trainer.train()
+    rates = [one["learning_rate"] for one in trainer.state.log_history if "learning_rate" in one]
+    rewards = [one["eval_reward"] for one in trainer.state.log_history if "eval_reward" in one]
+    assert rewards[:3] == sorted(rewards[:3]) and rates[:3] == sorted(rates[:3])
+
+
+def test_training_of_heads_alone_names_what_is_older(tmp_path, caplog):
+    model = tiny_model(num_hidden_layers=4, policy_condition="film")
+    model.config.exit_operating_points = {"named": {"criterion": "policy", "thresholds": 0.5, "alpha": 0.1}}
+    model.config.exit_budgets = [[0.5, 0.1, 0.5], [1.0, 0.01, 0.5]]
+    with caplog.at_level(logging.WARNING):
+        tiny_trainer(tmp_path, model, phases=["heads"]).train_heads()
+    assert "exit_operating_points and exit_budgets of the config were fitted before this training" in caplog.text

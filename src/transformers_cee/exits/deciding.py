@@ -113,6 +113,17 @@ def resolve_decision(
     return ExitDecision(point["criterion"], point["thresholds"], point.get("alpha"), asks_all=_needs_all(point))
 
 
+def _say_what_is_closed(decision: ExitDecision, first_exit: int) -> None:
+    """Warns where `min_exit_layer` closes exits that a promise was made with."""
+    off, thresholds = CRITERIA[decision.criterion].off, decision.threshold
+    closed = thresholds[:first_exit] if isinstance(thresholds, Sequence) else [thresholds]
+    if any(one != off for one in closed):
+        logger.warning_once(
+            "`min_exit_layer` closes exits at which the operating point lets rows leave: its promise is about other "
+            "walks."
+        )
+
+
 def _needs_all(point: Mapping[str, Any]) -> bool:
     """Does an operating point's promise hold only where every exit is asked?"""
     return point.get("promise") is not None and not str(point.get("method")).endswith(ANY_OF_THEM)
@@ -194,6 +205,8 @@ def model_criterion(
     for exits."""
     if not decision.is_asked:
         return FullDepth(decision.criterion, len(model.layer_numbers))
+    if decision.asks_all and first_exit:
+        _say_what_is_closed(decision, first_exit)
     return build_criterion(
         decision.criterion,
         decision.threshold,

@@ -83,7 +83,7 @@ class ExitCausalLMOutput(CausalLMOutputWithPast):
         token_losses (`torch.Tensor` of shape `(tokens,)`, *optional*):
             Cross-entropy of each counted position at its own exit, with `exit_threshold` on known text with labels.
         token_predictions (`torch.LongTensor` of shape `(tokens,)`, *optional*): its own exit's token, likewise.
-        judged_drafts (`torch.Tensor` of shape `(batch, roll-outs, 3)`, *optional*):
+        judged_drafts (`torch.Tensor` of shape `(batch, roll-outs, 4)`, *optional*):
             What the drafter's roll-outs came to, see `modeling.roll_outs.judge_drafts`.
         hidden_states (`tuple` of `torch.Tensor` of shape `(batch, time, hidden)`, *optional*):
             With `output_hidden_states=True`, embeddings and the output of every layer, the last one normed: layers + 1

@@ -103,6 +103,8 @@ class _Regression:
         self.cross = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
 
     def add(self, given: Tensor, wanted: Tensor) -> None:
+        # Half precision would round what is summed up.
+        given, wanted = given.float(), wanted.float()
         given = torch.cat((given, given.new_ones(len(given), 1)), 1)
         self.own += (given.T @ given).double().cpu()
         self.cross += (given.T @ wanted).double().cpu()

@@ -25,6 +25,7 @@ _DRAFTS, _LOOKED_UP, _LONGEST = 8, 10, 3
 _MASKED = ("eager", "sdpa")
 _REFUSED = {
     "assistant_model": "the model drafts by itself",
+    "token_healing": "a prompt's last token is drawn anew by a step of its own",
     "use_mtp": "the model drafts by itself",
     "custom_generate": "there is one way to decode",
     "guidance_scale": "its scores need passes of their own",
@@ -66,6 +67,13 @@ def open_verification(
             raise ValueError(f"`{name}` and `exit_verify` exclude each other: {why}.")
     if (ask("num_beams") or 1) > 1:
         raise ValueError(f"`exit_verify`=True needs `num_beams`=1, not {ask('num_beams')}: beams have no one text.")
+    # PEFT puts its own method in the place of the model's.
+    adapters = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+    if getattr(adapters, "is_prompt_learning", False):
+        raise ValueError(
+            f"`exit_verify`=True does not know where the virtual tokens of {type(adapters).__name__} stand; accepted "
+            "are adapters that change weights, such as LoRA."
+        )
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in _MASKED:
         raise ValueError(

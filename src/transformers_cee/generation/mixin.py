@@ -65,11 +65,17 @@ class ExitTrace:
     pads_ended: bool = False
     cache: EarlyExitCache | None = None
     account: ExitAccount | None = None
+    # Of a verified call, which transformers does not hand on to stopping criteria.
+    tokenizer: Any = None
 
 
 # Of the innermost call of `generate`. As an argument it would also reach models that assist this one and know nothing
 # of it; on the model it would outlive the call and be shared by threads.
 _TRACE: ContextVar[ExitTrace | None] = ContextVar("exit_trace", default=None)
+
+
+# What `generate` hands on to every step for ways to decode, and layers have no use for.
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
 class EarlyExitGenerationMixin(GenerationMixin):
@@ -134,6 +140,11 @@ class EarlyExitGenerationMixin(GenerationMixin):
             trace.settings = {name: settings.get(name) for name in ("min_exit_layer", "skipped_kv")}
             trace.settings["exit_threshold"] = replace(decision, is_checked=True)
             if settings.get("exits_must_pay"):
+                if decision.asks_all:
+                    raise ValueError(
+                        "`exits_must_pay`=True skips exits where asking them has not paid, and the promise of "
+                        f"`exit_threshold`={settings.get('exit_threshold')!r} is about walks that ask all."
+                    )
                 trace.account = self._open_account(decision, settings.get("min_exit_layer"))
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)
             check_way_to_generate(asked_in({**given.arguments, **kwargs}, generation_config, self.generation_config))
@@ -170,7 +181,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
                 generation_config = copy.deepcopy(generation_config or self.generation_config)
                 setattr(generation_config, name, None)
         kwargs["custom_generate"] = verification
-        outer = _TRACE.set(ExitTrace())
+        outer = _TRACE.set(ExitTrace(tokenizer=kwargs.pop("tokenizer", None)))
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
         finally:
@@ -182,7 +193,10 @@ class EarlyExitGenerationMixin(GenerationMixin):
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> StoppingCriteriaList:
-        criteria, trace = super()._get_stopping_criteria(generation_config, *args, **kwargs), _TRACE.get()
+        trace = _TRACE.get()
+        if trace is not None and trace.tokenizer is not None:
+            kwargs["tokenizer"] = trace.tokenizer
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         if trace is None:
             return criteria
         trace.max_length = generation_config.max_length
@@ -215,6 +229,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
         """Inputs of one step; those of the prompt's pass, in one or many chunks, have no exits."""
         # `generate` takes `inputs_embeds` only where it finds it named here.
         rename_cache(kwargs)
+        for name in _OF_GENERATE:
+            kwargs.pop(name, None)
         trace = _TRACE.get()
         if trace is not None and trace.settings is not None and not trace.exit_layers:
             self.check_length(input_ids.shape[1], trace.max_length)

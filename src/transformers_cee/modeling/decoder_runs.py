@@ -270,7 +270,7 @@ class DecoderRuns(EarlyExitModel):
         all tokens; labels say which are judged."""
         found = list(roll_outs(self, read_text(self, input_ids, attention_mask), ahead))
         if not found:
-            none = torch.zeros(len(input_ids), ahead, 3, device=input_ids.device)
+            none = torch.zeros(len(input_ids), ahead, 4, device=input_ids.device)
             return ExitCausalLMOutput(loss=none.sum(), judged_drafts=none)
         loss = torch.stack([one.loss for one in found]).mean()
         return ExitCausalLMOutput(loss=loss, judged_drafts=judge_drafts(found, labels, ahead))

@@ -8,8 +8,8 @@ distribution is to be the model's (KL; training-time test of EAGLE-3, Li et al. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
 from transformers_cee.exits.cache_name import CACHE_NAME
+from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.jump_drafter import JumpDrafter
 from transformers_cee.exits.row_batch import SLIDING
 from transformers_cee.exits.token_targets import IGNORED
@@ -47,10 +48,11 @@ def read_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> T
     """One pass of the model over texts (rows, time), padded on either side."""
     layer, ids = model.config.drafter_layer, input_ids
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    cache = DynamicCache()
-    output = model.get_decoder()(
-        input_ids=ids, attention_mask=mask, use_cache=True, output_hidden_states=True, **{CACHE_NAME: cache}
-    )
+    cache, decoder = DynamicCache(), model.get_decoder()
+    with evaluating(decoder):
+        output = decoder(
+            input_ids=ids, attention_mask=mask, use_cache=True, output_hidden_states=True, **{CACHE_NAME: cache}
+        )
     hidden, held = output.hidden_states, cache.layers[layer - 1]
     behind = hidden[layer]
     return TextRead(
@@ -105,6 +107,17 @@ class _RollOutCache:
         return torch.cat(self.keys, 2), torch.cat(self.values, 2)
 
 
+@contextmanager
+def _keeping_its_cache(layer: Any) -> Iterator[None]:
+    """Gradient checkpointing takes a layer's cache, and one layer has no need of it."""
+    was = getattr(layer, "gradient_checkpointing", False)
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = was
+
+
 def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
     """Drafts from every token on, all in parallel: the k-th token of each roll-out sees what the model has of the
     tokens before it began, and what the roll-out has of its own."""
@@ -125,6 +138,9 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
     for step in range(ahead):
         here = places + step
         embedded, counted = read.embedded[:, here], read.counts[:, here] & read.counts[:, places - 1]
+        if not counted.any():
+            # Behind padding there is nothing to draft.
+            break
         jumped = drafter.jump(state, embedded)
         seen = columns < places.unsqueeze(1)
         if window is not None:
@@ -136,14 +152,15 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
         if config._attn_implementation == "eager":
             mask = torch.zeros_like(mask, dtype=jumped.dtype).masked_fill(~mask, torch.finfo(jumped.dtype).min)
         positions = here.unsqueeze(0)
-        state = drafter.layer(
-            jumped,
-            attention_mask=mask,
-            position_embeddings=model.model.rotary_emb(jumped, positions),
-            position_ids=positions,
-            use_cache=True,
-            **{CACHE_NAME: cache},
-        )
+        with _keeping_its_cache(drafter.layer):
+            state = drafter.layer(
+                jumped,
+                attention_mask=mask,
+                position_embeddings=model.model.rotary_emb(jumped, positions),
+                position_ids=positions,
+                use_cache=True,
+                **{CACHE_NAME: cache},
+            )
         logits = F.linear(model.model.norm(drafter.read(state[counted])), head)
         said, to_say = logits.float().log_softmax(-1), wanted[:, here][counted]
         divergence = (to_say.exp() * (to_say - said)).sum(-1)
@@ -182,16 +199,19 @@ def judge_drafts(found: Sequence[RollOut], labels: Tensor | None, ahead: int) ->
         ahead (`int`): so many were asked for; short texts end sooner.
 
     Returns:
-        `Tensor` of shape `(rows, ahead, 3)`: sums of the divergence, of the drafts that stand, and of their number.
+        `Tensor` of shape `(rows, ahead, 4)`: sums over the drafts that count, of their divergence, of those that stand
+        with all before them, of those whose turn comes since all before them stand, and of their number.
     """
     rows, starts = found[0].counted.shape
-    sums = found[0].divergence.new_zeros(rows, ahead, 3)
+    sums = found[0].divergence.new_zeros(rows, ahead, 4)
+    counted, stands = torch.ones_like(found[0].counted), torch.ones_like(found[0].stands)
     for step, one in enumerate(found):
-        counted = one.counted
+        counted = counted & one.counted
         if labels is not None:
             # The first draft begins at the second token, and drafts the third.
             counted = counted & F.pad(labels[:, 2 + step :] != IGNORED, (0, starts))[:, :starts]
-        for column, values in enumerate((one.divergence, one.stands, counted)):
+        turn, stands = stands, stands & one.stands
+        for column, values in enumerate((one.divergence, stands, turn, counted)):
             sums[:, step, column] = (values * counted).sum(1)
     return sums
 
@@ -204,12 +224,12 @@ def draft_figures(judged: Tensor) -> dict[str, float]:
         drafts that stand where those before them do; and `tokens_per_pass`, what a pass that verifies so many drafts
         gives of tokens. Empty where no draft counts.
     """
-    divergence, stands, counted = judged.double().sum(0).unbind(-1)
+    divergence, stands, turns, counted = judged.double().sum(0).unbind(-1)
     if not counted.sum():
         return {}
-    shares = (stands / counted.clamp_min(1)).tolist()
+    shares = (stands / turns.clamp_min(1)).tolist()
     figures = {f"accepted_{step}": share for step, share in enumerate(shares, 1)}
-    per_pass = 1 + sum(math.prod(shares[:step]) for step in range(1, len(shares) + 1))
+    per_pass = 1 + float((stands / counted.clamp_min(1)).sum())
     return {"loss": float(divergence.sum() / counted.sum()), **figures, "tokens_per_pass": per_pass}
 
 

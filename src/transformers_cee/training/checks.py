@@ -166,7 +166,7 @@ def _check_evaluation(trainer: Any, phases: set[str], fits_budgets: bool) -> Non
             if len(rows) == 0:
                 raise ValueError(f"`{named}` is empty; at least one row is needed, or `eval_strategy`='no'.")
             batch = args.eval_batch_size * args.world_size
-            if args.dataloader_drop_last and phases & MODEL_PHASES and len(rows) < batch:
+            if args.dataloader_drop_last and phases & {*MODEL_PHASES, "drafter"} and len(rows) < batch:
                 raise ValueError(
                     f"`dataloader_drop_last`=True leaves no batch of `{named}`: {len(rows)} rows do not fill one of "
                     f"{batch}. Accepted are False, or a smaller `per_device_eval_batch_size`."
@@ -193,6 +193,11 @@ def _check_exits(trainer: Any, phases: set[str]) -> None:
     trained_beside = "heads" in phases and HEADS_OBJECTIVES[args.heads_objective].trains_policies
     if "drafter" in phases:
         drafter_phase(args, model)
+        if trainer.model is not model:
+            raise ValueError(
+                f"`phases`={args.phases} has 'drafter', and `model` has adapters around it, whose folders hold no "
+                "drafter: let it learn before they are added, or after they are merged."
+            )
     if phases & POLICY_PHASES:
         if model.first_exit() == model.last_exit:
             raise ValueError(
@@ -220,7 +225,7 @@ def _check_stopping(trainer: Any, phases: set[str]) -> None:
         return
     if trainer.args.eval_strategy == "no":
         raise ValueError("`EarlyStoppingCallback` needs evaluations: `eval_strategy`='no' must be 'steps' or 'epoch'.")
-    if phases & MODEL_PHASES and trainer.args.metric_for_best_model is None:
+    if phases & {*MODEL_PHASES, "drafter"} and trainer.args.metric_for_best_model is None:
         raise ValueError("`EarlyStoppingCallback` needs `metric_for_best_model`, which is None.")
 
 

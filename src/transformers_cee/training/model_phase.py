@@ -21,7 +21,7 @@ from transformers_cee.training.labels import FiniteLabels, FiniteLoss
 from transformers_cee.training.model_step import ModelPhase, RowJudge, with_gradient
 from transformers_cee.training.parameters import freeze_for_model_step, keeping_requires_grad, split_exit_groups
 from transformers_cee.training.policy_phase import at_rate
-from transformers_cee.training.training_args import ConsistentEETrainingArguments
+from transformers_cee.training.training_args import ConsistentEETrainingArguments, judge_by
 
 
 def phase_arguments(
@@ -34,9 +34,9 @@ def phase_arguments(
     if own.metric_for_best_model is not None:
         # Nothing else that an evaluation reports can change.
         if phase.judge is not None:
-            own.metric_for_best_model, own.greater_is_better = phase.judge.best_by, True
+            judge_by(own, phase.judge.best_by, greater_is_better=True)
         elif phase.trainable == "internal_exits":
-            own.metric_for_best_model, own.greater_is_better = "exit_loss", False
+            judge_by(own, "exit_loss", greater_is_better=False)
     return own
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from transformers_cee.exits.criteria import Thresholds
-from transformers_cee.exits.deciding import resolve_decision
+from transformers_cee.exits.deciding import ExitDecision, resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
 from transformers_cee.exits.training_options import ExitTraining
@@ -167,8 +166,7 @@ def consistent_phase(
             return consistent_sampled(outputs.all_exit_losses, distribution, samples), outputs
         return consistent_expected(outputs.all_exit_losses, distribution), outputs
 
-    criterion, threshold = operating_point(exit_model)
-    return ModelPhase(loss, {"exit_criterion": criterion, "exit_threshold": threshold}, args.trainable)
+    return ModelPhase(loss, {"exit_threshold": operating_point(exit_model)}, args.trainable)
 
 
 def drafter_phase(args: ConsistentEETrainingArguments, exit_model: Any) -> ModelPhase:
@@ -192,14 +190,13 @@ def drafter_phase(args: ConsistentEETrainingArguments, exit_model: Any) -> Model
     return ModelPhase(loss, {}, "drafter", judge=judge)
 
 
-def operating_point(exit_model: Any) -> tuple[str, Thresholds]:
-    """Exit criterion and threshold at which phases that concern the policies are judged: those of the config. A config
+def operating_point(exit_model: Any) -> ExitDecision:
+    """The decision at which phases that concern the policies are judged: those of the config. A config
     without a threshold, whose exits are off, would show nothing of them; then it is the policy at 0.5. A budget does
     not count, whose price was fitted before."""
     if exit_model.config.exit_threshold is None:
-        return "policy", 0.5
-    own = resolve_decision(exit_model.config, exit_model.config.exit_threshold)
-    return own.criterion, own.threshold
+        return ExitDecision("policy", 0.5)
+    return resolve_decision(exit_model.config, exit_model.config.exit_threshold)
 
 
 @torch.no_grad()

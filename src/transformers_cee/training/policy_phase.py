@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import TrainOutput
 
 from transformers_cee.evaluation.operating_points import Metrics, hindsight_point
+from transformers_cee.exits.criterion import CriterionSettings
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.stores.scoring import score_exits
 from transformers_cee.stores.store import ExitStore
@@ -23,7 +24,7 @@ from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.labels import FiniteLoss
 from transformers_cee.training.objectives import closed_before, policy_loss
 from transformers_cee.training.rewards import RewardStep, rewards_and_prices, rewards_of
-from transformers_cee.training.training_args import ConsistentEETrainingArguments
+from transformers_cee.training.training_args import ConsistentEETrainingArguments, judge_by
 
 
 # Prices of a layer at which conditioned policies are judged, over the range that they learn.
@@ -168,6 +169,7 @@ class PolicyPhaseTrainer(FiniteLoss, ResumableTrainer):
     Args:
         evaluation (`dict[str, StoredRewards]`): stored evaluation sets by name.
         exit_threshold (`float` or `list[float]`): operating point whose metric and depth are reported.
+        alpha (`float`, *optional*): price of a layer at that point, of conditioned policies.
         metrics (`Callable`, *optional*): `compute_metrics` of the caller.
     """
 
@@ -178,12 +180,13 @@ class PolicyPhaseTrainer(FiniteLoss, ResumableTrainer):
         *args: Any,
         evaluation: dict[str, StoredRewards],
         exit_threshold: Any,
+        alpha: float | None,
         metrics: Callable | None,
         **kwargs: Any,
     ) -> None:
         # Trainer asks whether there is anything to evaluate on; `evaluate` here looks no further.
         super().__init__(*args, eval_dataset=evaluation or None, **kwargs)
-        self.evaluation, self.exit_threshold, self.metrics = evaluation, exit_threshold, metrics
+        self.evaluation, self.exit_threshold, self.alpha, self.metrics = evaluation, exit_threshold, alpha, metrics
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -195,7 +198,8 @@ class PolicyPhaseTrainer(FiniteLoss, ResumableTrainer):
         for name, rows in self.evaluation.items():
             loss = totals[name] / len(rows)
             first_layer = int(rows.store.layers[objective.first_exit])
-            scores = score_exits("policy", rows.store, objective.policies, min_exit_layer=first_layer)
+            settings = CriterionSettings(alpha=self.alpha)
+            scores = score_exits("policy", rows.store, objective.policies, settings, min_exit_layer=first_layer)
             point = hindsight_point("policy", self.exit_threshold, scores, rows.store, self.metrics)
             values = {"loss": loss, "reward": -loss, "depth": point.depth}
             values |= {one: value for one, value in point.metrics.items() if one != "loss"}
@@ -254,7 +258,7 @@ def policy_arguments(args: ConsistentEETrainingArguments, directory: str, evalua
     own.label_names = []
     # Whoever is told of the run is told of this phase, see `run_policy_phase`.
     own.report_to = []
-    own.metric_for_best_model, own.greater_is_better = "reward", True
+    judge_by(own, "reward", greater_is_better=True)
     own.include_num_input_tokens_seen = "no"
     if not evaluates:
         own.eval_strategy, own.load_best_model_at_end, own.eval_on_start = "no", False, False
@@ -269,6 +273,7 @@ def run_policy_phase(
     evaluation: dict[str, StoredRewards],
     *,
     exit_threshold: Any,
+    alpha: float | None = None,
     first_exit: int = 0,
     metrics: Metrics | None = None,
     callbacks: list[TrainerCallback] | None = None,
@@ -307,6 +312,7 @@ def run_policy_phase(
         train_dataset=train,
         evaluation=evaluation,
         exit_threshold=exit_threshold,
+        alpha=alpha,
         metrics=metrics,
         processing_class=processing_class,
         optimizer_cls_and_kwargs=at_rate(optimizer_cls_and_kwargs, args.policy_learning_rate),

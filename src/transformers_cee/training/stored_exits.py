@@ -137,10 +137,11 @@ class StoredExitsTrainer(EarlyExitTrainer):
             for folder, (name, rows) in zip(folders, sets.items(), strict=True)
         }
 
-    def _renew_budgets(self) -> None:
-        """Fits budgets to the policies as they are, if there are rows for it; names what is older than the weights."""
+    def _renew_budgets(self, fits: bool = True) -> None:
+        """Names what is older than the weights. If there are rows for it, budgets are fitted to the policies anew,
+        unless these are still to learn."""
         config, older = self._exit_model.config, ["exit_operating_points", "exit_estimators"]
-        if self._has_conditioned_policies and self.eval_dataset is not None:
+        if fits and self._has_conditioned_policies and self.eval_dataset is not None:
             self.fit_exit_budgets()
         else:
             older.append("exit_budgets")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from transformers_cee.exits.deciding import ExitDecision
 from transformers_cee.exits.policy import ExitPolicies
 from transformers_cee.stores.store import ExitStore
 from transformers_cee.training.hardness import fingerprint, memorized_layers, read_hardness, write_hardness
@@ -88,14 +89,16 @@ def policy_step(
     if run.args.eval_strategy != "no":
         for name, stored in run._evaluation_stores().items():
             evaluation[name] = rewards(stored, memorized_layers(stored.correct, stored.layers))
-    criterion, threshold = operating_point(model)
+    own = operating_point(model)
+    judged_at = own if own.criterion == "policy" else ExitDecision("policy", 0.5)
     output, history = run_policy_phase(
         used,
         run.args,
         folder,
         train,
         evaluation,
-        exit_threshold=threshold if criterion == "policy" else 0.5,
+        exit_threshold=judged_at.threshold,
+        alpha=judged_at.alpha,
         first_exit=model.first_exit(),
         metrics=stored_metrics(run.compute_metrics, run.preprocess_logits_for_metrics),
         callbacks=run.callback_handler.callbacks,

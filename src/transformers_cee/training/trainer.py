@@ -171,7 +171,8 @@ class ConsistentEETrainer(StoredExitsTrainer):
                 results[step] = result.output
                 history += [{**entry, "phase": step} for entry in result.log_history]
                 self._keep(log, step, result)
-        self._renew_budgets()
+        if set(self.args.phases) != {"drafter"}:
+            self._renew_budgets()
         self.state.log_history = history
         if self.args.push_to_hub:
             self.save_model()
@@ -206,6 +207,7 @@ class ConsistentEETrainer(StoredExitsTrainer):
         first, checkpoint = log.stage(names, resume_from_checkpoint, needs_of(self))
         for name in names[first:]:
             result = steps[name](log.folder(name), checkpoint if name == names[first] else None)
+        self._renew_budgets(fits=False)
         return result.output
 
     def compute_hardness(self) -> Tensor:

@@ -47,6 +47,24 @@ NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 }
 
 
+# Schedules that go by the metric of the best checkpoint, and are told whether more of it is better.
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def judge_by(args: TrainingArguments, metric: str, greater_is_better: bool) -> None:
+    """Makes a metric of a phase the one that its best checkpoint, early stopping and schedule go by.
+
+    Args:
+        args (`TrainingArguments`): those of the phase, which are changed.
+        metric (`str`): its name.
+        greater_is_better (`bool`): is more of it better?
+    """
+    args.metric_for_best_model, args.greater_is_better = metric, greater_is_better
+    if getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type) in _BY_METRIC:
+        given = args.lr_scheduler_kwargs or {}
+        args.lr_scheduler_kwargs = {**given, "mode": "max" if greater_is_better else "min"}  # type: ignore[dict-item]
+
+
 def check_number(name: str, value: Any, kind: type, accepts: Callable[[Any], bool], wanted: str) -> None:
     """Raises `ValueError` unless an argument is a finite number of a kind, or None, that is accepted."""
     whole = kind is int
