@@ -57,3 +57,13 @@ def test_products_have_a_scale_per_token_and_per_output():
                     for one, other in zip(state, weight[:, output], strict=True)
                 )
                 assert found[row, token, output] == pytest.approx(total * step * scale, rel=1e-4, abs=1e-6)
+
+
+def test_threads_of_one_block_do_not_hold_up_the_next(make_model, tmp_path):
+    """Every session has threads of its own, and they stop waiting when a run ends."""
+    model = make_model().export(tmp_path / "out", engine="onnxruntime", precision="float32")
+    model(torch.tensor([[5, 6, 7]]), exit_threshold=0.5)
+    blocks = [run for run in model.blocks.values() if hasattr(run, "session")]
+    asked = "session.force_spinning_stop"
+    assert len(blocks) > 1
+    assert {run.session.get_session_options().get_session_config_entry(asked) for run in blocks} == {"1"}

@@ -76,6 +76,9 @@ class _Block:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # Each session has threads of its own, which would wait at full speed for its next run while those of the next
+        # block need the processor.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         # Errors alone.
         options.log_severity_level = 3
