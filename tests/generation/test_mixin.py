@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, StoppingCriteria, S
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from transformers_cee import LlamaForConsistentEECausalLM
-from transformers_cee.generation.mixin import decayed
+from transformers_cee.generation.decay import decayed
 
 
 NEW = 7

@@ -4,7 +4,6 @@
 
 import copy
 import inspect
-import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,11 +17,12 @@ from transformers.utils import ModelOutput
 from transformers_cee.exits.arguments import check_exit_names
 from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, rename_cache
 from transformers_cee.exits.configuration import check_min_exit_layer, check_skipped_kv
-from transformers_cee.exits.criteria import CRITERIA, ExitCriterion, Thresholds
+from transformers_cee.exits.criteria import CRITERIA, ExitCriterion
 from transformers_cee.exits.deciding import ExitDecision, model_criterion, resolve_decision
 from transformers_cee.exits.numbers import plain
 from transformers_cee.generation.account import ExitAccount, open_account
 from transformers_cee.generation.cache import EarlyExitCache
+from transformers_cee.generation.decay import check_decay, decayed
 from transformers_cee.generation.decoding import complete_waiting
 from transformers_cee.generation.drafters import EARLY_EXIT, LOOKUP, check_exit_verify, open_verification
 from transformers_cee.generation.ways import asked_in, check_caches, check_way_to_generate
@@ -306,7 +306,7 @@ class EarlyExitGenerationMixin(GenerationMixin):
         check_min_exit_layer(settings.get("min_exit_layer"), self.config.num_hidden_layers)
         decay = settings.get("exit_threshold_decay")
         if decay is not None:
-            _check_decay(decay, criterion.name)
+            check_decay(decay, criterion.name)
             if asked["exit_budget"] is not None or isinstance(asked["exit_threshold"], str):
                 raise ValueError("`exit_threshold_decay` needs `exit_threshold` as a number or a list of numbers.")
         return None if criterion.is_off else decision
@@ -352,32 +352,6 @@ class EarlyExitGenerationMixin(GenerationMixin):
                 f"`{name}`={settings[name]!r} has no effect in continuous batching; set `exit_threshold`=1.0, or use "
                 "`generate` on a padded batch."
             )
-
-
-def decayed(threshold: Thresholds, decay: float, progress: float) -> Thresholds:
-    """CALM's decaying threshold `0.9·λ + 0.1·exp(−τ·t/N)`, clipped to [0, 1] (Schuster et al. 2022). A threshold of 1,
-    which closes an exit, stays.
-
-    Args:
-        threshold (`float` or sequence of `float`): λ.
-        decay (`float`): τ.
-        progress (`float`): t/N, the share of the new tokens that are there.
-    """
-    rest = 0.1 * math.exp(-decay * progress)
-    if isinstance(threshold, int | float):
-        return 1.0 if threshold >= 1.0 else min(1.0, 0.9 * threshold + rest)
-    return [1.0 if value >= 1.0 else min(1.0, 0.9 * value + rest) for value in threshold]
-
-
-def _check_decay(decay: Any, criterion: str) -> None:
-    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay < math.inf:
-        raise ValueError(f"`exit_threshold_decay`={decay!r} must be a finite number of at least 0.")
-    cls = CRITERIA[criterion]
-    if not (cls.higher_is_deeper and cls.check(0.0)):
-        raise ValueError(
-            f"`exit_threshold_decay` needs a criterion whose scores lie in [0, 1] and whose larger thresholds send "
-            f"tokens deeper; `exit_criterion`={criterion!r} is not one."
-        )
 
 
 class _NotedCriteria(StoppingCriteriaList):

@@ -89,11 +89,6 @@ class RollOut:
         """Mean divergence of the drafts that count."""
         return self.divergence.sum() / self.counted.sum()
 
-    @property
-    def accepted(self) -> Tensor:
-        """Share of the drafts that count which stand."""
-        return self.stands.sum() / self.counted.sum()
-
 
 class _RollOutCache:
     """What the drafter's layer sees as its cache: the model's keys and values, then those of the roll-outs so far."""
