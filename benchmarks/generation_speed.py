@@ -279,10 +279,12 @@ def measure(stock: Any, model: Any, batch_size: int, args: argparse.Namespace) -
     # No token costs less than the layers up to its exit, and no pass less than a step. Without exits the two classes
     # differ by their caches alone.
     limits = {name: total / one["depth"] for name, one in about.items() if one["depth"] < total}
-    for (name, run), chance in zip(drafted.items(), args.accepted, strict=False):
-        passes = torch.stack(run().accepted)
+    for name, run in drafted.items():
+        verification = run()
+        passes = torch.stack(verification.accepted)
         per_pass = 1 + float(passes[passes >= 0].float().mean())
-        formula = draft_formula(draft_costs(model, batch_size), ForcedDrafts(model, 1), args.drafts, chance)
+        drafts = draft_costs(model, batch_size)
+        formula = draft_formula(drafts, ForcedDrafts(model, 1), args.drafts, verification.chance)
         about[name] = {"depth": float(total), "formula": formula, "passes": len(passes), "tokens_per_pass": per_pass}
         limits[name] = args.new_tokens / len(passes)
     found = Timer(rounds=args.repeats).time(runs, "stock", allowed={"stock": limits}, device=model.device)

@@ -364,6 +364,12 @@ def test_pipelines_find_the_tokenizer(added):
     assert {"label", "score"} <= set(classify("w1 w2")[0])
 
 
+def test_the_tokenizer_is_that_of_the_base(base, added):
+    """It cuts no more texts than the base's does."""
+    files = [json.loads((folder / "tokenizer.json").read_text()) for folder in (base[0], added[0])]
+    assert files[0] == files[1]
+
+
 def test_stopped_while_time_is_taken(base, tmp_path, monkeypatch):
     """The exits are there, with their tokenizer."""
     monkeypatch.setattr(run, "_time", lambda *given: 1 / 0)

@@ -44,8 +44,8 @@ def test_acceptance_is_what_was_asked_for():
 
 def test_shapes_without_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [
-        "generation_speed.py", "--random", "tiny", "--batch_sizes", "2", "--accepted", "0.5", "1", "--new_tokens", "9",
-        "--prompt_tokens", "4", "--repeats", "3", "--output", str(tmp_path), "--settings", "exits off",
+        "generation_speed.py", "--random", "tiny", "--batch_sizes", "2", "--accepted", "0.2", "0.5", "1",
+        "--new_tokens", "9", "--prompt_tokens", "4", "--repeats", "3", "--output", str(tmp_path), "--settings", "exits off",
         "exit 4, deferred", "3 drafts, 0.5 accepted", "3 drafts, 1 accepted",
     ])  # fmt: skip
     generation_speed.main()
@@ -53,6 +53,9 @@ def test_shapes_without_weights(tmp_path, capsys, monkeypatch):
     assert list(rows) == ["stock", "exits off", "exit 4, deferred", "3 drafts, 0.5 accepted", "3 drafts, 1 accepted"]
     assert rows["3 drafts, 1 accepted"]["passes"] == 3
     assert rows["3 drafts, 1 accepted"]["tokens_per_pass"] == pytest.approx((1 + 4 + 3) / 3)
+    # Both cost the same, and the formula knows what is accepted.
+    ratio = rows["3 drafts, 1 accepted"]["formula"] / rows["3 drafts, 0.5 accepted"]["formula"]
+    assert ratio == pytest.approx(4 / (1 + 0.5 + 0.25 + 0.125))
     assert rows["exit 4, deferred"]["depth"] == 4 and 1 <= rows["3 drafts, 0.5 accepted"]["tokens_per_pass"] <= 4
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
 

@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from slow_llama import prompts
 from tiny import tiny_llama, tiny_model
 
-from transformers_cee import CalibratedPoint
+from transformers_cee import CalibratedPoint, calibrate_risk
+from transformers_cee.calibration.scores import ExitScores
 from transformers_cee.exits import deciding
+from transformers_cee.exits.criteria import CRITERIA
 
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
@@ -69,8 +73,31 @@ def test_the_layer_of_the_config_counts_as_well(caplog):
     assert SAID in caplog.text
 
 
-def test_steps_that_skip_exits_break_a_promise():
+def test_steps_that_skip_exits_break_a_promise(caplog):
     model = tiny_llama()
     point([0.5] * (len(model.layer_numbers) - 1) + [1.0]).save_to(model, "promised")
-    with pytest.raises(ValueError, match="promise of `exit_threshold`='promised' is about walks that ask all"):
-        model.generate(**prompts([4]), exit_threshold="promised", exits_must_pay=True, max_new_tokens=2)
+    asked = {"exit_threshold": "promised", "max_new_tokens": 2, "pad_token_id": 0}
+    with caplog.at_level(logging.WARNING):
+        model.generate(**prompts([4]), **asked)
+        assert "skips exits" not in caplog.text
+        model.generate(**prompts([4]), **asked, exits_must_pay=True)
+    assert "`exits_must_pay`=True skips exits where asking them has not paid, and the promise" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [None, [0.99, 0.9, 0.6, 0.4]])
+def test_points_are_used_as_they_were_calibrated(grid, caplog):
+    """Exits that were closed then are closed in the point."""
+    torch.manual_seed(0)
+    scores = torch.rand(300, 3)
+    scores[:, 0] = math.inf
+    zeros = torch.zeros(300, 4)
+    made = ExitScores("max_probability", -scores, torch.arange(1, 5), zeros.bool(), zeros, "error")
+    made = replace(made, scores=torch.where(scores.isinf(), -math.inf, scores))
+    found = calibrate_risk(made, 0.1, 0.1, grid=grid)
+    assert found.reason is None and found.thresholds[0] == CRITERIA["max_probability"].off
+    model = tiny_model(num_hidden_layers=4, min_exit_layer=2).eval()
+    found.save_to(model, "calibrated")
+    with caplog.at_level(logging.WARNING):
+        model(IDS, exit_threshold="calibrated")
+    assert SAID not in caplog.text

@@ -250,6 +250,14 @@ def test_with_gradient_checkpointing(tmp_path):
         torch.testing.assert_close(value, weights[1][name])
 
 
+def test_nothing_to_be_judged_by(tmp_path):
+    model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
+    trainer = trainer_of(model, tmp_path, eval_strategy="epoch", drafter_num_train_epochs=1)
+    trainer.eval_dataset = trainer.eval_dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with pytest.raises(ValueError, match="`eval_dataset` has nothing that the phase 'drafter' could be judged by"):
+        trainer.train()
+
+
 def test_schedules_go_up_by_tokens_per_pass(tmp_path):
     model = tiny_llama(1, drafter_layer=LAYER, drafter_vocab_size=40)
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 1}}

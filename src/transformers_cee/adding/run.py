@@ -166,8 +166,8 @@ def add_exits(
         found.config.exit_threshold = speeds[0].name
     # The folder is found from everywhere, so its base must be, too.
     found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
-    # Pipelines look for it beside the exits.
-    tokenizer.save_pretrained(output)
+    # Pipelines look for it beside the exits. As it was: the one above has learned to cut texts.
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
     _time(found, speeds, data, tokenizer)
     seconds["all"] = time.perf_counter() - start
     accuracy = None if data.labels is None else _accuracy(held_out, data, _last(held_out))

@@ -174,6 +174,7 @@ def _of_jsonl(path: Path, column: Column) -> Numbered:
 
 
 def _of_csv(path: Path, column: Column) -> Numbered:
+    # Of the process: others read fields that are longer than they asked for, and none shorter.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from transformers_cee.calibration.points import CalibratedPoint, calibrated_point, exits_off
 from transformers_cee.calibration.scores import ExitScores, unit_weights
-from transformers_cee.exits.criteria import check_thresholds
+from transformers_cee.exits.criteria import CRITERIA, check_thresholds
 from transformers_cee.exits.numbers import numbers, share
 from transformers_cee.stores.scoring import exits_taken
 
@@ -183,6 +183,10 @@ def calibrate_risk(
         count = _certified_in_grid(scores, grid, level, delta, p_value)
         if count:
             own = check_thresholds(scores.criterion, float(grid[count - 1]), scores.num_exits)
+            # Exits that were closed stay so wherever the point is used.
+            closed = (scores.oriented == -math.inf).all(0).tolist()
+            off = CRITERIA[scores.criterion].off
+            own = [off if one else value for one, value in zip([*closed, False], own, strict=True)]
             return CalibratedPoint(
                 scores.criterion, own, "risk", levels, method, units, scores.alpha, fitted_on=scores.made_on
             )

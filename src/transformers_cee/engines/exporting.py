@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 import statistics
@@ -234,7 +235,7 @@ def _prepare(
             lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
             with warnings.catch_warnings():
                 # Said once, with the name of the point.
-                warnings.simplefilter("ignore")
+                warnings.filterwarnings("ignore", "Exits are off: ")
                 found = choose(exported, store, exported.costs, agreement, batch_size, statistics.median(lengths))
             places = torch.tensor([store.layers.tolist().index(layer) for layer in found.exit_layers])
             store, exported = subset(store, places), of_layers(exported, found.exit_layers)
@@ -267,7 +268,7 @@ def _samples(rows: Dataset, processing_class: Any, names: Sequence[str]) -> list
 
 def _scale_rows(count: int) -> range:
     """Which of so many rows set the scales. Nothing is certified on them: they are the ones that scales fit best."""
-    return range(0, count, max(2, count // SCALE_TEXTS))
+    return range(count % 2 if count > 1 else 0, count, max(2, math.ceil(count / SCALE_TEXTS)))
 
 
 def _without(rows: Dataset, taken: range) -> Dataset:

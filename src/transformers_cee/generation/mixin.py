@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from transformers_cee.exits.arguments import check_exit_names
 from transformers_cee.exits.cache_name import CACHE_NAME, PEFT_CACHE_NAME, rename_cache
@@ -27,6 +27,8 @@ from transformers_cee.generation.decoding import complete_waiting
 from transformers_cee.generation.drafters import EARLY_EXIT, LOOKUP, check_exit_verify, open_verification
 from transformers_cee.generation.ways import asked_in, check_caches, check_way_to_generate
 
+
+logger = logging.get_logger(__name__)
 
 EXIT_ARGUMENTS = (
     "exit_threshold",
@@ -90,7 +92,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
       the t-th of at most N new tokens: the first tokens leave later, since errors there spoil all that follows.
     - `exits_must_pay` (`bool`, defaults to False): a step runs without exits while asking them has cost this call more
       layers than it saved, see [`ExitAccount`]. The call is then slower than without exits by what they cost in two
-      steps and a hundredth at most; but where a token leaves depends on the rows beside it and the tokens before it.
+      steps and a hundredth at most; but where a token leaves depends on the rows beside it and the tokens before it,
+      and a promise, which is about walks that ask every exit, does not hold.
     - `exit_verify` (`bool`, defaults to False): nothing leaves, but tokens are drafted, and the whole model verifies
       several at a time: the text is the one that it writes without exits. Who drafts is said as in transformers:
       `prompt_lookup_num_tokens` (what followed the same tokens before, of up to `max_matching_ngram_size`), and
@@ -141,9 +144,9 @@ class EarlyExitGenerationMixin(GenerationMixin):
             trace.settings["exit_threshold"] = replace(decision, is_checked=True)
             if settings.get("exits_must_pay"):
                 if decision.asks_all:
-                    raise ValueError(
-                        "`exits_must_pay`=True skips exits where asking them has not paid, and the promise of "
-                        f"`exit_threshold`={settings.get('exit_threshold')!r} is about walks that ask all."
+                    logger.warning_once(
+                        "`exits_must_pay`=True skips exits where asking them has not paid, and the promise of the "
+                        "operating point is about walks that ask all."
                     )
                 trace.account = self._open_account(decision, settings.get("min_exit_layer"))
             given = inspect.signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args, **kwargs)

@@ -154,7 +154,8 @@ class EarlyExitSequenceClassifier(EarlyExitClassifier):
             precision (`str`, *optional*, defaults to `"int8"`): `"float32"`, `"bfloat16"` or `"int8"`.
             calibration_texts (sequence of `str`, *optional*):
                 Texts that the model is for, without labels; some hundred give the scales of int8, some thousand
-                certify an agreement of 0.99. On those that set scales, at most half, nothing is fitted or certified.
+                certify an agreement of 0.99. On those that set scales, up to 256 and at most half, nothing is fitted
+                or certified.
             calibration_labels (sequence, *optional*):
                 Labels of these texts, as in a data set. Operating points that bound a risk take them; others do not.
             processing_class (*optional*): the tokenizer; by default that of the checkpoint the model came from.

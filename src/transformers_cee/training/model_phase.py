@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from transformers_cee.training.checkpoints import ResumableTrainer
 from transformers_cee.training.exit_evaluation import ExitEvaluationTrainer, ExitLoopOutput
@@ -182,11 +182,13 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
     @torch.no_grad()
     def _judged(self, judge: RowJudge, dataloader: Any, metric_key_prefix: str) -> ExitLoopOutput:
         model, found = self.model_wrapped, []
+        # Loaders of some releases give a batch that is None.
+        batches = [] if has_length(dataloader) and len(dataloader) == 0 else dataloader
         is_training = model.training
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         try:
-            for batch in dataloader:
+            for batch in batches:
                 with self.compute_loss_context_manager():
                     output = model(**self._prepare_inputs(batch), exit_training=judge.options)
                 found.append(self.gather_function(output[judge.output]).cpu())
@@ -194,6 +196,11 @@ class ModelPhaseTrainer(FiniteLoss, ResumableTrainer, ExitEvaluationTrainer):
         finally:
             model.train(is_training)
         figures = judge.figures(torch.cat(found)) if found else {}
+        if found and not figures:
+            raise ValueError(
+                f"`eval_dataset` has nothing that the phase {self.phase.trainable!r} could be judged by: no row has a "
+                "token with a label behind its second one."
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         rows = sum(map(len, found))
         return ExitLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
