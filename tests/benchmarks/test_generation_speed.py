@@ -45,8 +45,8 @@ def test_acceptance_is_what_was_asked_for():
 def test_shapes_without_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [
         "generation_speed.py", "--random", "tiny", "--batch_sizes", "2", "--accepted", "0.2", "0.5", "1",
-        "--new_tokens", "9", "--prompt_tokens", "4", "--repeats", "3", "--output", str(tmp_path), "--settings", "exits off",
-        "exit 4, deferred", "3 drafts, 0.5 accepted", "3 drafts, 1 accepted",
+        "--new_tokens", "9", "--prompt_tokens", "4", "--repeats", "3", "--output", str(tmp_path),
+        "--settings", "exits off", "exit 4, deferred", "3 drafts, 0.5 accepted", "3 drafts, 1 accepted",
     ])  # fmt: skip
     generation_speed.main()
     rows = {row["setting"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
