@@ -163,6 +163,8 @@ def load_models(args: argparse.Namespace) -> tuple[LlamaForCausalLM, LlamaForCon
         stock = LlamaForCausalLM(model.config)
     stock.load_state_dict(model.state_dict(), strict=False, assign=True)
     stock.model.rotary_emb = model.model.rotary_emb
+    # That of a config alone may be without a cache, as trainers leave it.
+    stock.generation_config = model.generation_config
     for one in (stock, model):
         # Every row gets all its tokens.
         one.generation_config.eos_token_id = None

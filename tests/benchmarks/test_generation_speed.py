@@ -12,6 +12,7 @@ import generation_speed
 import pytest
 import torch
 from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 
 NEW = 17
@@ -58,6 +59,21 @@ def test_shapes_without_weights(tmp_path, capsys, monkeypatch):
     assert ratio == pytest.approx(4 / (1 + 0.5 + 0.25 + 0.125))
     assert rows["exit 4, deferred"]["depth"] == 4 and 1 <= rows["3 drafts, 0.5 accepted"]["tokens_per_pass"] <= 4
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_the_stock_model_generates_as_the_checkpoint_does(tmp_path, monkeypatch):
+    """A config that a trainer left says nothing of the cache."""
+    model = tiny_llama()
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["generation_speed.py", "--model", str(tmp_path)])
+    stock, own = generation_speed.load_models(generation_speed.parse_arguments())
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert stock.generation_config.use_cache == own.generation_config.use_cache == loaded.generation_config.use_cache
+    assert own.layer_numbers == [1, 2, 3, 4]
+    prompt = torch.tensor([[5, 6, 7]])
+    asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(stock.generate(prompt, **asked), loaded.generate(prompt, **asked))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ logger = logging.get_logger(__name__)
 
 # Phases in which the model itself learns, and in which the policies do.
 MODEL_PHASES = {"heads", "consistent"}
+# Those that have batches of their own: Trainer's loop runs them.
+BATCH_PHASES = {*MODEL_PHASES, "drafter"}
 POLICY_PHASES = {"policy", "consistent"}
 # Rows whose labels are looked at together.
 ROWS = 64
@@ -132,7 +134,7 @@ def _check_train_rows(trainer: Any, phases: set[str]) -> None:
         if len(some) == 0:
             raise ValueError(f"`policy_holdout`={args.policy_holdout} leaves no row of {len(rows)} for the {name}.")
     learnt, batch = len(trainer._split()[0]), args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and phases & {*MODEL_PHASES, "drafter"} and learnt < batch:
+    if args.dataloader_drop_last and phases & BATCH_PHASES and learnt < batch:
         raise ValueError(
             f"`dataloader_drop_last`=True leaves no batch: {learnt} rows do not fill one of {batch}. Accepted are "
             "False, or a smaller `per_device_train_batch_size`."
@@ -166,7 +168,7 @@ def _check_evaluation(trainer: Any, phases: set[str], fits_budgets: bool) -> Non
             if len(rows) == 0:
                 raise ValueError(f"`{named}` is empty; at least one row is needed, or `eval_strategy`='no'.")
             batch = args.eval_batch_size * args.world_size
-            if args.dataloader_drop_last and phases & {*MODEL_PHASES, "drafter"} and len(rows) < batch:
+            if args.dataloader_drop_last and phases & BATCH_PHASES and len(rows) < batch:
                 raise ValueError(
                     f"`dataloader_drop_last`=True leaves no batch of `{named}`: {len(rows)} rows do not fill one of "
                     f"{batch}. Accepted are False, or a smaller `per_device_eval_batch_size`."
@@ -225,7 +227,7 @@ def _check_stopping(trainer: Any, phases: set[str]) -> None:
         return
     if trainer.args.eval_strategy == "no":
         raise ValueError("`EarlyStoppingCallback` needs evaluations: `eval_strategy`='no' must be 'steps' or 'epoch'.")
-    if phases & {*MODEL_PHASES, "drafter"} and trainer.args.metric_for_best_model is None:
+    if phases & BATCH_PHASES and trainer.args.metric_for_best_model is None:
         raise ValueError("`EarlyStoppingCallback` needs `metric_for_best_model`, which is None.")
 
 
