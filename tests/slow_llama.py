@@ -14,7 +14,7 @@ import reference
 import text_reference
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -205,3 +205,11 @@ def check_against_slow(model, batch, slow, output, beams: bool = False) -> None:
             stop = time + count - 1
             for ours, theirs in ((layer.keys, keys), (layer.values, values)):
                 torch.testing.assert_close(ours[number, :, pad:stop], torch.stack(theirs, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def stock(model):
+    """The stock model of transformers with a model's weights and defaults of `generate`."""
+    other = LlamaForCausalLM(model.config).to(model.dtype).eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    other.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    return other

@@ -5,22 +5,17 @@
 from __future__ import annotations
 
 import itertools
-import string
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_llama import prompts
+from slow_llama import prompts, stock
 from tiny import tiny_llama
-from tokenizers import Tokenizer, decoders, models
 from transformers import (
     DynamicCache,
-    GenerationConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -75,13 +70,6 @@ def fit(model):
     prompt = torch.randint(3, 60, (8, 4), generator=torch.Generator().manual_seed(0)) % model.config.vocab_size
     ids = model.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
     fit_drafter(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-
-
-def stock(model):
-    other = LlamaForCausalLM(model.config).to(model.dtype).eval()
-    other.load_state_dict(model.state_dict(), strict=False)
-    other.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
-    return other
 
 
 def repeating(lengths, seed=0):
@@ -479,31 +467,3 @@ class TestPays:
         for _ in range(200):
             pays.note(4, 4, 4, 4, 5.0)
         assert pays.least(1) == pytest.approx(0.2 * 5 / 1.8, rel=1e-2)
-
-
-def letters():
-    """A tokenizer whose tokens are letters, as many as the tiny models know."""
-    words = {letter: number for number, letter in enumerate((string.ascii_letters + string.digits)[:60])}
-    made = Tokenizer(models.BPE(words, merges=[]))
-    made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-@pytest.mark.parametrize("asked", [{}, {"exit_threshold": 0.5}, {"exit_verify": True, "prompt_lookup_num_tokens": 4}])
-def test_stop_strings(asked):
-    """Texts end where the stock model's do, whose own text says what they are to end with."""
-    model, tokenizer = tiny_llama().eval(), letters()
-    batch = prompts([4, 2, 5])
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    reference = model if "exit_threshold" in asked else stock(model)
-    rest = {name: value for name, value in asked.items() if name == "exit_threshold"}
-    whole = reference.generate(**batch, **options, **rest)
-    ends = [tokenizer.convert_ids_to_tokens(int(whole[row, column])) for row, column in ((0, 9), (1, 7), (2, 11))]
-    expected = reference.generate(**batch, **options, **rest, stop_strings=ends, tokenizer=tokenizer)
-    found = model.generate(**batch, **options, **asked, stop_strings=ends, tokenizer=tokenizer)
-    assert torch.equal(found, expected) and not torch.equal(found, whole)
-
-
-def test_token_healing_is_refused():
-    with pytest.raises(ValueError, match="`token_healing` and `exit_verify` exclude each other"):
-        tiny_llama().generate(**prompts([3]), exit_verify=True, token_healing=True, tokenizer=letters())

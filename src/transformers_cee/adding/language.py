@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from transformers_cee.adding.data import say_too_few
 from transformers_cee.adding.learning import learn_policies
-from transformers_cee.adding.report import AddedExits, CertifiedSpeed
+from transformers_cee.adding.report import AddedExits, CertifiedSpeed, save_added
 from transformers_cee.auto import model_class_of
 from transformers_cee.calibration.points import CalibratedPoint
 from transformers_cee.calibration.prices import calibrate_price
@@ -120,9 +120,7 @@ def add_to_language_model(
         point.save_to(found, name)
     if speeds[0].reason is None:
         found.config.exit_threshold = speeds[0].name
-    found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
-    # As it was: the one above pads on the right, and may have a padding token.
-    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    save_added(found, model, output)
     _time(found, speeds, rows.select(certifying.tolist()), tokenizer, disable_tqdm)
     seconds["all"] = time.perf_counter() - start
     added = AddedExits(

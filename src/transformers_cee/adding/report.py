@@ -1,12 +1,16 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What was reached when exits were added: in Python, in `results.json`, and in a part of the card."""
+"""What comes of adding exits: their folder, and what was reached, in Python, in `results.json`, and in a part of the
+card."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import (
@@ -80,6 +84,20 @@ class AddedExits:
     seconds: dict[str, float]
     accuracy: float | None = None
     promises: str = "texts"
+
+
+def save_added(model: Any, base: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Saves the exits of a model, and beside them, where pipelines look for it, the tokenizer of their base.
+
+    Args:
+        model: with its exits.
+        base (`str` or `os.PathLike`): folder or Hub name of what the exits were added to.
+        output (`str` or `os.PathLike`): folder of the exits.
+    """
+    # The folder is found from everywhere, so its base must be, too.
+    model.save_exits(output, base=os.path.abspath(base) if os.path.isdir(base) else base)
+    # As it was: one that has read texts may cut or pad them otherwise.
+    AutoTokenizer.from_pretrained(base).save_pretrained(output)
 
 
 def write_report(added: AddedExits, model: Any) -> None:

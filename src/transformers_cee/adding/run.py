@@ -30,7 +30,7 @@ from transformers_cee.adding.data import (
 from transformers_cee.adding.language import AUTO_CLASS as LANGUAGE_MODEL
 from transformers_cee.adding.language import MOST_TEXTS, add_to_language_model
 from transformers_cee.adding.learning import learn_heads, learn_policies
-from transformers_cee.adding.report import AddedExits, CertifiedSpeed, write_report
+from transformers_cee.adding.report import AddedExits, CertifiedSpeed, save_added, write_report
 from transformers_cee.auto import has_exits, model_class_of
 from transformers_cee.calibration.agreement import calibrate_agreement
 from transformers_cee.calibration.points import CalibratedPoint
@@ -164,10 +164,7 @@ def add_exits(
         point.save_to(found, name)
     if speeds[0].reason is None:
         found.config.exit_threshold = speeds[0].name
-    # The folder is found from everywhere, so its base must be, too.
-    found.save_exits(output, base=os.path.abspath(model) if os.path.isdir(model) else model)
-    # Pipelines look for it beside the exits. As it was: the one above has learned to cut texts.
-    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    save_added(found, model, output)
     _time(found, speeds, data, tokenizer)
     seconds["all"] = time.perf_counter() - start
     accuracy = None if data.labels is None else _accuracy(held_out, data, _last(held_out))

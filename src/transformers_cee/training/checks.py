@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 # Phases in which the model itself learns, and in which the policies do.
 MODEL_PHASES = {"heads", "consistent"}
-# Those that have batches of their own: Trainer's loop runs them.
+# Phases that 🤗 Trainer's own loop runs, on the rows of the data sets.
 BATCH_PHASES = {*MODEL_PHASES, "drafter"}
 POLICY_PHASES = {"policy", "consistent"}
 # Rows whose labels are looked at together.
