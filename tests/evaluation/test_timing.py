@@ -142,6 +142,14 @@ def test_parts_run_in_turn_and_are_summed(machine):
     assert found.speedups["b"]["a"].value == 3.0
 
 
+def test_short_parts_run_several_at_a_time(machine):
+    """What a variant leaves in the processor's caches is there for its next part."""
+    variants = {"a": [machine.variant("a", 0.05)] * 3, "b": [machine.variant("b", 0.3)] * 2}
+    found = machine.time(variants, "b")
+    assert machine.ran[:5] == ["a", "a", "b", "b", "a"]
+    assert found.seconds["a"].median == pytest.approx(0.15) and found.seconds["b"].median == pytest.approx(0.6)
+
+
 def test_preparations_take_no_time(machine):
     made = []
 

@@ -3,7 +3,9 @@
 """The one timer: named variants run in turn, and what comes of it says how far it can be trusted.
 
 Every comparison of times goes through [`Timer`]. Its variants alternate in one process, so that whatever slows the
-machine down slows all of them, and ratios are taken within a round, where it has slowed both sides.
+machine down slows all of them, and ratios are taken within a round, where it has slowed both sides. Short runs have
+their turn several at a time: models that run one text each throw each other's weights out of the processor's caches,
+which no model does to itself.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -26,6 +29,8 @@ MOST_SPREAD = 0.15
 TOLERANCE = 0.1
 # Quartiles of fewer rounds say nothing.
 FEWEST_ROUNDS = 3
+# Seconds of a variant's turn at least, where it has parts left.
+TURN = 0.1
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,7 +53,7 @@ class Prepared:
 
 
 Run = Callable[[], Any] | Prepared
-# One run, or its parts: the first parts of all variants run in turn, then the second ones. Their times are summed.
+# One run, or its parts, whose times are summed.
 Variant = Run | Sequence[Run]
 
 
@@ -191,8 +196,9 @@ class Timings:
 class Timer:
     """Runs variants in turn and takes their times.
 
-    Every variant runs once in a round; who comes first changes from part to part and from round to round. What comes
-    out as noise is measured again, with its baseline, in as many rounds.
+    Every variant runs once in a round. Its parts run in turns of a tenth of a second or of one part, whichever is
+    longer; who comes first changes from turn to turn and from round to round. What comes out as noise is measured
+    again, with its baseline, in as many rounds.
 
     Args:
         rounds (`int`): at least 3.
@@ -257,12 +263,14 @@ class Timer:
     ) -> dict[str, list[float]]:
         """Seconds of every round, by variant."""
         seconds = {name: [0.0] * self.rounds for name in parts}
-        count = max(map(len, parts.values()))
         for number in progress(range(self.rounds)):
-            for part in range(count):
-                for name in _rotated(list(parts), number + part):
-                    if part < len(parts[name]):
-                        seconds[name][number] += self._seconds(parts[name][part], device)
+            left, turns = {name: list(reversed(runs)) for name, runs in parts.items()}, count()
+            while any(left.values()):
+                for name in _rotated(list(parts), number + next(turns)):
+                    taken = 0.0
+                    while left[name] and taken < TURN:
+                        taken += self._seconds(left[name].pop(), device)
+                    seconds[name][number] += taken
         return seconds
 
     def _seconds(self, run: Prepared, device: torch.device) -> float:
