@@ -87,11 +87,8 @@ class AlwaysPays(DraftsPay):
     def rests(self) -> bool:
         return False
 
-    def most(self, reach: Sequence[float]) -> int:
-        return len(reach)
-
-    def least(self, count: int) -> float:
-        return -1.0
+    def most(self, shares: Sequence[float], before: int = 0, runs: int = 0) -> int:
+        return len(shares)
 
 
 class ForcedVerification(Verification):

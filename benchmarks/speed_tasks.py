@@ -181,13 +181,13 @@ def loops(model: Any, served: Served, floor: float) -> dict[str, Callable[..., A
 
 
 def timed(
-    args: SpeedArguments, calls: dict[str, Callable[..., Any]], batches: list[dict[str, Tensor]], baselines: list[str]
+    rounds: int, calls: dict[str, Callable[..., Any]], batches: list[dict[str, Tensor]], baselines: list[str]
 ) -> Timings:
     """Times of all batches, by variant."""
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     runs = {name: [partial(call, **one) for one in inputs] for name, call in calls.items()}
     with torch.inference_mode():
-        return Timer(rounds=args.rounds).time(runs, baselines)
+        return Timer(rounds=rounds).time(runs, baselines)
 
 
 def quantised(full: Served, served: Served, criterion: str) -> dict[str, float]:
@@ -214,7 +214,8 @@ def never_slower(args: SpeedArguments, data: Data, served: Served, rows: Any, si
         f"{share:g}": partial(served.model, exit_criterion=criterion, exit_threshold=threshold)
         for share, threshold in zip(DEPTHS, thresholds, strict=True)
     }
-    found = timed(args, {"off": partial(served.model, **OFF), **calls}, data.batches(rows, size), ["off"])
+    # Differences of a hundredth are looked for.
+    found = timed(3 * args.rounds, {"off": partial(served.model, **OFF), **calls}, data.batches(rows, size), ["off"])
     return {name: figure.reported._asdict() for name, figure in found.speedups["off"].items()}
 
 
@@ -249,7 +250,7 @@ def exit_choices(
             **answered(calls[name], data.batches(data.test, 32), last),
         }
     calls["off"] = partial(served.model, **OFF)
-    found = timed(args, calls, data.batches(rows, size), ["off"])
+    found = timed(args.rounds, calls, data.batches(rows, size), ["off"])
     for name, about in told.items():
         about["over_engine"] = found.speedups["off"][name].reported._asdict()
     return told
@@ -323,7 +324,7 @@ def compared(
     told: dict[str, dict[str, Any]] = {name: answered(call, test, last) for name, call in calls.items()}
     rows = data.test.shuffle(seed=0).select(range(min(args.timed_rows, len(data.test))))
     whole = [f"{word}, without exits" for word in args.engines]
-    found = timed(args, {STOCK: stock, **calls}, data.batches(rows, size), [STOCK, *whole])
+    found = timed(args.rounds, {STOCK: stock, **calls}, data.batches(rows, size), [STOCK, *whole])
     for name, about in told.items():
         word, _, what = name.partition(", ")
         about["milliseconds"] = found.seconds[name].times(1000 / len(rows)).reported._asdict()

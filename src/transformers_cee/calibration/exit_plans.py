@@ -160,12 +160,15 @@ def plan_exits(rates: ExitRates, thresholds: Thresholds, costs: CostTable, batch
     """
     limits = tuple(check_thresholds(rates.criterion, thresholds, len(rates.layers)))
     check_batch(batch_size, length)
-    return _plan(rates, limits, costs, int(batch_size), float(length))
+    return known_plan(rates, limits, costs, int(batch_size), float(length))
 
 
 # Each entry keeps the rates and costs alive that it was made of: those of models that serve.
 @lru_cache(maxsize=4096)
-def _plan(rates: ExitRates, limits: tuple[float, ...], costs: CostTable, batch_size: int, length: float) -> ExitPlan:
+def known_plan(
+    rates: ExitRates, limits: tuple[float, ...], costs: CostTable, batch_size: int, length: float
+) -> ExitPlan:
+    """`plan_exits` without a look at its arguments, for whoever serves: one threshold per exit."""
     layers = rates.layers.tolist()
     costs.check_layers(layers)
     leaves = _leaves(rates, limits)
@@ -180,4 +183,4 @@ def _leaves(rates: ExitRates, limits: tuple[float, ...]) -> np.ndarray:
     return rates.leaves(list(limits)).double().numpy()
 
 
-__all__ = ["ExitPlan", "ExitRates", "plan_exits"]
+__all__ = ["ExitPlan", "ExitRates", "known_plan", "plan_exits"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_cee.calibration.cost_table import CostTable
-from transformers_cee.calibration.exit_plans import ExitRates, plan_exits, rates_at
+from transformers_cee.calibration.exit_plans import ExitRates, known_plan, rates_at
 from transformers_cee.engines.engine import Engine, Run
 from transformers_cee.engines.graphs import (
     ALPHA,
@@ -278,10 +278,10 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         rates = self._rates_of(criterion)
         if self.costs is None or rates is None or criterion.settings.asks_all:
             return asked
-        closed = [criterion.off] * first_exit
+        limits = (*[criterion.off] * first_exit, *criterion.thresholds[first_exit:])
         rows, columns = batch.hidden_states.shape[:2]
         length = 2 ** (round(PLANNED_PARTS * math.log2(columns)) / PLANNED_PARTS)
-        plan = plan_exits(rates, [*closed, *criterion.thresholds[first_exit:]], self.costs, rows, length)
+        plan = known_plan(rates, limits, self.costs, rows, length)
         if plan.seconds > (1 - LEAST_GAIN) * plan.full_seconds:
             return ()
         return [index for index in asked if self.layer_numbers[index] in plan.exit_layers]

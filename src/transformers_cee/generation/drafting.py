@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from transformers_cee.exits.criteria import ExitCriterion, ExitStep
 from transformers_cee.generation.draft_costs import DraftCosts
-from transformers_cee.generation.drafts_pay import DraftsPay
+from transformers_cee.generation.drafts_pay import Chances, DraftsPay
 from transformers_cee.generation.growing import GrowingTexts
 from transformers_cee.generation.slots import SlotPass
 
@@ -43,6 +43,21 @@ class Drafts:
 
 
 @dataclass
+class Guess:
+    """The first draft of each row, whether it is proposed or not.
+
+    Args:
+        tokens (`LongTensor` of shape `(rows,)`): tokens.
+        kinds (`LongTensor` of shape `(rows,)`): kinds of these drafts, see `Chances`.
+        said (`BoolTensor` of shape `(rows,)`): does the drafter say anything of the row?
+    """
+
+    tokens: Tensor
+    kinds: Tensor
+    said: Tensor
+
+
+@dataclass
 class Drafting:
     """What drafters get of one call of `generate`.
 
@@ -65,12 +80,19 @@ class Drafter(ABC):
     """Proposes tokens. An object belongs to one call of `generate`."""
 
     name: ClassVar[str]
+    # Chances of each kind of draft, until more is known.
+    kinds: ClassVar[Sequence[float]]
     # Tokens of a draft at most.
     most_tokens: int
+    # Of the pass at hand; None where the drafter was not asked.
+    guess: Guess | None = None
     # The layer (1-based) whose states the drafter wants to see of verified tokens.
     looks_behind: int | None = None
     # Those (rows, hidden) of the last verified token of each row; None where no pass has given them.
     seen: Tensor | None = None
+
+    def __init__(self, most: int) -> None:
+        self.most_tokens, self.chances = most, Chances(self.kinds)
 
     def cost(self, costs: DraftCosts) -> float:
         """What drafting one token costs, in decode steps at full depth."""
@@ -96,26 +118,32 @@ class PromptLookup(Drafter):
     """
 
     name = "lookup"
+    # By how many tokens before are the same, from one on; the last one also of more.
+    kinds = (0.15, 0.35, 0.5)
 
     def __init__(self, most: int, ngram: int) -> None:
-        self.most_tokens, self.ngram = most, ngram
+        super().__init__(most)
+        self.ngram = ngram
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         texts = drafting.texts
-        if pays.rests():
-            return None
-        follows = self._follows(texts)
+        follows, same = self._follows(texts)
         counts = torch.where(follows > 0, torch.minimum(texts.lengths - follows, room), 0)
-        most = pays.most(texts.reach(counts, self.most_tokens))
-        if most == 0:
-            return None
-        places = follows.unsqueeze(1) + torch.arange(most, device=follows.device)
-        return Drafts(texts.tokens.gather(1, places), counts.clamp_max(most))
+        ahead = torch.arange(self.most_tokens, device=follows.device)
+        tokens = texts.tokens.gather(1, (follows.unsqueeze(1) + ahead).clamp_max(texts.tokens.shape[1] - 1))
+        # A draft that holds makes the match longer.
+        kinds = (same.unsqueeze(1) - 1 + ahead).clamp(0, len(self.kinds) - 1)
+        self.guess = Guess(tokens[:, 0], kinds[:, 0], follows > 0)
+        chances = self.chances.of(kinds).cumprod(1)
+        most = pays.most(texts.reach(counts, self.most_tokens, chances))
+        return Drafts(tokens[:, :most], counts.clamp_max(most)) if most else None
 
-    def _follows(self, texts: GrowingTexts) -> Tensor:
-        """Column (rows,) of what followed the longest and latest match, 0 where there is none."""
+    def _follows(self, texts: GrowingTexts) -> tuple[Tensor, Tensor]:
+        """Column (rows,) of what followed the longest and latest match, 0 where there is none; and how many tokens
+        (rows,) were the same."""
         longest = int(texts.lengths.max())
         tokens, found = texts.tokens[:, :longest], torch.zeros_like(texts.lengths)
+        lengths = torch.zeros_like(found)
         for ngram in range(min(self.ngram, longest - 1), 0, -1):
             ends = torch.arange(ngram, longest, device=tokens.device)
             same = torch.ones(len(tokens), len(ends), dtype=torch.bool, device=tokens.device)
@@ -123,8 +151,9 @@ class PromptLookup(Drafter):
                 wanted = tokens.gather(1, (texts.lengths - back).unsqueeze(1))
                 same &= tokens[:, ngram - back : longest - back] == wanted
             same &= ends < texts.lengths.unsqueeze(1)
+            lengths = torch.where((found == 0) & same.any(1), ngram, lengths)
             found = torch.where(found > 0, found, (same * ends).amax(1))
-        return found
+        return found, lengths
 
 
 class ExitDrafts(Drafter):
@@ -140,9 +169,11 @@ class ExitDrafts(Drafter):
     """
 
     name = "exits"
+    kinds = (0.5,)
 
     def __init__(self, index: int, layer: int, most: int, criterion: Callable[[], ExitCriterion]) -> None:
-        self.index, self.layer, self.most_tokens, self.criterion = index, layer, most, criterion
+        super().__init__(most)
+        self.index, self.layer, self.criterion = index, layer, criterion
         self.refused = 0.0
 
     def cost(self, costs: DraftCosts) -> float:
@@ -153,8 +184,9 @@ class ExitDrafts(Drafter):
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         model, texts = drafting.model, drafting.texts
-        most = 0 if pays.rests() else pays.most(texts.reach(room, self.most_tokens))
-        if most == 0:
+        reach, kind = texts.reach(room, self.most_tokens), torch.zeros_like(room)
+        chance = float(self.chances.of(kind[:1]))
+        if pays.most([share * chance ** (count + 1) for count, share in enumerate(reach)]) == 0 or pays.rests():
             return None
         goes_on, counts = room > 0, torch.zeros_like(room)
         token = texts.last(1)
@@ -165,17 +197,21 @@ class ExitDrafts(Drafter):
         while True:
             embedded = model.get_input_embeddings()(token)
             states.append(drafting.at(len(tokens), 1).run(embedded, 0, self.layer))
-            if len(tokens) == most:
+            if len(tokens) == len(reach):
                 break
             state = model.exit_state(states[-1][:, 0], self.index)
             step = ExitStep(self.index, state, lambda state: model.exit_logits(state, self.index))
             criterion = self.criterion()
             goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
+            drawn, probability = drafting.draw(step.logits)
+            if not tokens:
+                self.guess = Guess(drawn, kind, goes_on)
             # A column costs all rows the same, and brings a token to those at most that go on.
-            if float(goes_on.sum() / texts.grows.sum()) <= pays.least(1):
+            share = float(goes_on.sum() / texts.grows.sum())
+            ahead = [share * chance ** (len(tokens) + count) for count in range(1, 1 + len(reach) - len(tokens))]
+            if pays.most(ahead, len(tokens), runs=1) == 0:
                 refused = self.refused
                 break
-            drawn, probability = drafting.draw(step.logits)
             counts = counts + goes_on
             goes_on = goes_on & (counts < room)
             token = drawn.unsqueeze(1)
@@ -195,9 +231,12 @@ class JumpDrafts(Drafter):
     """
 
     name = "jump"
+    # By their own probability, from 0 to 1.
+    kinds = tuple((place + 0.5) / 10 for place in range(10))
 
     def __init__(self, model: Any, most: int) -> None:
-        self.drafter, self.most_tokens = model.exit_drafter, most
+        super().__init__(most)
+        self.drafter = model.exit_drafter
         self.looks_behind, self.vocab_size = model.config.drafter_layer, model.config.vocab_size
         self.index = model.config.drafter_layer - 1
         self.head = model.lm_head.weight.index_select(0, self.drafter.token_ids)
@@ -211,30 +250,38 @@ class JumpDrafts(Drafter):
         if self.seen is None:
             return None
         model, texts, drafter, index = drafting.model, drafting.texts, self.drafter, self.index
-        if pays.rests():
-            return None
         reach = texts.reach(room, self.most_tokens)
-        if pays.most(reach) == 0:
+        # Nothing would be learned from drafts that do not pay even where all of them hold.
+        if pays.most(reach) == 0 or pays.rests():
             return None
-        # Where drafts pay at all, their own probabilities say how many: a column costs all rows the same.
         counts = torch.zeros_like(room)
-        product = torch.ones_like(room, dtype=torch.float)
+        product, chance = torch.ones_like(room, dtype=torch.float), self.chances.mean
         token, state = texts.last(1), self.seen.unsqueeze(1)
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
         runs = 0
-        while len(tokens) < len(reach):
+
+        def goes_on(runs: int) -> bool:
+            """Is a draft expected to pay, or one of those behind it that are of the usual kind?"""
+            share, left = float(product.sum() / texts.grows.sum()), len(reach) - len(tokens)
+            ahead = [share * chance ** (count + 1 - runs) for count in range(left)]
+            return pays.most(ahead, len(tokens), runs) > 0
+
+        while len(tokens) < len(reach) and (runs == 0 or goes_on(0)):
             runs += 1
             embedded = model.get_input_embeddings()(token)
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
             logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
-            product = torch.where(len(tokens) < room, product * logits.float().softmax(-1).amax(-1), 0.0)
-            if float(product.sum() / texts.grows.sum()) <= pays.least(len(tokens)):
-                break
+            kinds = (logits.float().softmax(-1).amax(-1) * len(self.kinds)).long().clamp_max(len(self.kinds) - 1)
+            product = torch.where(len(tokens) < room, product * self.chances.of(kinds), 0.0)
             drawn, probability = drafting.draw(logits)
-            counts = counts + (len(tokens) < room)
             token = drafter.token_ids[drawn].unsqueeze(1)
+            if not tokens:
+                self.guess = Guess(token[:, 0], kinds, torch.ones_like(room, dtype=torch.bool))
+            if not goes_on(1):
+                break
+            counts = counts + (len(tokens) < room)
             tokens.append(token)
             if probability is not None:
                 full = probability.new_zeros(len(room), self.vocab_size)
@@ -243,4 +290,4 @@ class JumpDrafts(Drafter):
         return Drafts(drafted, counts, torch.stack(probabilities, 1) if probabilities else None, runs=runs)
 
 
-__all__ = ["Drafter", "Drafting", "Drafts", "ExitDrafts", "JumpDrafts", "PromptLookup"]
+__all__ = ["Drafter", "Drafting", "Drafts", "ExitDrafts", "Guess", "JumpDrafts", "PromptLookup"]

@@ -6,118 +6,133 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+
+class Chances:
+    """Chances of drafts to be accepted when all before them are, by kind.
+
+    A first draft can be judged by the token that its row got, whether it was verified or not: what a drafter would
+    have said is a lesson for nothing.
+
+    Args:
+        kinds (sequence of `float`): the chance of each kind, as long as little was seen of it.
+    """
+
+    # Before, a kind counts as if it was seen so often; and what is seen weighs less with every further one.
+    _BEFORE, _FORGET = 6.0, 0.98
+
+    def __init__(self, kinds: Sequence[float]) -> None:
+        self.tried = torch.full((len(kinds),), self._BEFORE)
+        self.held = self.tried * torch.tensor(kinds)
+
+    @property
+    def mean(self) -> float:
+        """Chance of a draft of whatever kind."""
+        return float(self.held.sum() / self.tried.sum())
+
+    def of(self, kinds: Tensor) -> Tensor:
+        """Chances of drafts of such kinds, in the same shape."""
+        return (self.held / self.tried).to(kinds.device)[kinds]
+
+    def note(self, kinds: Tensor, held: Tensor) -> None:
+        """Drafts of such kinds (drafts,) were what their rows got (drafts,), or not."""
+        kinds, count = kinds.cpu(), len(self.tried)
+        tried = torch.bincount(kinds, minlength=count)
+        kept = self._FORGET**tried
+        self.tried = kept * self.tried + tried
+        self.held = kept * self.held + torch.bincount(kinds, held.cpu().float(), count)
+
+
+class Pace:
+    """R, how many tokens a row gets in each decode step's worth of time: what costs are weighed with."""
+
+    _FORGET = 0.97
+
+    def __init__(self) -> None:
+        self.tokens, self.time = 1.0, 1.0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.time
+
+    def note(self, tokens: float, steps: float) -> None:
+        """A pass that took so many decode steps gave a row so many tokens."""
+        self.tokens = self._FORGET * self.tokens + tokens
+        self.time = self._FORGET * self.time + steps
+
 
 class DraftsPay:
-    """When a draft goes on: while the chance that it is accepted in full exceeds what it costs.
+    """When a draft goes on: while the tokens that drafts are expected to bring exceed what they cost.
 
-    With R tokens for each decode step's worth of time so far, one more draft costs R·(c_d + c_v) tokens: what the time
-    to draft it and to verify one more token per row would give otherwise. It gains a token with the product of the
-    chances of all drafts up to it, in the rows that it reaches; all rows bear its costs. A first draft also costs what
-    a pass over several tokens does. Where no number of drafts pays, or asking the drafter has cost more than it
-    brought, it is asked now and then, ever more rarely: a trial that reaches many rows costs as many steps and tells
-    more. What passes really take corrects the costs.
+    One more draft costs R·(c_d + c_v) tokens: what the time to draft it and to verify one more token per row would
+    give otherwise. It brings a token with the product of the chances of all drafts up to it, in the rows that it
+    reaches; all rows bear its costs. A first draft also costs what a pass over several tokens does. A drafter that
+    costs something and has brought less of late is asked now and then, ever more rarely. What passes really take
+    corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
         start_cost (`float`, *optional*, defaults to 0): of a pass with drafts, beyond them.
-        rows (`int`, *optional*, defaults to 1): of the batch.
+        pace (`Pace`, *optional*): of the call; one of its own by default.
     """
 
-    # A chance is the mean of what was seen, the last drafts weighing most, and of as many as this many tries before.
-    _PRIOR, _TRIES, _FORGET = 0.5, 2.0, 0.97
-    # Passes without drafts after the first trial that reached one row in vain, and at most; trials double them.
-    _PATIENCE, _MOST_PATIENCE, _MOST_DOUBLED = 8, 1024, 10
-    # So many drafts had their turn before what they brought counts; and drafts of a trial, one more where a pass with
-    # drafts costs more than each of them does.
-    _SEEN, _TRIAL = 4, 2
-    # Tokens that a trial must bring beyond what it costs for another one at once.
-    _CLEAR = 0.5
+    # Tokens that asking has brought before, and how fast that is forgotten.
+    _TRUST, _FORGET = 0.2, 0.97
+    # Passes without the drafter after it cost more than it brought, at first and at most; each further time doubles
+    # them.
+    _PATIENCE, _MOST_PATIENCE = 4, 1024
     # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
     # machine may hold it up.
-    _BELIEVED, _MOST_TIMES, _MOST_MORE = 1.0, 3.0, 0.3
+    _BELIEVED, _LEAST_TIMES, _MOST_TIMES, _MOST_MORE = 1.0, 0.5, 3.0, 0.3
 
-    def __init__(self, draft_cost: float, verify_cost: float, start_cost: float = 0.0, rows: int = 1) -> None:
-        self.draft_cost, self.verify_cost, self.start, self.rows = draft_cost, verify_cost, start_cost, rows
-        self.tried, self.held = self._TRIES, self._PRIOR * self._TRIES
-        self.tokens, self.time = 1.0, 1.0
+    def __init__(
+        self, draft_cost: float, verify_cost: float, start_cost: float = 0.0, pace: Pace | None = None
+    ) -> None:
+        self.draft_cost, self.verify_cost, self.start, self.pace = draft_cost, verify_cost, start_cost, pace or Pace()
         self.expected = self.taken = self._BELIEVED
-        # Tokens that asking brought, less what it cost, and how many drafts had their turn.
-        self.gain, self.seen = 0.0, 0
-        self.waits, self.vain = 0, 0
-
-    @property
-    def chance(self) -> float:
-        """Of a draft to be accepted when all before it are."""
-        return self.held / self.tried
-
-    @property
-    def rate(self) -> float:
-        """R."""
-        return self.tokens / self.time
-
-    def least(self, count: int) -> float:
-        """Chance from which one more draft pays, behind `count` others."""
-        steps = self.spent(1, 1) - (self.start if count else 0.0)
-        return self.rate * steps * self.taken / self.expected
+        self.gain, self.waits, self.next_waits = self._TRUST, 0, self._PATIENCE
 
     def rests(self) -> bool:
         """Does this pass go without the drafter?"""
-        if self.waits == 0:
-            return False
-        self.waits -= 1
-        self._went_without()
-        return True
+        if self.waits:
+            self.waits -= 1
+            return True
+        return False
 
-    def most(self, reach: Sequence[float]) -> int:
-        """Drafts that pay where each has the same chance.
+    def most(self, shares: Sequence[float], before: int = 0, runs: int = 0) -> int:
+        """How many further drafts are expected to bring the most beyond their costs; 0 where none bring more.
 
         Args:
-            reach (sequence of `float`): share of the growing rows that a first, second, … draft would reach.
+            shares (sequence of `float`): tokens that a row is expected to get by the first, second, … of them.
+            before (`int`): drafts that there are already.
+            runs (`int`): how many of them the drafter has already run for.
         """
-        # Nothing would be learned from drafts that do not pay even where all of them hold.
-        if self._best(reach, 1.0) == 0:
-            self._went_without()
-            return 0
-        best = self._best(reach, self.chance)
-        if best == 0 or (self.seen >= self._SEEN and self.gain <= 0):
-            # To see whether that has changed.
-            reached = max(1, round(reach[0] * self.rows))
-            self.waits = min(self._MOST_PATIENCE, self._PATIENCE * reached * 2**self.vain)
-            self.vain = min(self._MOST_DOUBLED, self.vain + 1)
-            trial = self._TRIAL + (self.start > self.draft_cost + self.verify_cost)
-            return max(best, min(len(reach), trial))
-        self.vain = 0
-        return best
-
-    def _best(self, reach: Sequence[float], chance: float) -> int:
-        """The number of drafts with the highest gain; 0 where none has any."""
-        best, most, gain, product = 0, 0.0, 0.0, 1.0
-        for count, share in enumerate(reach):
-            product *= chance
-            gain += share * product - self.least(count)
+        best, most, gain = 0, 0.0, 0.0
+        price = self.pace.rate * self.correction
+        for count, share in enumerate(shares):
+            steps = self.verify_cost + (0.0 if count < runs else self.draft_cost)
+            gain += share - price * (steps + (0.0 if before or count else self.start))
             if gain > most:
                 best, most = count + 1, gain
         return best
+
+    @property
+    def correction(self) -> float:
+        """By how much passes have taken more than what was measured beforehand says."""
+        return max(self._LEAST_TIMES, self.taken / self.expected)
 
     def spent(self, drafts: int, runs: float) -> float:
         """Decode steps that so many drafts and runs of the drafter cost, as measured beforehand."""
         return self.draft_cost * runs + self.verify_cost * drafts + (self.start if drafts else 0.0)
 
-    def note(
-        self,
-        drafts: int,
-        runs: float,
-        tried: int = 0,
-        held: int = 0,
-        tokens: float = 1.0,
-        taken: float | None = None,
-    ) -> None:
+    def note(self, drafts: int, runs: float, tokens: float = 1.0, taken: float | None = None) -> None:
         """What came of asking.
 
         Args:
             drafts (`int`): columns of drafts.
             runs (`float`): how often the drafter ran.
-            tried, held (`int`): drafts whose turn came, over all rows, and those of them that were accepted.
             tokens (`float`): mean tokens that a row got.
             taken (`float`, *optional*): decode steps that the pass took beyond one, where that is known.
         """
@@ -126,20 +141,15 @@ class DraftsPay:
             spent = min(taken, self._MOST_TIMES * expected + self._MOST_MORE)
         self.expected = self._FORGET * self.expected + expected
         self.taken = self._FORGET * self.taken + spent
-        won = tokens - 1 - self.rate * spent
-        self.gain, self.seen = self._FORGET * self.gain + won, self.seen + max(1, tried)
-        if won > self._CLEAR:
-            self.waits = 0
-        self.tried, self.held = self._FORGET * self.tried + tried, self._FORGET * self.held + held
-        self._went(tokens, 1 + spent)
-
-    def _went_without(self) -> None:
-        """A pass gave each row a token in a step."""
-        self._went(1.0, 1.0)
-
-    def _went(self, tokens: float, steps: float) -> None:
-        self.tokens = self._FORGET * self.tokens + tokens
-        self.time = self._FORGET * self.time + steps
+        # One pass may have been held up: costs as corrected by all of them.
+        cost = expected * self.correction
+        self.gain = self._FORGET * self.gain + tokens - 1 - self.pace.rate * cost
+        self.pace.note(tokens, 1 + cost)
+        if self.gain > 0:
+            self.next_waits = self._PATIENCE
+        elif self.draft_cost:
+            self.waits = self.next_waits
+            self.next_waits = min(self._MOST_PATIENCE, 2 * self.next_waits)
 
 
 class PassTimes:
@@ -156,7 +166,7 @@ class PassTimes:
 
     def beyond_one(self, seconds: float) -> float | None:
         """Decode steps of a pass beyond one; None where there was no pass without drafts yet."""
-        return max(0.0, seconds / self.one - 1) if self.one else None
+        return seconds / self.one - 1 if self.one else None
 
 
-__all__ = ["DraftsPay", "PassTimes"]
+__all__ = ["Chances", "DraftsPay", "Pace", "PassTimes"]

@@ -82,11 +82,13 @@ class GrowingTexts:
         """Drafts (rows,) that a row may get: one more token follows them."""
         return torch.where(self.grows, (self.most - self.lengths - 1).clamp_min(0), 0)
 
-    def reach(self, counts: Tensor, most: int) -> list[float]:
-        """Share of the growing rows that a first, second, … draft reaches, where rows can have so many (rows,)."""
+    def reach(self, counts: Tensor, most: int, chances: Tensor | None = None) -> list[float]:
+        """Share of the growing rows that a first, second, … draft reaches, where rows can have so many (rows,), or
+        tokens that a growing row gets by it where it is accepted with such chances (rows, most)."""
         columns = torch.arange(most, device=counts.device)
         reached = (counts.unsqueeze(1) > columns) & self.grows.unsqueeze(1)
-        shares: list[float] = (reached.sum(0) / self.grows.sum().clamp_min(1)).tolist()
+        weighed = reached if chances is None else reached * chances
+        shares: list[float] = (weighed.sum(0) / self.grows.sum().clamp_min(1)).tolist()
         # The further, the fewer.
         return [share for share in shares if share > 0]
 

@@ -23,7 +23,7 @@ from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.draft_costs import DraftCosts
 from transformers_cee.generation.drafting import Drafter, Drafting, Drafts
-from transformers_cee.generation.drafts_pay import DraftsPay, PassTimes
+from transformers_cee.generation.drafts_pay import DraftsPay, Pace, PassTimes
 from transformers_cee.generation.growing import GrowingTexts, KeptScores
 from transformers_cee.generation.slots import SlotPass
 
@@ -85,8 +85,9 @@ class Verification:
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What `generate` calls to decode, see `custom_generate` there."""
         costs = self.costs(len(input_ids))
+        self.pace = Pace()
         self.pays = {
-            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, len(input_ids)) for one in self.drafters
+            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, self.pace) for one in self.drafters
         }
         self.processors, self.samples = logits_processor, generation_config.do_sample
         self.warpers = LogitsProcessorList(one for one in logits_processor if isinstance(one, _WARPERS))
@@ -121,13 +122,14 @@ class Verification:
             self._keep(logits, scores, accepted)
             grew, before = texts.grows, texts.lengths
             texts.extend(accepted, chosen)
+            self._judge(grew, before)
             self._show(accepted)
             self.proposed.append(torch.where(grew, counts, -1))
             self.accepted.append(torch.where(grew, accepted, -1))
             self.steps += 1
             if drafts is not None:
                 self.steps += self.pays[self.drafter].spent(columns, drafts.runs)
-            before_pass = now, None if drafts is None else (drafts, accepted, texts.lengths - before, grew)
+            before_pass = now, None if drafts is None else (drafts, texts.lengths - before, grew)
         if self.streamer is not None:
             self.streamer.end()
         if wants or getattr(given, "_is_user_defined", False):
@@ -200,6 +202,8 @@ class Verification:
         drafting = Drafting(self.model, self.texts, self.at, self._draw)
         room = self.texts.room
         for drafter in self.drafters:
+            drafter.guess = None
+        for drafter in self.drafters:
             drafts = drafter.draft(drafting, room, self.pays[drafter.name])
             if drafts is not None:
                 self.drafter = drafter.name
@@ -222,6 +226,14 @@ class Verification:
                 states, done = run.run(states, done, layer), layer
                 self.behind[layer] = states
         return run.run(states, done, layers)
+
+    def _judge(self, grew: Tensor, before: Tensor) -> None:
+        """Tells drafters whether what they would have said is what rows (rows,) that grew from lengths (rows,) got."""
+        for drafter in self.drafters:
+            if (guess := drafter.guess) is not None:
+                got = self.texts.tokens.gather(1, before.unsqueeze(1)).squeeze(1)
+                counts = guess.said & grew
+                drafter.chances.note(guess.kinds[counts], (guess.tokens == got)[counts])
 
     def _show(self, accepted: Tensor) -> None:
         """Gives drafters the states that they want to see, of the last token that was verified."""
@@ -303,19 +315,19 @@ class Verification:
             if kept is not None:
                 kept.put(places, rows, new[gets], len(texts))
 
-    def _note(self, came: tuple[Drafts, Tensor, Tensor, Tensor] | None, seconds: float, times: PassTimes) -> None:
+    def _note(self, came: tuple[Drafts, Tensor, Tensor] | None, seconds: float, times: PassTimes) -> None:
         """Tells what came of a pass, and how long it took."""
         if came is None:
             times.note(seconds)
+            self.pace.note(1.0, 1.0)
             return
-        drafts, accepted, grown, grew = came
-        # The first draft that is refused had its turn, too.
-        tried = torch.where(grew, torch.minimum(accepted + 1, drafts.counts), 0).sum()
-        held, tokens = torch.where(grew, accepted, 0).sum(), torch.where(grew, grown, 0).sum()
-        found = torch.stack([tried, held, tokens, grew.sum()]).tolist()
-        mean, columns = found[2] / max(1, found[3]), drafts.tokens.shape[1]
-        taken = times.beyond_one(seconds)
-        self.pays[self.drafter].note(columns, drafts.runs, found[0], found[1], mean, taken)
+        drafts, grown, grew = came
+        mean, columns = float(grown[grew].float().mean()), drafts.tokens.shape[1]
+        pays = self.pays[self.drafter]
+        if not columns:
+            # The pass itself was over one token.
+            times.note(seconds / (1 + pays.spent(0, drafts.runs) * pays.correction))
+        pays.note(columns, drafts.runs, mean, times.beyond_one(seconds))
 
     def _complete(self) -> None:
         """Leaves the cache as `generate` does: all tokens but the last one, padding behind a row's end included."""
