@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 
@@ -53,6 +54,13 @@ class TestMost:
         assert pays.most([0.6]) == 0 and pays.most([0.6, 0.36, 0.216]) == 3
         assert pays.most([0.25], before=1) == 1 and pays.most([0.15], before=1) == 0
 
+    def test_a_draft_may_pay_by_those_behind_it(self):
+        pays = DraftsPay(0.1, 0.1, 0.4)
+        # Alone it brings 0.4 against 0.6, and with all that may follow 0.4 / (1 − 0.8) against 0.4 + 0.2 for each.
+        assert not pays.goes_on(0.4, 0.8, 1, runs=1) and pays.goes_on(0.4, 0.8, 8, runs=1)
+        assert pays.goes_on(0.5, 0.8, 8) == pays.goes_on(0.4, 0.8, 8) and not pays.goes_on(0.1, 0.8, 8, before=1)
+        assert not pays.goes_on(1.0, 0.9, 0)
+
     def test_a_run_that_is_done_costs_nothing_more(self):
         pays = DraftsPay(0.3, 0.1)
         assert pays.most([0.2]) == 0 and pays.most([0.2], runs=1) == 1 and pays.most([0.2, 0.2], runs=1) == 1
@@ -81,7 +89,7 @@ class TestRests:
                 if not pays.rests():
                     asked.append(number)
                     pays.note(drafts, 1)
-            waits = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+            waits = [after - before for before, after in itertools.pairwise(asked)]
             assert waits == sorted(waits) and waits[-1] > 1000 and len(asked) < 16
 
     def test_waits_have_an_end(self):
@@ -141,16 +149,13 @@ def answer(rows, costs, chance_of, sure, passes, draw):
     for _ in range(passes):
         drafted, product, sureness = 0, [1.0] * rows, []
         mean, asks = chances.mean, pays.most([1.0] * 8) > 0 and not pays.rests()
-
-        def goes_on(runs, product=product, mean=mean):
-            share = sum(product) / rows
-            return pays.most([share * mean ** (count + 1 - runs) for count in range(8 - drafted)], drafted, runs) > 0
-
-        while asks and drafted < 8 and (not sureness or goes_on(0)):
+        while asks and drafted < 8:
+            if sureness and not pays.goes_on(sum(product) / rows, mean, 8 - drafted, drafted):
+                break
             sureness.append(torch.tensor([sure(draw) for _ in range(rows)]))
             found = chances.of((sureness[-1] * 10).long().clamp_max(9)).tolist()
             product[:] = [before * now for before, now in zip(product, found, strict=True)]
-            if not goes_on(1):
+            if not pays.goes_on(sum(product) / rows, mean, 8 - drafted, drafted, runs=1):
                 break
             drafted += 1
         right = [[draw.random() < chance_of(float(one)) for one in column] for column in sureness]

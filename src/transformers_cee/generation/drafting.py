@@ -148,7 +148,8 @@ class PromptLookup(Drafter):
             ends = torch.arange(ngram, longest, device=tokens.device)
             same = torch.ones(len(tokens), len(ends), dtype=torch.bool, device=tokens.device)
             for back in range(1, ngram + 1):
-                wanted = tokens.gather(1, (texts.lengths - back).unsqueeze(1))
+                # Rows that are too short have no ends below.
+                wanted = tokens.gather(1, (texts.lengths - back).clamp_min(0).unsqueeze(1))
                 same &= tokens[:, ngram - back : longest - back] == wanted
             same &= ends < texts.lengths.unsqueeze(1)
             lengths = torch.where((found == 0) & same.any(1), ngram, lengths)
@@ -186,7 +187,7 @@ class ExitDrafts(Drafter):
         model, texts = drafting.model, drafting.texts
         reach, kind = texts.reach(room, self.most_tokens), torch.zeros_like(room)
         chance = float(self.chances.of(kind[:1]))
-        if pays.most([share * chance ** (count + 1) for count, share in enumerate(reach)]) == 0 or pays.rests():
+        if not reach or not pays.goes_on(reach[0], chance, len(reach)) or pays.rests():
             return None
         goes_on, counts = room > 0, torch.zeros_like(room)
         token = texts.last(1)
@@ -207,9 +208,8 @@ class ExitDrafts(Drafter):
             if not tokens:
                 self.guess = Guess(drawn, kind, goes_on)
             # A column costs all rows the same, and brings a token to those at most that go on.
-            share = float(goes_on.sum() / texts.grows.sum())
-            ahead = [share * chance ** (len(tokens) + count) for count in range(1, 1 + len(reach) - len(tokens))]
-            if pays.most(ahead, len(tokens), runs=1) == 0:
+            share = float(goes_on.sum() / texts.grows.sum()) * chance ** (len(tokens) + 1)
+            if not pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs=1):
                 refused = self.refused
                 break
             counts = counts + goes_on
@@ -262,10 +262,8 @@ class JumpDrafts(Drafter):
         runs = 0
 
         def goes_on(runs: int) -> bool:
-            """Is a draft expected to pay, or one of those behind it that are of the usual kind?"""
-            share, left = float(product.sum() / texts.grows.sum()), len(reach) - len(tokens)
-            ahead = [share * chance ** (count + 1 - runs) for count in range(left)]
-            return pays.most(ahead, len(tokens), runs) > 0
+            share = float(product.sum() / texts.grows.sum())
+            return pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs)
 
         while len(tokens) < len(reach) and (runs == 0 or goes_on(0)):
             runs += 1

@@ -118,6 +118,18 @@ class DraftsPay:
                 best, most = count + 1, gain
         return best
 
+    def goes_on(self, share: float, usual: float, left: int, before: int = 0, runs: int = 0) -> bool:
+        """Do further drafts pay, where only the next one has been run for, or none of them?
+
+        Args:
+            share (`float`): tokens that a row is expected to get by the last draft that has been run for.
+            usual (`float`): chance of each one behind it.
+            left (`int`): how many further ones there may be.
+            before (`int`): drafts that there are already.
+            runs (`int`): 1 where the next one has been run for.
+        """
+        return self.most([share * usual ** (count + 1 - runs) for count in range(left)], before, runs) > 0
+
     @property
     def correction(self) -> float:
         """By how much passes have taken more than what was measured beforehand says."""
