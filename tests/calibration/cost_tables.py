@@ -17,6 +17,7 @@ def measured_batch(
     block: float = 0.25,
     check: float = 0.5,
     compaction: float = 0.125,
+    walk: float = 0.0625,
 ) -> MeasuredBatch:
     """Layer l takes l/8 for each row's token and a second on top."""
     return MeasuredBatch(
@@ -26,6 +27,7 @@ def measured_batch(
         block,
         dict.fromkeys(exits or range(1, layers + 1), check + rows / 16),
         compaction,
+        walk,
     )
 
 

@@ -63,7 +63,7 @@ def slow_seconds(
         if mean > low:
             keep += (mean - low) * (costs.compaction[low + 1] - keep)
         total += dropped[index] * keep
-    return total / batches
+    return total / batches + (costs.walk[batch_size] if exits else 0.0)
 
 
 def slow_loss(rows: Rows, losses: Rows, exits: Sequence[int], threshold: float, of_any: bool) -> list[float]:

@@ -95,7 +95,7 @@ def test_files(tmp_path):
 def test_costs_of_a_budget():
     table = cost_table(exits=(2, 5, 8))
     measured = measured_batch(4, 2)
-    expected, total = [], 0.0
+    expected, total = [], 0.0625
     for start, stop in ((0, 2), (2, 5), (5, 8)):
         total += 0.25 + sum(measured.layer_seconds[one] for one in range(start + 1, stop + 1)) + 0.75
         expected.append(total / 4)

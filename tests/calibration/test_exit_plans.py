@@ -137,6 +137,9 @@ class TestPlans:
         assert found.is_exact and found.seconds == pytest.approx(min(expected.values()), rel=1e-9)
         assert found.seconds == pytest.approx(expected[found.exit_layers], rel=1e-9)
         assert found.full_seconds == pytest.approx(expected[()], rel=1e-9) and found.seconds <= found.full_seconds
+        asked = [LAYERS.index(layer) for layer in found.exit_layers]
+        vain = slow_seconds(table, LAYERS, [[0.0] * 3], asked, 0.0, batch_size, 2) - found.full_seconds
+        assert found.in_vain == pytest.approx(vain, abs=1e-9)
 
     @given(st.integers(0, 20), st.sampled_from([0.3, 0.5, 0.7]), st.sampled_from([0.0, 0.5, 2.0]))
     def test_memory_is_asked_from_the_first_exit_on(self, seed, threshold, check):

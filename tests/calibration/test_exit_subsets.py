@@ -46,6 +46,7 @@ def cases(draw):
             draw(seconds) / 4,
             {layer: draw(seconds) / 4 for layer in range(1, 7)},
             draw(seconds) / 4,
+            draw(seconds) / 4,
         )
         for size in range(1, batch_size + 1)
     ]
@@ -185,6 +186,7 @@ class TestManyExits:
                 numbers.random() / 5,
                 {layer: numbers.random() / 5 for layer in range(1, 9)},
                 2 * numbers.random(),
+                numbers.random() / 2,
             )
             for size in (1, 2, 4)
         ]

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from transformers_cee import BertForConsistentEE, CalibratedPoint
 from transformers_cee.calibration.cost_table import CostTable, MeasuredBatch
-from transformers_cee.calibration.exit_plans import plan_exits
+from transformers_cee.calibration.exit_plans import known_plan, plan_exits
 from transformers_cee.calibration.scores import score_store
 from transformers_cee.engines import model as model_module
 from transformers_cee.engines.costs import measure_costs
@@ -62,6 +62,19 @@ def test_exits_that_would_save_next_to_nothing_are_not_asked(exported, tokenizer
 
 
 @torch.no_grad()
+def test_exits_that_might_cost_much_more_than_they_save_are_not_asked(exported, tokenizer, texts, monkeypatch):
+    batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
+    middle = float(exported.rates[0].scores.median())
+    exported.costs = costs(0.1)
+    plan = plan_exits(exported.rates[0], [middle] * 4, exported.costs, 12, 16)
+    saved = (plan.full_seconds - plan.seconds) / plan.in_vain
+    assert plan.in_vain > 0 and saved > 0
+    for least, is_asked in ((0.99 * saved, True), (1.01 * saved, False)):
+        monkeypatch.setattr(model_module, "LEAST_RETURN", least)
+        assert bool((exported(**batch, exit_threshold=middle).exit_layers < 4).any()) == is_asked
+
+
+@torch.no_grad()
 def test_promises_made_for_all_exits_ask_all(exported, tokenizer, texts):
     batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
     exported.costs = costs(10.0)
@@ -79,7 +92,7 @@ def test_promises_made_for_all_exits_ask_all(exported, tokenizer, texts):
 def test_lengths_are_planned_as_they_are(columns, exported, monkeypatch):
     """Up to an eighth of a doubling: a plan for longer texts overrates what layers save."""
     seen = []
-    monkeypatch.setattr(model_module, "plan_exits", lambda *given: seen.append(given[-1]) or plan_exits(*given))
+    monkeypatch.setattr(model_module, "known_plan", lambda *given: seen.append(given[-1]) or known_plan(*given))
     exported.costs = costs(0.0)
     ids = torch.full((2, columns), 7)
     exported(input_ids=ids, exit_threshold=float(exported.rates[0].scores.median()))
@@ -137,7 +150,8 @@ def test_sizes_that_are_measured(make_model, tokenizer, texts, tmp_path):
 
 
 class CountingTimer:
-    """A layer takes a second, the embeddings three, an internal exit a quarter, whatever this machine is doing."""
+    """A layer takes a second, the embeddings three, an internal exit a quarter and the first one half a second more,
+    whatever this machine is doing."""
 
     def __init__(self, model) -> None:
         self.seconds = 0.0
@@ -147,20 +161,29 @@ class CountingTimer:
 
     def counting(self, run, cut, last):
         def counted(given):
-            self.seconds += (
-                cut.stop - cut.start + (3.0 if cut.start == 0 else 0.0) + (0.25 if cut.stop < last else 0.0)
-            )
+            first, internal = cut.start == 0, cut.stop < last
+            self.seconds += cut.stop - cut.start + 3.0 * first + 0.25 * internal + 0.5 * (first and internal)
             return run(given)
 
         return counted
 
-    def time(self, variants, device):
-        figures = {}
-        for name, run in variants.items():
+    def time(self, variants, baseline, device):
+        seconds = {}
+        for name, runs in variants.items():
             self.seconds = 0.0
-            run()
-            figures[name] = SimpleNamespace(median=self.seconds)
-        return SimpleNamespace(seconds=figures)
+            for run in runs:
+                run()
+            seconds[name] = self.seconds
+        return self.told(seconds, baseline)
+
+    def told(self, seconds, baseline):
+        over = {
+            name: SimpleNamespace(median=seconds[baseline] / one if one else math.inf) for name, one in seconds.items()
+        }
+        return SimpleNamespace(
+            seconds={name: SimpleNamespace(median=one) for name, one in seconds.items()},
+            speedups={baseline: {name: one for name, one in over.items() if name != baseline}},
+        )
 
 
 @pytest.mark.parametrize(
@@ -181,6 +204,7 @@ def test_layers_and_checks_are_told_apart(fields, make_model, tokenizer, texts, 
     for batch in table.batches:
         assert batch.layer_seconds == pytest.approx({1: 4.0, 2: 1.0, 3: 1.0, 4: 1.0})
         assert batch.check_seconds == pytest.approx({1: 0.25, 2: 0.25, 3: 0.25, 4: 0.0})
+        assert batch.walk_seconds == pytest.approx(0.5)
 
 
 def test_noise_makes_no_layer_dearer_than_the_whole_allows(make_model, tokenizer, texts, tmp_path):
@@ -189,10 +213,8 @@ def test_noise_makes_no_layer_dearer_than_the_whole_allows(make_model, tokenizer
     exported = make_model(**fields).export(tmp_path / "out", engine="torch", **options)
 
     class NoisyTimer(CountingTimer):
-        def time(self, variants, device):
-            found = super().time(variants, device)
-            found.seconds["half"].median = 0.1
-            return found
+        def told(self, seconds, baseline):
+            return super().told(seconds | {"half": 0.1}, baseline)
 
     table = measure_costs(exported, batch_sizes=[1], lengths=[16], timer=NoisyTimer(exported), disable_tqdm=True)
     assert table.batches[0].layer_seconds == pytest.approx(dict.fromkeys(range(1, 5), 7 / 4))

@@ -61,7 +61,10 @@ _BATCH_FIELDS = {
     "block_seconds": _seconds,
     "check_seconds": _by_layer,
     "compaction_seconds": _seconds,
+    "walk_seconds": _seconds,
 }
+# Tables of before have none.
+_NEEDED = [name for name in _BATCH_FIELDS if name != "walk_seconds"]
 _rows, _length = number(0, MAX_SIZE), number(0, MAX_SIZE, above=True)
 _TABLE_FIELDS = {
     "engine": text,
@@ -85,6 +88,8 @@ class MeasuredBatch:
             By the exit's layer: head, exit criterion, decision and the wait for it. That of layer L is the last head
             alone, which full depth takes, too.
         compaction_seconds (`float`): of keeping so many rows of a larger batch.
+        walk_seconds (`float`, *optional*, defaults to 0):
+            What asking any exit takes, beside blocks and checks: bookkeeping for rows that may leave.
 
     Raises:
         ValueError: a field that is not of its kind, layers that are not 1..L, or an exit at none of them.
@@ -96,6 +101,7 @@ class MeasuredBatch:
     block_seconds: float
     check_seconds: Mapping[int, float]
     compaction_seconds: float
+    walk_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _BATCH_FIELDS:
@@ -121,7 +127,7 @@ class MeasuredBatch:
 
 def _check_measured(values: dict[str, Any], where: str) -> None:
     """Raises `ValueError` unless these are the fields of a measured batch."""
-    check_fields(values, _BATCH_FIELDS, _BATCH_FIELDS, where)
+    check_fields(values, _BATCH_FIELDS, _NEEDED, where)
     layers, exits = sorted(values["layer_seconds"]), sorted(values["check_seconds"])
     if layers[-1] != len(layers):
         raise ValueError(f"`{where}.layer_seconds` has the layers {shown(layers)}; accepted are all of 1..L.")
@@ -143,13 +149,15 @@ class BatchCosts:
 
     Args:
         layers (array of shape `(B + 1, L + 1)`): of layers 1..l together, in column l.
-        block, compaction (arrays of shape `(B + 1,)`): of one block beside its layers; of keeping so many rows.
+        block, compaction, walk (arrays of shape `(B + 1,)`): of one block beside its layers; of keeping so many rows;
+            of asking any exit.
         checks (`dict[int, array]` of shape `(B + 1,)`): of a check, by the exit's layer.
     """
 
     layers: np.ndarray
     block: np.ndarray
     compaction: np.ndarray
+    walk: np.ndarray
     checks: dict[int, np.ndarray]
 
 
@@ -218,7 +226,7 @@ class CostTable:
     def _columns(self, batch: MeasuredBatch) -> list[float]:
         layers = np.cumsum([batch.layer_seconds[layer] for layer in range(1, self.num_layers + 1)])
         checks = [batch.check_seconds[layer] for layer in self.exit_layers]
-        return [batch.block_seconds, batch.compaction_seconds, 0.0, *layers, *checks]
+        return [batch.block_seconds, batch.compaction_seconds, batch.walk_seconds, 0.0, *layers, *checks]
 
     def _between(self, rows: np.ndarray, length: float) -> np.ndarray:
         """Columns (len(rows), columns) for numbers of rows and one length."""
@@ -243,9 +251,9 @@ class CostTable:
     def _at(self, batch_size: int, length: float) -> BatchCosts:
         columns = self._between(np.arange(batch_size + 1, dtype=float), length)
         columns.flags.writeable = False
-        first_check = self.num_layers + 3
+        first_check = self.num_layers + 4
         checks = {layer: columns[:, first_check + place] for place, layer in enumerate(self.exit_layers)}
-        return BatchCosts(columns[:, 2:first_check], columns[:, 0], columns[:, 1], checks)
+        return BatchCosts(columns[:, 3:first_check], columns[:, 0], columns[:, 1], columns[:, 2], checks)
 
     def cost(self, rows: float, length: float, start: int, stop: int) -> float:
         """Seconds of layers start + 1..stop as one block.
@@ -267,7 +275,7 @@ class CostTable:
                 f"{self.num_layers}."
             )
         columns = self._between(np.array([float(plain(rows))]), float(plain(length)))[0]
-        return float(columns[0] + columns[2 + stop] - columns[2 + start])
+        return float(columns[0] + columns[3 + stop] - columns[3 + start])
 
     def exit_costs(self, layers: Sequence[int], batch_size: int, length: float) -> list[float]:
         """Seconds per row of a batch that leaves as a whole at each of a model's exits and is checked on the way: the
@@ -286,7 +294,8 @@ class CostTable:
             costs.block[-1] + costs.layers[-1, stop] - costs.layers[-1, start] + costs.checks[stop][-1]
             for start, stop in zip([0, *layers[:-1]], layers, strict=True)
         ]
-        return [float(seconds) / int(without_point(batch_size)) for seconds in np.cumsum(blocks)]
+        asking = costs.walk[-1] if len(layers) > 1 else 0.0
+        return [float(seconds + asking) / int(without_point(batch_size)) for seconds in np.cumsum(blocks)]
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises `ValueError` unless the table has checks at all of some exits (layers, 1-based), of which the last

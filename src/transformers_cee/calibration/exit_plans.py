@@ -131,12 +131,14 @@ class ExitPlan:
             pays.
         seconds (`float`): expected, of one batch; never more than without exits.
         full_seconds (`float`): without exits.
+        in_vain (`float`): what these exits take beyond that where nobody leaves at them.
         is_exact (`bool`): is no other subset of the exits expected to take less?
     """
 
     exit_layers: tuple[int, ...]
     seconds: float
     full_seconds: float
+    in_vain: float
     is_exact: bool
 
 
@@ -175,7 +177,9 @@ def known_plan(
     seconds = expected_seconds(costs.at(batch_size, length), layers, len(leaves))
     subsets = prefixes(leaves.shape[1]) if rates.has_memory else None
     found = find_exits(leaves, np.array([0.5]), seconds, subsets=subsets)
-    return ExitPlan(tuple(layers[index] for index in found.exits), found.seconds, seconds.full, found.is_exact)
+    nobody = float(seconds.of_exits(found.exits, [np.array(len(leaves))] * len(found.exits)))
+    exits = tuple(layers[index] for index in found.exits)
+    return ExitPlan(exits, found.seconds, seconds.full, nobody - seconds.full, found.is_exact)
 
 
 @lru_cache(maxsize=64)

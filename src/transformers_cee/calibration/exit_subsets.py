@@ -7,7 +7,8 @@ exit that k of n held-out rows come past, and the expectation of a sum over bloc
 
     Σ_i E[block from exit i to the next one, with the rows that are left] + E[check of these rows] + E[dropping]
 
-Dropping rows costs what keeping the expected rows takes, times the probability that some leave and some stay.
+and what asking any exit takes. Dropping rows costs what keeping the expected rows takes, times the probability that
+some leave and some stay.
 
 Who comes past an exit depends on all exits that were asked before. With few exits all subsets are looked at: the
 held-out rows are counted by the set of exits at which they would leave, and sums over subsets of these sets (the zeta
@@ -47,12 +48,14 @@ class ExpectedSeconds:
         reach (array of shape `(exits, n + 1)`): the same with the overhead of a block and the check at its end.
         keep (array of shape `(n + 1,)`): of keeping so many rows.
         nobody (array of shape `(n + 1,)`): probability that a batch holds none of such k rows.
+        asking (`float`): of asking any exit.
     """
 
     upto: np.ndarray
     reach: np.ndarray
     keep: np.ndarray
     nobody: np.ndarray
+    asking: float
 
     @property
     def rows(self) -> int:
@@ -77,7 +80,7 @@ class ExpectedSeconds:
         """
         if not exits:
             return np.array(self.full)
-        left, seconds = np.full_like(counts[0], self.rows), 0.0
+        left, seconds = np.full_like(counts[0], self.rows), self.asking
         for index, after in zip(exits, counts, strict=True):
             seconds = seconds + self.reach[index, left] + self.dropping(left, after) - self.upto[index + 1, after]
             left = after
@@ -95,7 +98,9 @@ def expected_seconds(costs: BatchCosts, layers: Sequence[int], rows: int) -> Exp
     expected = (_left_rows(batch_size, rows) @ np.stack(columns, axis=1)).T
     upto, checks = expected[1 : len(layers) + 2], expected[len(layers) + 2 :]
     keep = np.interp(batch_size * shares, np.arange(batch_size + 1), costs.compaction)
-    return ExpectedSeconds(upto, expected[0] + upto[1:] + checks, keep, (1 - shares) ** batch_size)
+    return ExpectedSeconds(
+        upto, expected[0] + upto[1:] + checks, keep, (1 - shares) ** batch_size, float(costs.walk[-1])
+    )
 
 
 # One per batch size that is served; of the largest batches it holds a few millions of numbers.
@@ -321,6 +326,7 @@ def _seconds_of_subsets(survivors: np.ndarray, seconds: ExpectedSeconds) -> np.n
             + seconds.dropping(left, after)
             - seconds.upto[index + 1, after]
         )
+    sums[:, 1:] += seconds.asking
     return sums + seconds.reach[-1, survivors]
 
 
@@ -331,6 +337,7 @@ def _by_last_exit(scores: np.ndarray, threshold: float, seconds: ExpectedSeconds
     stays = scores <= threshold
     # Place 0 is the beginning, place i + 1 the internal exit i.
     here, left = np.ones((internal + 1, rows), dtype=bool), np.full(internal + 1, rows)
+    # Whoever asks an exit has paid for asking at the first one.
     spent = np.zeros(internal + 1)
     subsets: list[tuple[int, ...]] = [()]
     for index in range(internal):
@@ -338,6 +345,7 @@ def _by_last_exit(scores: np.ndarray, threshold: float, seconds: ExpectedSeconds
         after = (here[: index + 1] & stays[:, index]).sum(1)
         tries = spent[: index + 1] + seconds.reach[index, before] + seconds.dropping(before, after)
         tries -= seconds.upto[index + 1, after]
+        tries[0] += seconds.asking
         best = int((tries + seconds.reach[-1, after]).argmin())
         spent[index + 1], left[index + 1] = tries[best], after[best]
         here[index + 1] = here[best] & stays[:, index]

@@ -39,8 +39,9 @@ def measure_costs(
 ) -> CostTable:
     """Measures what an exported model's layers and checks cost, on an idle machine.
 
-    Three walks in turn tell them apart: without exits, with every exit asked and nobody leaving, and with everybody
-    leaving halfway. A check is then all that a further exit takes: another call of the engine, head, score, decision.
+    Walks in turn tell them apart: without exits, with one and with every exit asked and nobody leaving, and with
+    everybody leaving halfway. A check is then all that a further exit takes, another call of the engine, head, score
+    and decision; and what the first one takes beyond that is what asking takes at all.
 
     Args:
         model ([`ExportedSequenceClassifier`]): the model.
@@ -84,9 +85,12 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     criterion = model.record["criterion"]
     cls = CRITERIA[criterion]
     everybody = boldest_threshold(criterion)
+    one = copy.deepcopy(model)
+    one.asked = lambda *_: (numbers.index(half),)
     variants: dict[str, Callable[[], Any]] = {
         "whole": partial(run, exit_criterion=criterion, exit_threshold=cls.off),
         "asked": partial(run, **nobody_leaves(criterion), min_exit_layer=1),
+        "one": partial(one, input_ids=ids, **nobody_leaves(criterion), min_exit_layer=1),
         "half": partial(run, exit_criterion=criterion, exit_threshold=everybody, min_exit_layer=half),
         "kept": _keeping(rows, length, model.config.hidden_size),
     }
@@ -95,12 +99,19 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     # Ratios are those within rounds: the machine may have slowed down between them.
     whole = found.seconds["whole"].median / again
     seconds = {name: whole / figure.median for name, figure in found.speedups["whole"].items()} | {"whole": whole}
-    checks = max(0.0, seconds["asked"] - seconds["whole"]) / (len(numbers) - 1)
+    internal = len(numbers) - 1
+    checks = max(0.0, seconds["asked"] - seconds["whole"]) / internal
+    asking = 0.0
+    if internal > 1:
+        # Neither is below 0, and both together are what asking all of them takes.
+        further = min(checks, max(0.0, seconds["asked"] - seconds["one"]) / (internal - 1))
+        checks, asking = further, internal * (checks - further)
     # Exits before the first that may be left at are not asked, unless the criterion remembers them.
     decision = ExitDecision(criterion, everybody)
     remembers = model_criterion(model, decision, input_ids=ids, first_exit=model.first_exit(half)).has_memory
     until_half = sum(number <= half for number in numbers) if remembers else 1
-    layer = max(0.0, seconds["whole"] - max(0.0, seconds["half"] - until_half * checks)) / (last - half)
+    until = max(0.0, seconds["half"] - asking - until_half * checks)
+    layer = max(0.0, seconds["whole"] - until) / (last - half)
     # The first layer has the embeddings, too, and costs no less, whatever noise says.
     layer = min(layer, seconds["whole"] / last)
     first = max(0.0, seconds["whole"] - layer * (last - 1))
@@ -111,6 +122,7 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
         0.0,
         {number: 0.0 if number == last else checks for number in numbers},
         seconds["kept"],
+        asking,
     )
 
 

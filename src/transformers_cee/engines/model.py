@@ -48,9 +48,10 @@ from transformers_cee.modeling.sequence_classification import EarlyExitSequenceC
 
 # Numbers of columns, and prices of a layer, are planned alike within this part of a doubling, at its middle.
 PLANNED_PARTS = 4
-# Exits are asked where they are expected to save this share of the time. Costs and rates are measured, and not for the
-# rows that come: plans that promise less are as often a loss.
-LEAST_GAIN = 0.05
+# Exits are asked where they are expected to save this share of the time, and this share of what they would cost if
+# nobody left. Costs and rates are measured, and not of the rows that come: plans that promise less are as often a
+# loss.
+LEAST_GAIN, LEAST_RETURN = 0.05, 1 / 3
 _OF_PUSHING = ("commit_message", "private", "token", "revision", "create_pr", "commit_description", "tags")
 
 
@@ -282,7 +283,7 @@ class ExportedSequenceClassifier(EarlyExitSequenceClassifier, PreTrainedModel):
         rows, columns = batch.hidden_states.shape[:2]
         length = 2 ** (round(PLANNED_PARTS * math.log2(columns)) / PLANNED_PARTS)
         plan = known_plan(rates, limits, self.costs, rows, length)
-        if plan.seconds > (1 - LEAST_GAIN) * plan.full_seconds:
+        if plan.full_seconds - plan.seconds < max(LEAST_GAIN * plan.full_seconds, LEAST_RETURN * plan.in_vain):
             return ()
         return [index for index in asked if self.layer_numbers[index] in plan.exit_layers]
 

@@ -79,7 +79,7 @@ def of_layers(model: Any, layers: Sequence[int]) -> Any:
     weights = {name: value for name, value in model.state_dict().items() if is_of(name, config)}
     made.load_state_dict(weights)
     made.name_or_path = model.name_or_path
-    made.costs = model.costs
+    made.blocks, made.costs = model.blocks, model.costs
     return made
 
 

@@ -176,7 +176,8 @@ def run_exits(
             blocks are not asked. By default 1, 2, ….
     """
     rows, last = batch.size, len(exits.layer_numbers) - 1
-    if criterion.is_off or first_exit >= last:
+    asks_none = ends is not None and set(exits.layer_numbers[:-1]).isdisjoint(ends)
+    if criterion.is_off or first_exit >= last or asks_none:
         return _run_whole(batch, layers, exits, places, head_state)
     device = batch.hidden_states.device
     batch = replace(batch, index=torch.arange(rows, device=device), spans=token_spans(batch.padding_mask))
@@ -375,9 +376,11 @@ class _Record:
             self.taken.append(step.logits if leaving is None else step.logits_of(leaving))
 
     def finish(self) -> ExitRun:
-        table = torch.full(self.shape, float("nan"), device=self.exit_layers.device)
-        if self.columns:
-            table[:, self.whole] = torch.stack(self.columns, dim=1).to(table.dtype)
+        nobody = torch.full(self.shape[:1], float("nan"), device=self.exit_layers.device)
+        columns = [nobody] * self.shape[1]
+        for exit_index, scores in zip(self.whole, self.columns, strict=True):
+            columns[exit_index] = scores.to(nobody.dtype)
+        table = torch.stack(columns, dim=1)
         for rows, exit_index, scores in self.scores:
             table[rows, exit_index] = scores.to(table.dtype)
         if len(self.rows) == 1:
