@@ -119,7 +119,7 @@ class PromptLookup(Drafter):
 
     name = "lookup"
     # By how many tokens before are the same, from one on; the last one also of more.
-    kinds = (0.15, 0.35, 0.5)
+    kinds = (0.2, 0.4, 0.6)
 
     def __init__(self, most: int, ngram: int) -> None:
         super().__init__(most)
