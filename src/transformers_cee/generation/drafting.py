@@ -44,7 +44,8 @@ class Drafts:
 
 @dataclass
 class Guess:
-    """The first draft of each row, whether it is proposed or not.
+    """The first draft of each row, whether it is proposed or not: drafts that are certain are judged by the token that
+    the row gets; drawn ones only where they are proposed, since another draw says little of them.
 
     Args:
         tokens (`LongTensor` of shape `(rows,)`): tokens.
@@ -205,11 +206,12 @@ class ExitDrafts(Drafter):
             criterion = self.criterion()
             goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
             drawn, probability = drafting.draw(step.logits)
-            if not tokens:
-                self.guess = Guess(drawn, kind, goes_on)
             # A column costs all rows the same, and brings a token to those at most that go on.
             share = float(goes_on.sum() / texts.grows.sum()) * chance ** (len(tokens) + 1)
-            if not pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs=1):
+            pays_on = pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs=1)
+            if not tokens and (pays_on or probability is None):
+                self.guess = Guess(drawn, kind, goes_on)
+            if not pays_on:
                 refused = self.refused
                 break
             counts = counts + goes_on
@@ -275,9 +277,10 @@ class JumpDrafts(Drafter):
             product = torch.where(len(tokens) < room, product * self.chances.of(kinds), 0.0)
             drawn, probability = drafting.draw(logits)
             token = drafter.token_ids[drawn].unsqueeze(1)
-            if not tokens:
+            pays_on = goes_on(1)
+            if not tokens and (pays_on or probability is None):
                 self.guess = Guess(token[:, 0], kinds, torch.ones_like(room, dtype=torch.bool))
-            if not goes_on(1):
+            if not pays_on:
                 break
             counts = counts + (len(tokens) < room)
             tokens.append(token)
