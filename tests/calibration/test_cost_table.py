@@ -92,6 +92,13 @@ def test_files(tmp_path):
         CostTable.load(tmp_path / "costs.json")
 
 
+def test_tables_of_before_have_no_costs_of_asking():
+    values = cost_table().to_dict()
+    for batch in values["batches"]:
+        del batch["walk_seconds"]
+    assert {batch.walk_seconds for batch in CostTable.from_dict(values).batches} == {0.0}
+
+
 def test_costs_of_a_budget():
     table = cost_table(exits=(2, 5, 8))
     measured = measured_batch(4, 2)

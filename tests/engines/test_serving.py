@@ -47,6 +47,7 @@ def test_exits_that_cannot_pay_are_not_asked(exported, tokenizer, texts):
     full = exported(**batch, exit_threshold=1.0)
     assert early.exit_layers.float().mean() < 4 and late.exit_layers.tolist() == [4] * 12
     torch.testing.assert_close(late.logits, full.logits)
+    assert bool(late.exit_probabilities.isnan().all()) and late.exit_probabilities.shape == (12, 4)
 
 
 @torch.no_grad()

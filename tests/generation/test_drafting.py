@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +12,9 @@ from tiny import tiny_llama
 from transformers import StoppingCriteriaList
 
 from transformers_cee.fitting.drafter import fit_drafter
+from transformers_cee.generation import drafters
 from transformers_cee.generation.draft_costs import DraftCosts
-from transformers_cee.generation.drafting import Drafting, JumpDrafts, PromptLookup
+from transformers_cee.generation.drafting import Drafter, Drafting, Guess, JumpDrafts, PromptLookup
 from transformers_cee.generation.drafts_pay import DraftsPay
 from transformers_cee.generation.growing import GrowingTexts
 from transformers_cee.generation.verifying import Verification
@@ -58,39 +57,147 @@ def test_lookup_beside_a_slow_search(rows, ngram, most):
             assert int(drafts.counts[place]) == 0
 
 
-@pytest.mark.parametrize("name", ["lookup", "jump"])
-def test_drafts_that_are_not_proposed_are_judged(name):
-    """Where verifying is too dear nothing is proposed, and what would have held is learned all the same."""
-    model = tiny_llama(**({"drafter_layer": 3} if name == "jump" else {}))
-    prompt = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4], [7, 8, 7, 8, 7, 8, 7, 8]])
-    if name == "jump":
-        fit_drafter(model, [{"input_ids": prompt[:1]}])
-    drafter = PromptLookup(4, 3) if name == "lookup" else JumpDrafts(model, 4)
-    # Free drafts that pay if they are certain to hold, which none is.
-    costs = DraftCosts(0.99, 0.0, 0.0)
+class Lessons:
+    """What a drafter was told: of each pass, the guess and what was said of it."""
+
+    def __init__(self, drafter) -> None:
+        self.drafter, self.guesses, self.told = drafter, [], []
+        note = drafter.chances.note
+
+        def noted(kinds, held):
+            self.guesses.append(drafter.guess)
+            self.told.append((kinds.tolist(), [float(one) for one in held]))
+            note(kinds, held)
+
+        drafter.chances.note = noted
+
+
+def written(model, drafter, prompt, costs, new=12, **asked):
+    """A text of `generate` whose drafts are verified, and the passes' counts of proposed drafts."""
+    found = Verification(model, [drafter], lambda rows: costs)
+    asked = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | asked
+    return model.generate(prompt, custom_generate=found, **asked), found.proposed
+
+
+def with_drafter():
+    model = tiny_llama(drafter_layer=3)
+    fit_drafter(model, [{"input_ids": torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])}])
+    return model
+
+
+PROMPT = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4], [7, 8, 7, 8, 7, 8, 7, 8]])
+# Drafts are free, and verifying them takes so long that none is proposed; or everything is free.
+DEAR, FREE = DraftCosts(0.99, 0.0, 0.0), DraftCosts(0.0, 0.0, 0.0)
+
+
+def test_looked_up_tokens_that_are_not_proposed_are_judged():
+    model, drafter = tiny_llama(), PromptLookup(4, 3)
     drafter.chances.held[:] = 0.0
-    ways = partial(Verification, model, [drafter], lambda rows: costs)
-    told = []
-    note = drafter.chances.note
-    drafter.chances.note = lambda kinds, held: (told.append((kinds.tolist(), held.tolist())), note(kinds, held))
-    found = ways()
-    expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    lessons = Lessons(drafter)
+    text, proposed = written(model, drafter, PROMPT, DEAR)
+    assert text.tolist() == model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None).tolist()
+    assert not any(int(one.clamp_min(0).sum()) for one in proposed)
+    wanted = []
+    for place in range(9, text.shape[1]):
+        found = [(looked_up(row[:place], 3), row[place]) for row in text.tolist()]
+        found = [(tokens[0] == got, same - 1) for (tokens, same), got in found if tokens]
+        wanted.append(([kind for _, kind in found], [float(hit) for hit, _ in found]))
+    assert lessons.told == wanted
+
+
+def test_jumps_that_are_not_proposed_are_judged():
+    model = with_drafter()
+    drafter = JumpDrafts(model, 4)
+    drafter.chances.held[:] = 0.0
+    lessons = Lessons(drafter)
+    text, proposed = written(model, drafter, PROMPT, DEAR)
+    assert text.tolist() == model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None).tolist()
+    assert lessons.told and not any(int(one.clamp_min(0).sum()) for one in proposed)
+    # The first pass has no state to start from; then each has one token, until the drafter rests.
+    for place, (guess, (kinds, held)) in enumerate(zip(lessons.guesses, lessons.told, strict=True), start=10):
+        assert kinds == guess.kinds.tolist()
+        if place < 12:
+            assert held == (guess.tokens == text[:, place]).float().tolist()
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(0.0, 0), (1e6, 9)])
+def test_what_is_proposed_is_what_is_judged(scale, kind):
+    """The first draft, of the kind that its probability makes it."""
+    model = with_drafter()
+    drafter, first = JumpDrafts(model, 1), []
+    drafter.head = drafter.head * scale
+    lessons, draft = Lessons(drafter), drafter.draft
+    drafter.chances.held[:] = drafter.chances.tried
+    drafter.draft = lambda *given: first.append(draft(*given)) or first[-1]
+    written(model, drafter, PROMPT, FREE)
+    proposed = [one for one in first if one is not None]
+    assert len(proposed) == len(lessons.guesses) > 2
+    for drafts, guess, (kinds, _) in zip(proposed, lessons.guesses, lessons.told, strict=True):
+        here = drafts.counts > 0
+        assert drafts.tokens[here, 0].tolist() == guess.tokens[here].tolist()
+        assert set(kinds) <= {kind} and set(guess.kinds.tolist()) == {kind}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drawn", [False, True])
+def test_lessons_where_tokens_are_drawn(drawn):
+    """How probable it is that a draft is accepted, whether it is proposed or not."""
+    model = tiny_llama()
+    vocabulary, told = model.config.vocab_size, []
+
+    class Fixed(Drafter):
+        name = "fixed"
+        kinds = (0.0,)
+
+        def draft(self, drafting, room, pays):
+            rows = len(room)
+            given = torch.linspace(0, 1, vocabulary).softmax(0).expand(rows, -1) if drawn else None
+            nothing = torch.zeros(rows, dtype=torch.long)
+            self.guess = Guess(torch.full((rows,), 5), nothing, nothing == 0, given)
+            told.append([row.tolist() for row in drafting.texts.tokens[:, : int(drafting.texts.lengths.max())]])
+
+    drafter = Fixed(1)
+    lessons = Lessons(drafter)
+    written(model, drafter, PROMPT, FREE, new=5, do_sample=True, temperature=0.7, top_k=0)
+    assert len(told) == len(lessons.told) == 4
+    for texts, (_, held) in zip(told, lessons.told, strict=True):
+        for row, chance in zip(texts, held, strict=True):
+            model_says = (model(torch.tensor([row])).logits[0, -1] / 0.7).softmax(-1)
+            given = torch.linspace(0, 1, vocabulary).softmax(0)
+            wanted = sum(min(p, q) for p, q in zip(model_says.tolist(), given.tolist(), strict=True))
+            assert chance == pytest.approx(wanted if drawn else float(model_says[5]), rel=1e-4)
+
+
+@pytest.mark.parametrize("verify", [0.02, 0.1])
+def test_an_exit_that_is_always_right_drafts(verify, monkeypatch):
+    """Whatever was expected of it before."""
+    model = tiny_llama(num_hidden_layers=8, max_position_embeddings=128).double()
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for name, weight in model.named_parameters():
+            if "exit_norms" in name or name == "model.norm.weight":
+                weight.fill_(1.0)
+    monkeypatch.setattr(drafters, "draft_costs", lambda model, rows: DraftCosts(verify, 0.1125, 0.1, verify))
+    asked = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     output = model.generate(
-        prompt, max_new_tokens=12, do_sample=False, custom_generate=found, return_dict_in_generate=True
-    )
-    assert output.sequences.tolist() == expected.tolist()
-    assert not any(int(one.clamp_min(0).sum()) for one in found.proposed)
-    if name == "lookup":
-        wanted = []
-        for place in range(9, expected.shape[1]):
-            kinds, held = [], []
-            for row in expected.tolist():
-                tokens, same = looked_up(row[:place], 3)
-                if tokens:
-                    kinds.append(same - 1)
-                    held.append(tokens[0] == row[place])
-            wanted.append((kinds, held))
-        assert told == wanted
-    else:
-        # The first pass has no state to start from, and a drafter that brings nothing rests.
-        assert told and all(len(kinds) == 2 for kinds, _ in told)
+        PROMPT[:1], assistant_early_exit=3, exit_threshold=0.0, exit_criterion="max_probability", exit_verify=True,
+        return_dict_in_generate=True, **asked,
+    )  # fmt: skip
+    assert output.sequences.tolist() == model.generate(PROMPT[:1], **asked).tolist()
+    assert output.tokens_per_pass > 3
+
+
+def test_a_drafter_of_no_numbers_and_another_default_device():
+    """Texts are written all the same."""
+    model = with_drafter()
+    expected = model.generate(PROMPT, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    torch.nn.init.constant_(model.exit_drafter.predictor.weight, torch.nan)
+    torch.set_default_device("meta")
+    try:
+        drafter = JumpDrafts(model, 4)
+    finally:
+        torch.set_default_device(None)
+    assert written(model, drafter, PROMPT, FREE, new=8)[0].tolist() == expected.tolist()
+    assert drafter.chances.tried.device.type == "cpu"

@@ -278,8 +278,8 @@ class CostTable:
         return float(columns[0] + columns[3 + stop] - columns[3 + start])
 
     def exit_costs(self, layers: Sequence[int], batch_size: int, length: float) -> list[float]:
-        """Seconds per row of a batch that leaves as a whole at each of a model's exits and is checked on the way: the
-        `costs` of a budget.
+        """Seconds per row of a batch that leaves as a whole at each of a model's exits and is checked on the way, what
+        asking takes included: the `costs` of a budget.
 
         Args:
             layers (sequence of `int`): layers (1-based, ascending) of the exits, the last one included.

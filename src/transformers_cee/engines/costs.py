@@ -24,8 +24,8 @@ from transformers_cee.exits.row_batch import RowBatch
 
 BATCH_SIZES = (1, 8, 32)
 LENGTHS = (8, 64)
-# Rows of a variant's turn at least. A single one's time would be that of fetching weights which others threw out of
-# the processor's caches.
+# Rows that a variant runs, so that it has a turn of several runs: a single row's time would be that of fetching
+# weights which others threw out of the processor's caches.
 _ROWS_IN_TURN = 16
 
 
@@ -90,10 +90,11 @@ def _measured(model: Any, rows: int, length: int, timer: Timer) -> MeasuredBatch
     variants: dict[str, Callable[[], Any]] = {
         "whole": partial(run, exit_criterion=criterion, exit_threshold=cls.off),
         "asked": partial(run, **nobody_leaves(criterion), min_exit_layer=1),
-        "one": partial(one, input_ids=ids, **nobody_leaves(criterion), min_exit_layer=1),
         "half": partial(run, exit_criterion=criterion, exit_threshold=everybody, min_exit_layer=half),
         "kept": _keeping(rows, length, model.config.hidden_size),
     }
+    if len(numbers) > 2:
+        variants["one"] = partial(one, input_ids=ids, **nobody_leaves(criterion), min_exit_layer=1)
     again = max(1, _ROWS_IN_TURN // rows)
     found = timer.time({name: [call] * again for name, call in variants.items()}, "whole", device=model.device)
     # Ratios are those within rounds: the machine may have slowed down between them.

@@ -44,18 +44,34 @@ class Drafts:
 
 @dataclass
 class Guess:
-    """The first draft of each row, whether it is proposed or not: drafts that are certain are judged by the token that
-    the row gets; drawn ones only where they are proposed, since another draw says little of them.
+    """The first draft of each row, whether it is proposed or not.
 
     Args:
         tokens (`LongTensor` of shape `(rows,)`): tokens.
         kinds (`LongTensor` of shape `(rows,)`): kinds of these drafts, see `Chances`.
         said (`BoolTensor` of shape `(rows,)`): does the drafter say anything of the row?
+        probabilities (`Tensor` of shape `(rows, vocabulary)`, *optional*): what each was drawn from; None as in
+            `Drafts`.
     """
 
     tokens: Tensor
     kinds: Tensor
     said: Tensor
+    probabilities: Tensor | None = None
+
+    def held(self, got: Tensor, probabilities: Tensor | None) -> Tensor:
+        """Was each accepted, or how probable was that (rows,)?
+
+        Args:
+            got (`LongTensor` of shape `(rows,)`): the tokens that rows got.
+            probabilities (`Tensor` of shape `(rows, vocabulary)`, *optional*): what the model draws them from; None
+                where it takes the most probable.
+        """
+        if probabilities is None:
+            return self.tokens == got
+        if self.probabilities is None:
+            return probabilities.gather(1, self.tokens.unsqueeze(1)).squeeze(1)
+        return torch.minimum(probabilities, self.probabilities).sum(1)
 
 
 @dataclass
@@ -186,9 +202,9 @@ class ExitDrafts(Drafter):
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         model, texts = drafting.model, drafting.texts
-        reach, kind = texts.reach(room, self.most_tokens), torch.zeros_like(room)
-        chance = float(self.chances.of(kind[:1]))
-        if not reach or not pays.goes_on(reach[0], chance, len(reach)) or pays.rests():
+        reach, chance = texts.reach(room, self.most_tokens), self.chances.mean
+        # Nothing would be learned from drafts that do not pay even where all of them hold.
+        if pays.most(reach) == 0 or pays.rests():
             return None
         goes_on, counts = room > 0, torch.zeros_like(room)
         token = texts.last(1)
@@ -208,10 +224,9 @@ class ExitDrafts(Drafter):
             drawn, probability = drafting.draw(step.logits)
             # A column costs all rows the same, and brings a token to those at most that go on.
             share = float(goes_on.sum() / texts.grows.sum()) * chance ** (len(tokens) + 1)
-            pays_on = pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs=1)
-            if not tokens and (pays_on or probability is None):
-                self.guess = Guess(drawn, kind, goes_on)
-            if not pays_on:
+            if not tokens:
+                self.guess = Guess(drawn, torch.zeros_like(room), goes_on, probability)
+            if not pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs=1):
                 refused = self.refused
                 break
             counts = counts + goes_on
@@ -273,20 +288,21 @@ class JumpDrafts(Drafter):
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
             logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
-            kinds = (logits.float().softmax(-1).amax(-1) * len(self.kinds)).long().clamp_max(len(self.kinds) - 1)
+            sure = logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
+            kinds = (sure * len(self.kinds)).long().clamp_max(len(self.kinds) - 1)
             product = torch.where(len(tokens) < room, product * self.chances.of(kinds), 0.0)
             drawn, probability = drafting.draw(logits)
             token = drafter.token_ids[drawn].unsqueeze(1)
-            pays_on = goes_on(1)
-            if not tokens and (pays_on or probability is None):
-                self.guess = Guess(token[:, 0], kinds, torch.ones_like(room, dtype=torch.bool))
-            if not pays_on:
+            if probability is not None:
+                full = probability.new_zeros(len(room), self.vocab_size)
+                probability = full.index_copy_(1, drafter.token_ids, probability)
+            if not tokens:
+                self.guess = Guess(token[:, 0], kinds, torch.ones_like(room, dtype=torch.bool), probability)
+            if not goes_on(1):
                 break
             counts = counts + (len(tokens) < room)
             tokens.append(token)
-            if probability is not None:
-                full = probability.new_zeros(len(room), self.vocab_size)
-                probabilities.append(full.index_copy_(1, drafter.token_ids, probability))
+            probabilities += [] if probability is None else [probability]
         drafted = torch.cat(tokens, 1) if tokens else texts.tokens.new_empty(len(texts), 0)
         return Drafts(drafted, counts, torch.stack(probabilities, 1) if probabilities else None, runs=runs)
 

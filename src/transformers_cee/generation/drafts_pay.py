@@ -13,8 +13,8 @@ from torch import Tensor
 class Chances:
     """Chances of drafts to be accepted when all before them are, by kind.
 
-    A first draft can be judged by the token that its row got, whether it was verified or not: what a drafter would
-    have said is a lesson for nothing.
+    Whether a first draft is accepted can be told without verifying it: what a drafter would have said is a lesson for
+    nothing.
 
     Args:
         kinds (sequence of `float`): the chance of each kind, as long as little was seen of it.
@@ -24,8 +24,9 @@ class Chances:
     _BEFORE, _FORGET = 6.0, 0.98
 
     def __init__(self, kinds: Sequence[float]) -> None:
-        self.tried = torch.full((len(kinds),), self._BEFORE)
-        self.held = self.tried * torch.tensor(kinds)
+        # On the host, whatever the default device is.
+        self.tried = torch.full((len(kinds),), self._BEFORE, dtype=torch.float, device="cpu")
+        self.held = self.tried * torch.tensor(kinds, dtype=torch.float, device="cpu")
 
     @property
     def mean(self) -> float:
@@ -37,7 +38,7 @@ class Chances:
         return (self.held / self.tried).to(kinds.device)[kinds]
 
     def note(self, kinds: Tensor, held: Tensor) -> None:
-        """Drafts of such kinds (drafts,) were what their rows got (drafts,), or not."""
+        """Drafts of such kinds (drafts,) were accepted (drafts,) or not, or would have been with such a chance."""
         kinds, count = kinds.cpu(), len(self.tried)
         tried = torch.bincount(kinds, minlength=count)
         kept = self._FORGET**tried

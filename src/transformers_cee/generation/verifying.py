@@ -122,7 +122,7 @@ class Verification:
             self._keep(logits, scores, accepted)
             grew, before = texts.grows, texts.lengths
             texts.extend(accepted, chosen)
-            self._judge(grew, before)
+            self._judge(scores[:, 0], grew, before)
             self._show(accepted)
             self.proposed.append(torch.where(grew, counts, -1))
             self.accepted.append(torch.where(grew, accepted, -1))
@@ -227,13 +227,19 @@ class Verification:
                 self.behind[layer] = states
         return run.run(states, done, layers)
 
-    def _judge(self, grew: Tensor, before: Tensor) -> None:
-        """Tells drafters whether what they would have said is what rows (rows,) that grew from lengths (rows,) got."""
+    def _judge(self, scores: Tensor, grew: Tensor, before: Tensor) -> None:
+        """Tells drafters how the first drafts that they had in mind would have fared.
+
+        Args:
+            scores (`Tensor` of shape `(rows, vocabulary)`): of the first token that rows got.
+            grew, before (tensors of shape `(rows,)`): which rows got it, and their lengths before.
+        """
+        probabilities = scores.softmax(-1) if self.samples else None
+        got = self.texts.tokens.gather(1, before.unsqueeze(1)).squeeze(1)
         for drafter in self.drafters:
             if (guess := drafter.guess) is not None:
-                got = self.texts.tokens.gather(1, before.unsqueeze(1)).squeeze(1)
                 counts = guess.said & grew
-                drafter.chances.note(guess.kinds[counts], (guess.tokens == got)[counts])
+                drafter.chances.note(guess.kinds[counts], guess.held(got, probabilities)[counts])
 
     def _show(self, accepted: Tensor) -> None:
         """Gives drafters the states that they want to see, of the last token that was verified."""
