@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 
@@ -82,30 +81,38 @@ class TestMost:
 
 
 class TestRests:
-    def test_what_brings_nothing_is_asked_ever_more_rarely(self):
-        for drafts in (0, 2):
-            pays, asked = DraftsPay(0.1, 0.1), []
-            for number in range(4000):
-                if not pays.rests():
-                    asked.append(number)
-                    pays.note(drafts, 1)
-            waits = [after - before for before, after in itertools.pairwise(asked)]
-            assert waits == sorted(waits) and waits[-1] > 1000 and len(asked) < 16
-
-    def test_waits_have_an_end(self):
-        pays, waits = DraftsPay(0.1, 0.1), 0
-        for _ in range(20):
-            pays.note(1, 1)
-            waits, pays.waits = pays.waits, 0
-        assert waits == 1024
+    @pytest.mark.parametrize("cost", [0.05, 0.3])
+    def test_what_brings_nothing_costs_a_small_share(self, cost):
+        pays, lost = DraftsPay(cost, 0.1), 0.0
+        for number in range(1, 2001):
+            if pays.rests():
+                pays.pace.note(1.0, 1.0)
+            else:
+                lost += cost * pays.pace.rate
+                pays.note(0, 1)
+            # A little at once, a hundredth of all passes, and one time too many.
+            assert lost <= 0.6 + 0.01 * number + cost + 1e-6
+        assert lost > 10
 
     def test_asking_goes_on_once_drafts_hold(self):
         pays, asked = DraftsPay(0.1, 0.1), []
-        for number in range(4000):
+        for number in range(400):
             asked.append(not pays.rests())
             if asked[-1]:
                 pays.note(2, 2, 3.0 if number > 50 else 1.0)
-        assert sum(asked[:50]) < 8 and all(asked[-50:])
+            else:
+                pays.pace.note(1.0, 1.0)
+        assert sum(asked[:50]) < 8 and all(asked[-300:])
+
+    def test_what_it_brought_long_ago_is_forgotten(self):
+        pays = DraftsPay(0.1, 0.1)
+        for _ in range(100):
+            pays.note(2, 2, 3.0)
+        vain = 0
+        while not pays.rests():
+            pays.note(2, 2)
+            vain += 1
+        assert vain < 12
 
     def test_a_drafter_that_costs_nothing_never_rests(self):
         pays = DraftsPay(0.0, 0.2)
@@ -197,4 +204,4 @@ def test_drafts_that_hold_half_of_the_time_pay():
         answer(1, COSTS[1, "packed"], lambda one: one, lambda draw: draw.betavariate(0.8, 1.0), 256, draw)
         for _ in range(12)
     ]
-    assert statistics.mean(speeds) > 1.1
+    assert statistics.mean(speeds) > 1.12

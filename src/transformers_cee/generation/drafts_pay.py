@@ -52,7 +52,7 @@ class Pace:
     _FORGET = 0.97
 
     def __init__(self) -> None:
-        self.tokens, self.time = 1.0, 1.0
+        self.tokens, self.time, self.passes = 1.0, 1.0, 0
 
     @property
     def rate(self) -> float:
@@ -62,6 +62,7 @@ class Pace:
         """A pass that took so many decode steps gave a row so many tokens."""
         self.tokens = self._FORGET * self.tokens + tokens
         self.time = self._FORGET * self.time + steps
+        self.passes += 1
 
 
 class DraftsPay:
@@ -70,8 +71,8 @@ class DraftsPay:
     One more draft costs R·(c_d + c_v) tokens: what the time to draft it and to verify one more token per row would
     give otherwise. It brings a token with the product of the chances of all drafts up to it, in the rows that it
     reaches; all rows bear its costs. A first draft also costs what a pass over several tokens does. A drafter that
-    costs something and has brought less of late is asked now and then, ever more rarely. What passes really take
-    corrects the costs.
+    costs something is asked as long as it has not cost more tokens than it brought, and a small share of all passes.
+    What passes really take corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
@@ -79,11 +80,9 @@ class DraftsPay:
         pace (`Pace`, *optional*): of the call; one of its own by default.
     """
 
-    # Tokens that asking has brought before, and how fast that is forgotten.
-    _TRUST, _FORGET = 0.2, 0.97
-    # Passes without the drafter after it cost more than it brought, at first and at most; each further time doubles
-    # them.
-    _PATIENCE, _MOST_PATIENCE = 4, 1024
+    # Tokens that asking may cost, and how many more with each pass; and how many of those that it brought are not
+    # forgotten, so that it ends soon where it brings no more.
+    _TRUST, _ALLOWANCE, _REMEMBERED, _FORGET = 0.6, 0.01, 3.0, 0.97
     # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
     # machine may hold it up.
     _BELIEVED, _LEAST_TIMES, _MOST_TIMES, _MOST_MORE = 1.0, 0.5, 3.0, 0.3
@@ -93,14 +92,12 @@ class DraftsPay:
     ) -> None:
         self.draft_cost, self.verify_cost, self.start, self.pace = draft_cost, verify_cost, start_cost, pace or Pace()
         self.expected = self.taken = self._BELIEVED
-        self.gain, self.waits, self.next_waits = self._TRUST, 0, self._PATIENCE
+        self.balance = 0.0
 
     def rests(self) -> bool:
         """Does this pass go without the drafter?"""
-        if self.waits:
-            self.waits -= 1
-            return True
-        return False
+        allowed = self._TRUST + self._ALLOWANCE * self.pace.passes
+        return self.draft_cost > 0 and self.balance + allowed < 0
 
     def most(self, shares: Sequence[float], before: int = 0, runs: int = 0) -> int:
         """How many further drafts are expected to bring the most beyond their costs; 0 where none bring more.
@@ -156,13 +153,8 @@ class DraftsPay:
         self.taken = self._FORGET * self.taken + spent
         # One pass may have been held up: costs as corrected by all of them.
         cost = expected * self.correction
-        self.gain = self._FORGET * self.gain + tokens - 1 - self.pace.rate * cost
+        self.balance = min(self._REMEMBERED, self.balance + tokens - 1 - self.pace.rate * cost)
         self.pace.note(tokens, 1 + cost)
-        if self.gain > 0:
-            self.next_waits = self._PATIENCE
-        elif self.draft_cost:
-            self.waits = self.next_waits
-            self.next_waits = min(self._MOST_PATIENCE, 2 * self.next_waits)
 
 
 class PassTimes:
