@@ -101,17 +101,22 @@ def _can_be_packed(module: nn.Module) -> bool:
 
 def _forward(layer: nn.Linear, layout: _Layout, states: Tensor) -> Tensor:
     weight = layer.weight
-    rows = states.numel() // layer.in_features
-    learns = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    fits = states.dtype == weight.dtype and states.shape[-1] == layer.in_features
-    if not fits or learns or not _FEWEST <= rows <= _MOST or not layout.holds(weight) or _casts():
+    # Steps of one token come here most often: what they need to know is asked first.
+    if not _FEWEST <= states.numel() // layer.in_features <= _MOST or not _fits(layer, layout, states):
         return F.linear(states, weight, layer.bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(states, layout.packed, layer.bias, "none", [], "")
     return found
 
 
-def _casts() -> bool:
-    return torch.is_autocast_enabled("cpu")
+def _fits(layer: nn.Linear, layout: _Layout, states: Tensor) -> bool:
+    weight = layer.weight
+    return (
+        states.dtype == weight.dtype
+        and states.shape[-1] == layer.in_features
+        and not (torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad))
+        and layout.holds(weight)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 __all__ = ["packed_linears"]
