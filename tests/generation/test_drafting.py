@@ -45,16 +45,28 @@ def test_lookup_beside_a_slow_search(rows, ngram, most):
     drafts = drafter.draft(Drafting(None, texts, None, None), texts.room, DraftsPay(0.0, 0.0))
     found = [looked_up(row, ngram) for row in rows]
     assert drafter.guess.said.tolist() == [bool(tokens) for tokens, _ in found]
-    longest = max(len(tokens[:most]) for tokens, _ in found)
+    # Rows that are ahead do not say how many columns there are.
+    behind = [tokens for (tokens, _), row in zip(found, rows, strict=True) if len(row) == short]
+    longest = max(len(tokens[:most]) for tokens in behind)
     assert longest == (0 if drafts is None else drafts.tokens.shape[1])
     for place, (tokens, same) in enumerate(found):
         if tokens:
-            count = min(len(tokens), most)
-            assert int(drafts.counts[place]) == count and drafts.tokens[place, :count].tolist() == tokens[:count]
             assert int(drafter.guess.tokens[place]) == tokens[0]
             assert int(drafter.guess.kinds[place]) == min(same, len(drafter.kinds)) - 1
-        elif drafts is not None:
-            assert int(drafts.counts[place]) == 0
+        if drafts is not None:
+            count = min(len(tokens), longest)
+            assert int(drafts.counts[place]) == count and drafts.tokens[place, :count].tolist() == tokens[:count]
+
+
+def test_rows_that_are_furthest_behind_count():
+    texts = GrowingTexts(torch.full((4, 3), 7), 9, 2, StoppingCriteriaList())
+    texts.lengths = torch.tensor([5, 4, 4, 3])
+    texts.grows = torch.tensor([True, True, True, False])
+    assert texts.behind.tolist() == [False, True, True, False]
+    assert float(texts.mean(torch.tensor([1.0, 0.5, 0.0, 1.0]))) == 0.25
+    assert texts.reach(torch.tensor([3, 1, 2, 3]), 3) == [1.0, 0.5]
+    chances = torch.tensor([[0.9, 0.8, 0.7]] * 2 + [[0.5, 0.25, 0.1]] * 2)
+    assert texts.reach(torch.tensor([3, 1, 2, 3]), 3, chances) == pytest.approx([0.7, 0.125])
 
 
 class Lessons:

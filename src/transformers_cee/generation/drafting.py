@@ -223,7 +223,7 @@ class ExitDrafts(Drafter):
             goes_on = goes_on & criterion.passes(criterion.score(step), criterion.thresholds[self.index])
             drawn, probability = drafting.draw(step.logits)
             # A column costs all rows the same, and brings a token to those at most that go on.
-            share = float(goes_on.sum() / texts.grows.sum()) * chance ** (len(tokens) + 1)
+            share = float(texts.mean(goes_on)) * chance ** (len(tokens) + 1)
             if not tokens:
                 self.guess = Guess(drawn, torch.zeros_like(room), goes_on, probability)
             if not pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs=1):
@@ -279,7 +279,7 @@ class JumpDrafts(Drafter):
         runs = 0
 
         def goes_on(runs: int) -> bool:
-            share = float(product.sum() / texts.grows.sum())
+            share = float(texts.mean(product))
             return pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs)
 
         while len(tokens) < len(reach) and (runs == 0 or goes_on(0)):

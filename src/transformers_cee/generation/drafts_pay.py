@@ -47,7 +47,8 @@ class Chances:
 
 
 class Pace:
-    """R, how many tokens a row gets in each decode step's worth of time: what costs are weighed with."""
+    """R, by how many tokens the rows that are furthest behind grow in each decode step's worth of time: what costs are
+    weighed with."""
 
     _FORGET = 0.97
 
@@ -59,7 +60,7 @@ class Pace:
         return self.tokens / self.time
 
     def note(self, tokens: float, steps: float) -> None:
-        """A pass that took so many decode steps gave a row so many tokens."""
+        """A pass that took so many decode steps gave the rows furthest behind so many tokens."""
         self.tokens = self._FORGET * self.tokens + tokens
         self.time = self._FORGET * self.time + steps
         self.passes += 1
@@ -69,10 +70,10 @@ class DraftsPay:
     """When a draft goes on: while the tokens that drafts are expected to bring exceed what they cost.
 
     One more draft costs R·(c_d + c_v) tokens: what the time to draft it and to verify one more token per row would
-    give otherwise. It brings a token with the product of the chances of all drafts up to it, in the rows that it
-    reaches; all rows bear its costs. A first draft also costs what a pass over several tokens does. A drafter that
-    costs something is asked as long as it has not cost more tokens than it brought, and a small share of all passes.
-    What passes really take corrects the costs.
+    give otherwise. It brings a token with the product of the chances of all drafts up to it; in a batch those of the
+    rows that are furthest behind count, since it ends with the last one. A first draft also costs what a pass over
+    several tokens does. A drafter that costs something is asked as long as it has not cost more tokens than it
+    brought, and a small share of all passes. What passes really take corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
@@ -103,7 +104,8 @@ class DraftsPay:
         """How many further drafts are expected to bring the most beyond their costs; 0 where none bring more.
 
         Args:
-            shares (sequence of `float`): tokens that a row is expected to get by the first, second, … of them.
+            shares (sequence of `float`):
+                Tokens that a row, of those furthest behind, is expected to get by the first, second, … of them.
             before (`int`): drafts that there are already.
             runs (`int`): how many of them the drafter has already run for.
         """
@@ -143,7 +145,7 @@ class DraftsPay:
         Args:
             drafts (`int`): columns of drafts.
             runs (`float`): how often the drafter ran.
-            tokens (`float`): mean tokens that a row got.
+            tokens (`float`): by which the rows furthest behind have grown.
             taken (`float`, *optional*): decode steps that the pass took beyond one, where that is known.
         """
         spent = expected = self.spent(drafts, runs)

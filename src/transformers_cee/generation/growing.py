@@ -82,13 +82,23 @@ class GrowingTexts:
         """Drafts (rows,) that a row may get: one more token follows them."""
         return torch.where(self.grows, (self.most - self.lengths - 1).clamp_min(0), 0)
 
+    @property
+    def behind(self) -> Tensor:
+        """The growing rows (rows,) that have come least far. A batch is done when its last row is: what others gain is
+        no time gained."""
+        lengths = self.lengths.masked_fill(~self.grows, self.tokens.shape[1])
+        return self.grows & (lengths == lengths.min())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of values (rows, …) over the rows that are behind."""
+        behind = self.behind
+        return torch.tensordot(behind.to(torch.float), values.to(torch.float), 1) / behind.sum().clamp_min(1)
+
     def reach(self, counts: Tensor, most: int, chances: Tensor | None = None) -> list[float]:
-        """Share of the growing rows that a first, second, … draft reaches, where rows can have so many (rows,), or
-        tokens that a growing row gets by it where it is accepted with such chances (rows, most)."""
-        columns = torch.arange(most, device=counts.device)
-        reached = (counts.unsqueeze(1) > columns) & self.grows.unsqueeze(1)
-        weighed = reached if chances is None else reached * chances
-        shares: list[float] = (weighed.sum(0) / self.grows.sum().clamp_min(1)).tolist()
+        """Share of the rows behind that a first, second, … draft reaches, where rows can have so many (rows,), or
+        tokens that such a row gets by it where it is accepted with such chances (rows, most)."""
+        reached = counts.unsqueeze(1) > torch.arange(most, device=counts.device)
+        shares: list[float] = self.mean(reached if chances is None else reached * chances).tolist()
         # The further, the fewer.
         return [share for share in shares if share > 0]
 

@@ -110,8 +110,7 @@ class Verification:
             # Whether rows have ended is known once the pass before has run.
             now = perf_counter()
             if before_pass is not None:
-                start, came = before_pass
-                self._note(came, now - start, times)
+                self._note(before_pass[1], now - before_pass[0], times)
             drafts = self._draft()
             columns = 0 if drafts is None else drafts.tokens.shape[1]
             states = self._states(drafts, columns)
@@ -129,7 +128,9 @@ class Verification:
             self.steps += 1
             if drafts is not None:
                 self.steps += self.pays[self.drafter].spent(columns, drafts.runs)
-            before_pass = now, None if drafts is None else (drafts, texts.lengths - before, grew)
+            # A batch is as far as the last of its rows.
+            came = None if drafts is None else (drafts, float(texts.lengths[grew].min() - before[grew].min()))
+            before_pass = now, came
         if self.streamer is not None:
             self.streamer.end()
         if wants or getattr(given, "_is_user_defined", False):
@@ -321,19 +322,19 @@ class Verification:
             if kept is not None:
                 kept.put(places, rows, new[gets], len(texts))
 
-    def _note(self, came: tuple[Drafts, Tensor, Tensor] | None, seconds: float, times: PassTimes) -> None:
+    def _note(self, came: tuple[Drafts, float] | None, seconds: float, times: PassTimes) -> None:
         """Tells what came of a pass, and how long it took."""
         if came is None:
             times.note(seconds)
             self.pace.note(1.0, 1.0)
             return
-        drafts, grown, grew = came
-        mean, columns = float(grown[grew].float().mean()), drafts.tokens.shape[1]
+        drafts, tokens = came
+        columns = drafts.tokens.shape[1]
         pays = self.pays[self.drafter]
         if not columns:
             # The pass itself was over one token.
             times.note(seconds / (1 + pays.spent(0, drafts.runs) * pays.correction))
-        pays.note(columns, drafts.runs, mean, times.beyond_one(seconds))
+        pays.note(columns, drafts.runs, tokens, times.beyond_one(seconds))
 
     def _complete(self) -> None:
         """Leaves the cache as `generate` does: all tokens but the last one, padding behind a row's end included."""
