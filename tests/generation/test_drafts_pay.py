@@ -114,11 +114,14 @@ class TestRests:
             vain += 1
         assert vain < 12
 
-    def test_a_drafter_that_costs_nothing_never_rests(self):
-        pays = DraftsPay(0.0, 0.2)
-        for _ in range(20):
-            pays.note(3, 0)
-            assert not pays.rests()
+    def test_drafters_share_what_they_may_cost(self):
+        lost = {}
+        for drafters in (1, 2, 3):
+            pays, lost[drafters] = DraftsPay(0.0, 0.04, drafters=drafters), 0
+            while not pays.rests():
+                pays.note(1, 0)
+                lost[drafters] += 1
+        assert lost[1] > lost[2] > lost[3] >= 1
 
     def test_what_passes_take_corrects_the_costs(self):
         """Drafts that pay by their costs stop where passes take much longer, and none does where they are cheap."""

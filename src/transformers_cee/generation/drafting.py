@@ -153,7 +153,9 @@ class PromptLookup(Drafter):
         self.guess = Guess(tokens[:, 0], kinds[:, 0], follows > 0)
         chances = self.chances.of(kinds).cumprod(1)
         most = pays.most(texts.reach(counts, self.most_tokens, chances))
-        return Drafts(tokens[:, :most], counts.clamp_max(most)) if most else None
+        if most == 0 or pays.rests():
+            return None
+        return Drafts(tokens[:, :most], counts.clamp_max(most))
 
     def _follows(self, texts: GrowingTexts) -> tuple[Tensor, Tensor]:
         """Column (rows,) of what followed the longest and latest match, 0 where there is none; and how many tokens

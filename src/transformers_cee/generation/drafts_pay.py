@@ -72,13 +72,14 @@ class DraftsPay:
     One more draft costs R·(c_d + c_v) tokens: what the time to draft it and to verify one more token per row would
     give otherwise. It brings a token with the product of the chances of all drafts up to it; in a batch those of the
     rows that are furthest behind count, since it ends with the last one. A first draft also costs what a pass over
-    several tokens does. A drafter that costs something is asked as long as it has not cost more tokens than it
-    brought, and a small share of all passes. What passes really take corrects the costs.
+    several tokens does. A drafter may draft as long as it has not cost more tokens than it brought, and a small share
+    of all passes. What passes really take corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
         start_cost (`float`, *optional*, defaults to 0): of a pass with drafts, beyond them.
         pace (`Pace`, *optional*): of the call; one of its own by default.
+        drafters (`int`, *optional*, defaults to 1): of the call, which share what drafts may cost it.
     """
 
     # Tokens that asking may cost, and how many more with each pass; and how many of those that it brought are not
@@ -89,16 +90,21 @@ class DraftsPay:
     _BELIEVED, _LEAST_TIMES, _MOST_TIMES, _MOST_MORE = 1.0, 0.5, 3.0, 0.3
 
     def __init__(
-        self, draft_cost: float, verify_cost: float, start_cost: float = 0.0, pace: Pace | None = None
+        self,
+        draft_cost: float,
+        verify_cost: float,
+        start_cost: float = 0.0,
+        pace: Pace | None = None,
+        drafters: int = 1,
     ) -> None:
         self.draft_cost, self.verify_cost, self.start, self.pace = draft_cost, verify_cost, start_cost, pace or Pace()
         self.expected = self.taken = self._BELIEVED
-        self.balance = 0.0
+        self.balance, self.drafters = 0.0, drafters
 
     def rests(self) -> bool:
         """Does this pass go without the drafter?"""
         allowed = self._TRUST + self._ALLOWANCE * self.pace.passes
-        return self.draft_cost > 0 and self.balance + allowed < 0
+        return self.balance + allowed / self.drafters < 0
 
     def most(self, shares: Sequence[float], before: int = 0, runs: int = 0) -> int:
         """How many further drafts are expected to bring the most beyond their costs; 0 where none bring more.

@@ -87,7 +87,8 @@ class Verification:
         costs = self.costs(len(input_ids))
         self.pace = Pace()
         self.pays = {
-            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, self.pace) for one in self.drafters
+            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, self.pace, len(self.drafters))
+            for one in self.drafters
         }
         self.processors, self.samples = logits_processor, generation_config.do_sample
         self.warpers = LogitsProcessorList(one for one in logits_processor if isinstance(one, _WARPERS))
