@@ -51,27 +51,20 @@ def test_exits_that_cannot_pay_are_not_asked(exported, tokenizer, texts):
 
 
 @torch.no_grad()
-def test_exits_that_would_save_next_to_nothing_are_not_asked(exported, tokenizer, texts, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "check", "beside"),
+    [("LEAST_GAIN", 0.0, "full_seconds"), ("LEAST_RETURN", 0.1, "in_vain")],
+    ids=["saves next to nothing", "might cost much more than it saves"],
+)
+def test_plans_that_return_too_little_are_not_followed(limit, check, beside, exported, tokenizer, texts, monkeypatch):
     batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
     middle = float(exported.rates[0].scores.median())
-    exported.costs = costs(0.0)
+    exported.costs = costs(check)
     plan = plan_exits(exported.rates[0], [middle] * 4, exported.costs, 12, 16)
-    saved = 1 - plan.seconds / plan.full_seconds
-    for least, is_asked in ((saved - 0.01, True), (saved + 0.01, False)):
-        monkeypatch.setattr(model_module, "LEAST_GAIN", least)
-        assert bool((exported(**batch, exit_threshold=middle).exit_layers < 4).any()) == is_asked
-
-
-@torch.no_grad()
-def test_exits_that_might_cost_much_more_than_they_save_are_not_asked(exported, tokenizer, texts, monkeypatch):
-    batch = tokenizer(texts[:12], padding=True, return_tensors="pt")
-    middle = float(exported.rates[0].scores.median())
-    exported.costs = costs(0.1)
-    plan = plan_exits(exported.rates[0], [middle] * 4, exported.costs, 12, 16)
-    saved = (plan.full_seconds - plan.seconds) / plan.in_vain
-    assert plan.in_vain > 0 and saved > 0
+    saved = (plan.full_seconds - plan.seconds) / getattr(plan, beside)
+    assert getattr(plan, beside) > 0 and saved > 0
     for least, is_asked in ((0.99 * saved, True), (1.01 * saved, False)):
-        monkeypatch.setattr(model_module, "LEAST_RETURN", least)
+        monkeypatch.setattr(model_module, limit, least)
         assert bool((exported(**batch, exit_threshold=middle).exit_layers < 4).any()) == is_asked
 
 

@@ -111,7 +111,8 @@ class Verification:
             # Whether rows have ended is known once the pass before has run.
             now = perf_counter()
             if before_pass is not None:
-                self._note(before_pass[1], now - before_pass[0], times)
+                start, came = before_pass
+                self._note(came, now - start, times)
             drafts = self._draft()
             columns = 0 if drafts is None else drafts.tokens.shape[1]
             states = self._states(drafts, columns)
