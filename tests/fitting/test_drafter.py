@@ -308,6 +308,65 @@ def test_it_stops_when_no_more_is_accepted(tmp_path):
     assert trainer.train().phases["drafter"].global_step == 12
 
 
+@torch.no_grad()
+def test_what_came_of_drafts_is_kept(tmp_path):
+    """By kind, after the closed form and while it trains; of the answer alone, where labels say so."""
+    model = model_with_drafter()
+    drafter, batch = model.exit_drafter, texts(model, 8)
+    fit_drafter(model, [batch], 10)
+    read = read_text(model, **batch)
+    head = model.lm_head.weight[drafter.token_ids]
+    says = model(**batch).logits.argmax(-1)
+    for labelled in (False, True):
+        labels = batch["input_ids"].clone()
+        labels[:, :6] = -100
+        wanted = torch.zeros(2, 10, dtype=torch.long)
+        for row in range(8):
+            for place in range(1, TIME):
+                if labelled and (place + 1 == TIME or labels[row, place + 1] == -100):
+                    continue
+                cache = DynamicCache()
+                seen = batch["input_ids"][row : row + 1, :place]
+                hidden = model.model(
+                    input_ids=seen, output_hidden_states=True, use_cache=True, **{CACHE_NAME: cache}
+                ).hidden_states
+                run_cache, first = EarlyExitCache.from_cache(cache, 4), torch.tensor([place])
+                run = SlotPass(
+                    model.as_decoder, run_cache, first, 1, None, torch.zeros(1, dtype=torch.long), hidden[0][:0, 0]
+                )
+                jumped = drafter.jump(hidden[LAYER][:, -1:], read.embedded[row : row + 1, place : place + 1])
+                state = run.run_layer(drafter.layer, LAYER - 1, jumped)[0]
+                said = (model.model.norm(drafter.read(state)) @ head.T).softmax(-1)[0]
+                kind = min(9, int(said.max() * 10))
+                wanted[0, kind] += 1
+                wanted[1, kind] += bool(drafter.token_ids[said.argmax()] == says[row, place])
+        if labelled:
+            drafter.judged.zero_()
+            model.train()
+            model(**batch, labels=labels, exit_training=ExitTraining(roll_outs=2))
+            model.eval()
+            counted = drafter.judged.clone()
+            model(**batch, labels=labels, exit_training=ExitTraining(roll_outs=2))
+            assert torch.equal(counted, drafter.judged)
+            # Of two drafts each, the last token has but one.
+            assert int(wanted[0].sum() - counted[0].sum()) in (0, 8) and (counted <= wanted).all()
+        else:
+            assert torch.equal(drafter.judged, wanted) and wanted[1].sum() > 0
+    model.save_pretrained(tmp_path)
+    again = LlamaForConsistentEECausalLM.from_pretrained(tmp_path).exit_drafter.judged
+    assert again.dtype == torch.long and torch.equal(again, drafter.judged)
+    assert torch.equal(model.to(torch.bfloat16).exit_drafter.judged, again)
+
+
+def test_drafts_of_long_ago_count_less():
+    drafter = model_with_drafter().exit_drafter
+    drafter.judged.zero_()
+    kinds = torch.zeros(8_000, dtype=torch.long)
+    for stands in (True, True, True, False):
+        drafter.judge(kinds, torch.full((8_000,), stands))
+    assert drafter.judged[:, 0].tolist() == [20_000, 12_000]
+
+
 def test_words_are_those_said_most():
     model = tiny_llama(1, drafter_layer=2, drafter_vocab_size=5)
     batch = texts(model, 8, 16)

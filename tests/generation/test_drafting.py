@@ -132,6 +132,18 @@ def test_jumps_that_are_not_proposed_are_judged():
             assert held == (guess.tokens == text[:, place]).float().tolist()
 
 
+@pytest.mark.parametrize(("judged", "trusted"), [([[0], [0]], True), ([[90], [90]], True), ([[90], [9]], False)])
+def test_a_drafter_that_brought_little_in_training_is_not_trusted(judged, trusted):
+    model = with_drafter()
+    model.exit_drafter.judged[:] = 0
+    model.exit_drafter.judged[:, 4:5] = torch.tensor(judged)
+    found = Verification(
+        model, [PromptLookup(4, 3), JumpDrafts(model, 4)], lambda rows: DraftCosts(0.2, 0.05, 0.1, 0.1)
+    )
+    model.generate(PROMPT, custom_generate=found, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert {name: pays.trusted for name, pays in found.pays.items()} == {"lookup": True, "jump": trusted}
+
+
 @pytest.mark.parametrize(("scale", "kind"), [(0.0, 0), (1e6, 9)])
 def test_what_is_proposed_is_what_is_judged(scale, kind):
     """The first draft, of the kind that its probability makes it."""

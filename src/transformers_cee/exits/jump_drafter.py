@@ -21,11 +21,19 @@ class JumpDrafter(nn.Module):
     its own, and it drafts tokens of a small vocabulary alone: those that texts have most often (FR-Spec, Zhao et al.
     2025).
 
+    It keeps how sure it was of drafts and which of them stood, of text that it learned from: what a draft is worth is
+    known before the first one.
+
     Args:
         layer (`nn.Module`): of the kind of the model's layers, with the index of the one that it stands for.
         hidden_size (`int`): of the model.
         vocab_size (`int`): tokens that it may draft.
     """
+
+    # Kinds of drafts, by their own probability in equal steps from 0 to 1.
+    KINDS = 10
+    # Of more than so many judged drafts the earlier ones count half.
+    _JUDGED = 20_000
 
     def __init__(self, layer: nn.Module, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -34,6 +42,9 @@ class JumpDrafter(nn.Module):
         self.readout = nn.Linear(hidden_size, hidden_size, bias=False)
         self.token_ids: Tensor
         self.register_buffer("token_ids", torch.arange(vocab_size))
+        # First drafts of each kind, and how many of them the model said, too. Whole numbers keep their precision.
+        self.judged: Tensor
+        self.register_buffer("judged", torch.zeros(2, self.KINDS, dtype=torch.long))
 
     def jump(self, states: Tensor, embedded: Tensor) -> Tensor:
         """States before the layer (…, hidden) of tokens with these embeddings (…, hidden), from the states behind the
@@ -50,6 +61,19 @@ class JumpDrafter(nn.Module):
         """States behind the last layer (…, hidden), from those behind this one."""
         return states + self.readout(states)
 
+    def kinds(self, logits: Tensor) -> Tensor:
+        """Kinds (…) of drafts from logits over its vocabulary (…, words)."""
+        sure = logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
+        return (sure * self.KINDS).long().clamp_max(self.KINDS - 1)
+
+    @torch.no_grad()
+    def judge(self, kinds: Tensor, stands: Tensor) -> None:
+        """First drafts of such kinds (drafts,) are what the model says (drafts,), or not."""
+        for row, counted in enumerate((kinds, kinds[stands])):
+            self.judged[row] += torch.bincount(counted, minlength=self.KINDS)
+        if self.judged[0].sum() > self._JUDGED:
+            self.judged //= 2
+
     def start(self, module: nn.Module, model_layer: nn.Module) -> None:
         """How a part that no checkpoint has begins: the layer as the model's own, the rest so that it changes
         nothing.
@@ -60,6 +84,7 @@ class JumpDrafter(nn.Module):
         """
         if module is self:
             init.copy_(self.token_ids, torch.arange(len(self.token_ids)))
+            init.zeros_(self.judged)
         elif module is self.predictor or module is self.readout:
             for weight in module.parameters():
                 init.zeros_(weight)

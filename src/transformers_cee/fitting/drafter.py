@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from transformers_cee.exits.jump_drafter import JumpDrafter
-from transformers_cee.modeling.roll_outs import TextRead, read_text
+from transformers_cee.modeling.roll_outs import TextRead, note_drafts, read_text, roll_outs
 
 
 _RIDGE = 1e-4
 # Text that the vocabulary is counted on, in times of what is solved on: no layer runs for the rest.
 _COUNTED = 50
+# Tokens whose drafts are judged at the end.
+_JUDGED = 2_000
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
     counts = torch.zeros(model.config.vocab_size, dtype=torch.long, device=model.device)
     jump = _Regression(2 * size, size)
     readout = _Regression(size, size)
-    counted = 0
+    counted, kept = 0, []
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
         mask = None if mask is None else mask.to(model.device)
@@ -64,6 +66,8 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
                 break
             continue
         read = read_text(model, ids, mask)
+        if seen < _JUDGED:
+            kept.append(read)
         follows = read.counts[:, 1:] & read.counts[:, :-1]
         said = model.lm_head(read.last[read.counts]).argmax(-1)
         counts += torch.bincount(said, minlength=len(counts))
@@ -80,6 +84,10 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
     drafter.predictor.weight.copy_(weight)
     drafter.predictor.bias.copy_(bias)
     drafter.readout.weight.copy_(readout.solve()[0])
+    drafter.judged.zero_()
+    for read in kept:
+        for first in roll_outs(model, read, 1):
+            note_drafts(model, first)
     return seen
 
 

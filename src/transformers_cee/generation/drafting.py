@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from transformers_cee.exits.criteria import ExitCriterion, ExitStep
+from transformers_cee.exits.jump_drafter import JumpDrafter
 from transformers_cee.generation.draft_costs import DraftCosts
 from transformers_cee.generation.drafts_pay import Chances, DraftsPay
 from transformers_cee.generation.growing import GrowingTexts
@@ -97,8 +99,9 @@ class Drafter(ABC):
     """Proposes tokens. An object belongs to one call of `generate`."""
 
     name: ClassVar[str]
-    # Chances of each kind of draft, until more is known.
+    # Chances of each kind of draft, until more is known, and how many drafts of a kind they weigh as much as.
     kinds: ClassVar[Sequence[float]]
+    known: ClassVar[float] = 6.0
     # Tokens of a draft at most.
     most_tokens: int
     # Of the pass at hand; None where the drafter was not asked.
@@ -109,11 +112,15 @@ class Drafter(ABC):
     seen: Tensor | None = None
 
     def __init__(self, most: int) -> None:
-        self.most_tokens, self.chances = most, Chances(self.kinds)
+        self.most_tokens, self.chances = most, Chances(self.kinds, self.known)
 
     def cost(self, costs: DraftCosts) -> float:
         """What drafting one token costs, in decode steps at full depth."""
         return 0.0
+
+    def hopes(self, pays: DraftsPay) -> bool:
+        """Is asking expected to pay, as far as is known from training?"""
+        return True
 
     @abstractmethod
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
@@ -161,19 +168,21 @@ class PromptLookup(Drafter):
         """Column (rows,) of what followed the longest and latest match, 0 where there is none; and how many tokens
         (rows,) were the same."""
         longest = int(texts.lengths.max())
-        tokens, found = texts.tokens[:, :longest], torch.zeros_like(texts.lengths)
-        lengths = torch.zeros_like(found)
-        for ngram in range(min(self.ngram, longest - 1), 0, -1):
-            ends = torch.arange(ngram, longest, device=tokens.device)
-            same = torch.ones(len(tokens), len(ends), dtype=torch.bool, device=tokens.device)
-            for back in range(1, ngram + 1):
-                # Rows that are too short have no ends below.
-                wanted = tokens.gather(1, (texts.lengths - back).clamp_min(0).unsqueeze(1))
-                same &= tokens[:, ngram - back : longest - back] == wanted
-            same &= ends < texts.lengths.unsqueeze(1)
-            lengths = torch.where((found == 0) & same.any(1), ngram, lengths)
-            found = torch.where(found > 0, found, (same * ends).amax(1))
-        return found, lengths
+        ngram = min(self.ngram, longest - 1)
+        if ngram < 1:
+            none = torch.zeros_like(texts.lengths)
+            return none, none
+        back = torch.arange(1, ngram + 1, device=texts.tokens.device)
+        # Of each row the last tokens, backwards, and the same before every place; rows that are too short have no
+        # places for what is wanted of their beginning.
+        wanted = texts.tokens.gather(1, (texts.lengths.unsqueeze(1) - back).clamp_min(0))
+        before = F.pad(texts.tokens[:, : longest - 1], (ngram - 1, 0), value=-1).unfold(1, ngram, 1).flip(-1)
+        same = (before == wanted.unsqueeze(1)).cumprod(-1).sum(-1)
+        places = torch.arange(1, longest, device=same.device)
+        same = torch.where(places < texts.lengths.unsqueeze(1), same, 0)
+        best = (same * longest + places).amax(1)
+        lengths = best // longest
+        return torch.where(lengths > 0, best % longest, 0), lengths
 
 
 class ExitDrafts(Drafter):
@@ -250,8 +259,9 @@ class JumpDrafts(Drafter):
     """
 
     name = "jump"
-    # By their own probability, from 0 to 1.
-    kinds = tuple((place + 0.5) / 10 for place in range(10))
+    kinds = tuple((place + 0.5) / JumpDrafter.KINDS for place in range(JumpDrafter.KINDS))
+    # It learned to say what the model says as often as that.
+    known = 15.0
 
     def __init__(self, model: Any, most: int) -> None:
         super().__init__(most)
@@ -264,6 +274,10 @@ class JumpDrafts(Drafter):
         predictor = self.drafter.predictor.weight.numel() + self.drafter.readout.weight.numel()
         layer = sum(weight.numel() for weight in self.drafter.layer.parameters())
         return costs.layer * (1 + predictor / layer) + costs.head * len(self.drafter.token_ids) / self.vocab_size
+
+    def hopes(self, pays: DraftsPay) -> bool:
+        judged = self.drafter.judged
+        return not bool(judged[0].any()) or pays.hopes(judged, self.most_tokens)
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         if self.seen is None:
@@ -288,10 +302,9 @@ class JumpDrafts(Drafter):
             runs += 1
             embedded = model.get_input_embeddings()(token)
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
-            logits = nn.functional.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
+            logits = F.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
-            sure = logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
-            kinds = (sure * len(self.kinds)).long().clamp_max(len(self.kinds) - 1)
+            kinds = drafter.kinds(logits)
             product = torch.where(len(tokens) < room, product * self.chances.of(kinds), 0.0)
             drawn, probability = drafting.draw(logits)
             token = drafter.token_ids[drawn].unsqueeze(1)

@@ -18,14 +18,15 @@ class Chances:
 
     Args:
         kinds (sequence of `float`): the chance of each kind, as long as little was seen of it.
+        before (`float`): a kind counts as if it was seen so often before.
     """
 
-    # Before, a kind counts as if it was seen so often; and what is seen weighs less with every further one.
-    _BEFORE, _FORGET = 6.0, 0.98
+    # What is seen weighs less with every further one.
+    _FORGET = 0.98
 
-    def __init__(self, kinds: Sequence[float]) -> None:
+    def __init__(self, kinds: Sequence[float], before: float) -> None:
         # On the host, whatever the default device is.
-        self.tried = torch.full((len(kinds),), self._BEFORE, dtype=torch.float, device="cpu")
+        self.tried = torch.full((len(kinds),), before, dtype=torch.float, device="cpu")
         self.held = self.tried * torch.tensor(kinds, dtype=torch.float, device="cpu")
 
     @property
@@ -84,7 +85,7 @@ class DraftsPay:
 
     # Tokens that asking may cost, and how many more with each pass; and how many of those that it brought are not
     # forgotten, so that it ends soon where it brings no more.
-    _TRUST, _ALLOWANCE, _REMEMBERED, _FORGET = 0.6, 0.01, 3.0, 0.97
+    _TRUST, _ALLOWANCE, _REMEMBERED, _FORGET = 0.8, 0.01, 3.0, 0.97
     # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
     # machine may hold it up.
     _BELIEVED, _LEAST_TIMES, _MOST_TIMES, _MOST_MORE = 1.0, 0.5, 3.0, 0.3
@@ -100,11 +101,27 @@ class DraftsPay:
         self.draft_cost, self.verify_cost, self.start, self.pace = draft_cost, verify_cost, start_cost, pace or Pace()
         self.expected = self.taken = self._BELIEVED
         self.balance, self.drafters = 0.0, drafters
+        # May it cost something before it has brought anything?
+        self.trusted = True
 
     def rests(self) -> bool:
         """Does this pass go without the drafter?"""
-        allowed = self._TRUST + self._ALLOWANCE * self.pace.passes
+        allowed = (self._TRUST if self.trusted else 0.0) + self._ALLOWANCE * self.pace.passes
         return self.balance + allowed / self.drafters < 0
+
+    def hopes(self, judged: Tensor, left: int) -> bool:
+        """Is asking expected to bring more than a run of the drafter costs, where drafts are as they were before?
+
+        Args:
+            judged (`LongTensor` of shape `(2, kinds)`): how many drafts of each kind there were, and how many stood.
+            left (`int`): drafts at most.
+        """
+        tried, stood = judged.cpu().double()
+        price, count = self.pace.rate * self.correction, torch.arange(1, left + 1, device="cpu")
+        brings = (stood / tried.clamp_min(1)).unsqueeze(1) * (stood.sum() / tried.sum()) ** (count - 1)
+        costs = price * (self.start + self.verify_cost * count + self.draft_cost * (count - 1))
+        gains = (brings.cumsum(1) - costs).amax(1).clamp_min(0)
+        return bool(tried @ gains > price * self.draft_cost * tried.sum())
 
     def most(self, shares: Sequence[float], before: int = 0, runs: int = 0) -> int:
         """How many further drafts are expected to bring the most beyond their costs; 0 where none bring more.

@@ -88,7 +88,7 @@ class SlotPass:
         return found[0], found[1]
 
     def _mask(self, kind: str, padding: Tensor | None, like: Tensor) -> Tensor | None:
-        """Mask (rows, 1, columns, all columns) as the attention implementation takes it; None where all is seen."""
+        """What is added to attention scores (rows, 1, columns, all columns); None where all is seen."""
         window = self.decoder.config.sliding_window if kind == SLIDING else None
         single = self.aligned is not None and self.columns.shape[1] == 1
         if single and padding is None and (window is None or self.total <= window):
@@ -99,14 +99,13 @@ class SlotPass:
         if window is not None:
             seen &= ahead < window
         if padding is not None:
-            hidden = torch.ones(len(padding), self.total, dtype=torch.bool, device=seen.device)
-            hidden[:, : padding.shape[1]] = padding[:, : self.total] != 0
+            known = torch.ones(len(padding), self.total, dtype=torch.bool, device=seen.device)
+            known[:, : padding.shape[1]] = padding[:, : self.total] != 0
             # A row of padding alone would have nothing to look at.
-            seen = seen & hidden.unsqueeze(1) | (ahead == 0)
-        mask = seen.unsqueeze(1)
-        if self.decoder.config._attn_implementation == "eager":
-            return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
-        return mask
+            seen = seen & known.unsqueeze(1) | (ahead == 0)
+        # Of numbers: what is true or false would be turned into them by every layer anew.
+        hidden = ~seen.unsqueeze(1)
+        return torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, torch.finfo(like.dtype).min)
 
 
 __all__ = ["SlotPass"]

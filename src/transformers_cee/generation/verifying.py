@@ -90,6 +90,8 @@ class Verification:
             one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, self.pace, len(self.drafters))
             for one in self.drafters
         }
+        for one in self.drafters:
+            self.pays[one.name].trusted = one.hopes(self.pays[one.name])
         self.processors, self.samples = logits_processor, generation_config.do_sample
         self.warpers = LogitsProcessorList(one for one in logits_processor if isinstance(one, _WARPERS))
         length = stopping_criteria.max_length or generation_config.max_length

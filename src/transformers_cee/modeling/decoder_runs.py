@@ -28,7 +28,7 @@ from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.generation.cache import EarlyExitCache
 from transformers_cee.generation.decoding import Decoder, complete_waiting, decode_step
 from transformers_cee.modeling.base import OUTPUT_FLAGS, EarlyExitModel
-from transformers_cee.modeling.roll_outs import judge_drafts, read_text, roll_outs
+from transformers_cee.modeling.roll_outs import judge_drafts, note_drafts, read_text, roll_outs
 
 
 @dataclass
@@ -272,6 +272,8 @@ class DecoderRuns(EarlyExitModel):
         if not found:
             none = torch.zeros(len(input_ids), ahead, 4, device=input_ids.device)
             return ExitCausalLMOutput(loss=none.sum(), judged_drafts=none)
+        if self.training:
+            note_drafts(self, found[0], labels)
         loss = torch.stack([one.loss for one in found]).mean()
         return ExitCausalLMOutput(loss=loss, judged_drafts=judge_drafts(found, labels, ahead))
 

@@ -77,12 +77,14 @@ class RollOut:
             KL of the drafter's distribution from the model's, over the drafter's vocabulary; 0 where nothing counts.
         stands (`BoolTensor` of shape `(rows, starts)`): is the draft the model's own choice?
         counted (`BoolTensor` of shape `(rows, starts)`): which drafts count.
+        kinds (`LongTensor` of shape `(rows, starts)`): the drafts' kinds, see `JumpDrafter`.
     """
 
     loss: Tensor
     divergence: Tensor
     stands: Tensor
     counted: Tensor
+    kinds: Tensor
 
     @property
     def kl(self) -> Tensor:
@@ -167,6 +169,7 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
             torch.zeros_like(counted, dtype=torch.float).masked_scatter(counted, divergence.detach()),
             torch.zeros_like(counted).masked_scatter(counted, stands),
             counted,
+            torch.zeros_like(counted, dtype=torch.long).masked_scatter(counted, drafter.kinds(logits.detach())),
         )
 
 
@@ -181,6 +184,20 @@ def _said_by_model(model: Any, last: Tensor, token_ids: Tensor) -> tuple[Tensor,
         chosen.append(logits.argmax(-1))
         words.append(logits[:, token_ids] - logits.logsumexp(-1, keepdim=True))
     return torch.stack(chosen), torch.stack(words)
+
+
+def note_drafts(model: Any, first: RollOut, labels: Tensor | None = None) -> None:
+    """Lets a model's drafter keep what came of first drafts of a text; labels as in [`judge_drafts`]."""
+    counted = first.counted & _judged(labels, 0, first.counted.shape[1])
+    model.exit_drafter.judge(first.kinds[counted], first.stands[counted])
+
+
+def _judged(labels: Tensor | None, step: int, starts: int) -> Tensor | bool:
+    """Which drafts (rows, starts) of a step labels (rows, time) let judge."""
+    if labels is None:
+        return True
+    # The first draft begins at the second token, and drafts the third.
+    return F.pad(labels[:, 2 + step :] != IGNORED, (0, starts))[:, :starts]
 
 
 @torch.no_grad()
@@ -201,10 +218,7 @@ def judge_drafts(found: Sequence[RollOut], labels: Tensor | None, ahead: int) ->
     sums = found[0].divergence.new_zeros(rows, ahead, 4)
     counted, stands = torch.ones_like(found[0].counted), torch.ones_like(found[0].stands)
     for step, one in enumerate(found):
-        counted = counted & one.counted
-        if labels is not None:
-            # The first draft begins at the second token, and drafts the third.
-            counted = counted & F.pad(labels[:, 2 + step :] != IGNORED, (0, starts))[:, :starts]
+        counted = counted & one.counted & _judged(labels, step, starts)
         turn, stands = stands, stands & one.stands
         for column, values in enumerate((one.divergence, stands, turn, counted)):
             sums[:, step, column] = (values * counted).sum(1)
@@ -228,4 +242,4 @@ def draft_figures(judged: Tensor) -> dict[str, float]:
     return {"loss": float(divergence.sum() / counted.sum()), **figures, "tokens_per_pass": per_pass}
 
 
-__all__ = ["RollOut", "TextRead", "draft_figures", "judge_drafts", "read_text", "roll_outs"]
+__all__ = ["RollOut", "TextRead", "draft_figures", "judge_drafts", "note_drafts", "read_text", "roll_outs"]
