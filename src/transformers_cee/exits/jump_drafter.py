@@ -61,10 +61,9 @@ class JumpDrafter(nn.Module):
         """States behind the last layer (…, hidden), from those behind this one."""
         return states + self.readout(states)
 
-    def kinds(self, logits: Tensor) -> Tensor:
-        """Kinds (…) of drafts from logits over its vocabulary (…, words)."""
-        sure = logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
-        return (sure * self.KINDS).long().clamp_max(self.KINDS - 1)
+    def kinds(self, sure: Tensor) -> Tensor:
+        """Kinds (…) of drafts with these probabilities (…)."""
+        return (sure.nan_to_num(0.0) * self.KINDS).long().clamp_max(self.KINDS - 1)
 
     @torch.no_grad()
     def judge(self, kinds: Tensor, stands: Tensor) -> None:

@@ -304,7 +304,7 @@ class JumpDrafts(Drafter):
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
             logits = F.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
-            kinds = drafter.kinds(logits)
+            kinds = drafter.kinds(logits.float().softmax(-1).amax(-1))
             product = torch.where(len(tokens) < room, product * self.chances.of(kinds), 0.0)
             drawn, probability = drafting.draw(logits)
             token = drafter.token_ids[drawn].unsqueeze(1)

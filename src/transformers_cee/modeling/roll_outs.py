@@ -164,12 +164,13 @@ def roll_outs(model: Any, read: TextRead, ahead: int) -> Iterator[RollOut]:
         true = read.before[:, here][counted]
         error = (jumped[counted] - true).pow(2).mean() / true.pow(2).mean()
         stands = drafter.token_ids[said.argmax(-1)] == chosen[:, here][counted]
+        kinds = drafter.kinds(said.detach().amax(-1).exp())
         yield RollOut(
             divergence.mean() + _STATES * error,
             torch.zeros_like(counted, dtype=torch.float).masked_scatter(counted, divergence.detach()),
             torch.zeros_like(counted).masked_scatter(counted, stands),
             counted,
-            torch.zeros_like(counted, dtype=torch.long).masked_scatter(counted, drafter.kinds(logits.detach())),
+            torch.zeros_like(counted, dtype=torch.long).masked_scatter(counted, kinds),
         )
 
 
