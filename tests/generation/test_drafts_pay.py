@@ -172,13 +172,20 @@ class TestRests:
         assert vain < 12
 
     def test_drafters_share_what_they_may_cost(self):
-        lost = {}
-        for drafters in (1, 2, 3):
-            pays, lost[drafters] = DraftsPay(0.0, 0.04, drafters=drafters), 0
-            while not pays.rests():
-                pays.note(1, 0)
-                lost[drafters] += 1
-        assert lost[1] > lost[2] > lost[3] >= 1
+        pace = Pace()
+        one, other, third = (DraftsPay(0.0, 0.04, pace=pace) for _ in range(3))
+        for _ in range(10):
+            assert not (one.rests() or other.rests())
+            one.note(1, 0)
+            other.note(1, 0)
+        assert pace.owed == pytest.approx(0.8, rel=0.1)
+        while not one.rests():
+            one.note(1, 0)
+        assert other.rests() and third.rests() and pace.owed < 1.3
+        # Who has brought something may spend that, whatever others owe.
+        for _ in range(3):
+            third.note(1, 0, 2.0)
+        assert not third.rests() and third.balance > 2 > pace.owed
 
     def test_what_passes_take_corrects_the_costs(self):
         """Drafts that pay by their costs stop where passes take much longer, and none does where they are cheap."""

@@ -48,13 +48,19 @@ class Chances:
 
 
 class Pace:
-    """R, by how many tokens the rows that are furthest behind grow in each decode step's worth of time: what costs are
-    weighed with."""
+    """What all drafters of a call share: R, by how many tokens the rows that are furthest behind grow in each decode
+    step's worth of time, which costs are weighed with; and what drafts may cost it."""
 
     _FORGET = 0.97
 
     def __init__(self) -> None:
         self.tokens, self.time, self.passes = 1.0, 1.0, 0
+        self.drafters: list[DraftsPay] = []
+
+    @property
+    def owed(self) -> float:
+        """Tokens that drafters have cost beyond what they brought, those alone that cost more."""
+        return sum(max(0.0, -one.balance) for one in self.drafters)
 
     @property
     def rate(self) -> float:
@@ -80,11 +86,10 @@ class DraftsPay:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
         start_cost (`float`, *optional*, defaults to 0): of a pass with drafts, beyond them.
         pace (`Pace`, *optional*): of the call; one of its own by default.
-        drafters (`int`, *optional*, defaults to 1): of the call, which share what drafts may cost it.
     """
 
-    # Tokens that asking may cost, and how many more with each pass; and how many of those that it brought are not
-    # forgotten, so that it ends soon where it brings no more.
+    # Tokens that all drafters of a call may cost it, and how many more with each pass; and how many of those that one
+    # brought are not forgotten, so that it ends soon where it brings no more.
     _TRUST, _ALLOWANCE, _REMEMBERED, _FORGET = 0.8, 0.01, 3.0, 0.97
     # Of costs, how many steps' worth of passes they weigh as much as; and how far one pass is believed, since a busy
     # machine may hold it up.
@@ -96,18 +101,18 @@ class DraftsPay:
         verify_cost: float,
         start_cost: float = 0.0,
         pace: Pace | None = None,
-        drafters: int = 1,
     ) -> None:
         self.draft_cost, self.verify_cost, self.start, self.pace = draft_cost, verify_cost, start_cost, pace or Pace()
         self.expected = self.taken = self._BELIEVED
-        self.balance, self.drafters = 0.0, drafters
+        self.pace.drafters.append(self)
+        self.balance = 0.0
         # May it cost something before it has brought anything?
         self.trusted = True
 
     def rests(self) -> bool:
         """Does this pass go without the drafter?"""
         allowed = (self._TRUST if self.trusted else 0.0) + self._ALLOWANCE * self.pace.passes
-        return self.balance + allowed / self.drafters < 0
+        return max(0.0, self.balance) + allowed < self.pace.owed
 
     def hopes(self, judged: Tensor, left: int) -> bool:
         """Is asking expected to bring more than a run of the drafter costs, where drafts are as they were before?

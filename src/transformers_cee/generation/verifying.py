@@ -87,8 +87,7 @@ class Verification:
         costs = self.costs(len(input_ids))
         self.pace = Pace()
         self.pays = {
-            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, self.pace, len(self.drafters))
-            for one in self.drafters
+            one.name: DraftsPay(one.cost(costs), costs.verify, costs.start, self.pace) for one in self.drafters
         }
         for one in self.drafters:
             self.pays[one.name].trusted = one.hopes(self.pays[one.name])
