@@ -172,20 +172,38 @@ class TestRests:
         assert vain < 12
 
     def test_drafters_share_what_they_may_cost(self):
+        pace, lost = Pace(), 0
+        both = [DraftsPay(0.0, 0.04, pace=pace) for _ in range(2)]
+        while not all(one.rests() for one in both):
+            for one in both:
+                if not one.rests():
+                    one.note(1, 0)
+                    lost += 1
+        alone = DraftsPay(0.0, 0.04)
+        while not alone.rests():
+            alone.note(1, 0)
+        # Both together lose what one may, and a pass more.
+        both_lost = -sum(one.balance for one in both)
+        assert 0.8 < -alone.balance < both_lost + 0.1 < 0.2 - alone.balance and lost > 20
+
+    @pytest.mark.parametrize("passes", [0, 40])
+    def test_a_costly_pass_of_another_does_not_shut_out(self, passes):
+        """Whether the other brought much before it or nothing at all."""
         pace = Pace()
-        one, other, third = (DraftsPay(0.0, 0.04, pace=pace) for _ in range(3))
-        for _ in range(10):
-            assert not (one.rests() or other.rests())
-            one.note(1, 0)
-            other.note(1, 0)
-        assert pace.owed == pytest.approx(0.8, rel=0.1)
-        while not one.rests():
-            one.note(1, 0)
-        assert other.rests() and third.rests() and pace.owed < 1.3
-        # Who has brought something may spend that, whatever others owe.
+        other, one = (DraftsPay(0.05, 0.2, 0.2, pace=pace) for _ in range(2))
+        for _ in range(passes):
+            other.note(10, 0, 11.0)
         for _ in range(3):
-            third.note(1, 0, 2.0)
-        assert not third.rests() and third.balance > 2 > pace.owed
+            other.note(10, 0)
+        assert other.balance < -1.0 and other.rests() and not one.rests()
+
+    def test_who_has_brought_something_may_spend_it(self):
+        pace = Pace()
+        others, one = [DraftsPay(0.05, 0.2, 0.2, pace=pace) for _ in range(3)], DraftsPay(0.0, 0.1, pace=pace)
+        for other in others:
+            other.note(10, 0)
+        one.note(1, 0, 1.5)
+        assert 0 < one.balance < 0.5 and sum(other.balance for other in others) < -2 and not one.rests()
 
     def test_what_passes_take_corrects_the_costs(self):
         """Drafts that pay by their costs stop where passes take much longer, and none does where they are cheap."""

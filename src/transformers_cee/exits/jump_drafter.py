@@ -21,8 +21,8 @@ class JumpDrafter(nn.Module):
     its own, and it drafts tokens of a small vocabulary alone: those that texts have most often (FR-Spec, Zhao et al.
     2025).
 
-    It keeps how sure it was of drafts and which of them stood, of text that it learned from: what a draft is worth is
-    known before the first one.
+    It keeps how sure it was of drafts of known text, and which of them stood where the most probable token is taken:
+    whether it can pay is known before the first draft.
 
     Args:
         layer (`nn.Module`): of the kind of the model's layers, with the index of the one that it stands for.

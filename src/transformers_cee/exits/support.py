@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 
+# Implementations of attention that take a mask of any kind.
+MASKED = ("eager", "sdpa")
 _WAY_OUT = "Switch exits off with `exit_threshold`=1.0 (0.0 for a criterion whose smaller scores leave)"
 
 

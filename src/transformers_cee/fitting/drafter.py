@@ -5,21 +5,22 @@ text, and its vocabulary is what the model says and reads most often there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transformers_cee.exits.jump_drafter import JumpDrafter
+from transformers_cee.exits.support import MASKED
 from transformers_cee.modeling.roll_outs import TextRead, note_drafts, read_text, roll_outs
 
 
 _RIDGE = 1e-4
 # Text that the vocabulary is counted on, in times of what is solved on: no layer runs for the rest.
 _COUNTED = 50
-# Tokens whose drafts are judged at the end.
-_JUDGED = 2_000
+# Further tokens, whose drafts are judged at the end.
+_JUDGED, _ROWS = 2_000, 4
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
     counts = torch.zeros(model.config.vocab_size, dtype=torch.long, device=model.device)
     jump = _Regression(2 * size, size)
     readout = _Regression(size, size)
-    counted, kept = 0, []
+    counted, kept, held_out = 0, 0, []
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
         mask = None if mask is None else mask.to(model.device)
@@ -62,12 +63,13 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
         counts += torch.bincount(known, minlength=len(counts))
         counted += len(known)
         if seen >= tokens:
+            if kept < _JUDGED:
+                held_out.append((ids, mask))
+                kept += len(known)
             if counted >= _COUNTED * tokens:
                 break
             continue
         read = read_text(model, ids, mask)
-        if seen < _JUDGED:
-            kept.append(read)
         follows = read.counts[:, 1:] & read.counts[:, :-1]
         said = model.lm_head(read.last[read.counts]).argmax(-1)
         counts += torch.bincount(said, minlength=len(counts))
@@ -84,11 +86,21 @@ def _solve(model: Any, batches: Iterable[dict[str, Tensor]], tokens: int) -> int
     drafter.predictor.weight.copy_(weight)
     drafter.predictor.bias.copy_(bias)
     drafter.readout.weight.copy_(readout.solve()[0])
-    drafter.judged.zero_()
-    for read in kept:
-        for first in roll_outs(model, read, 1):
-            note_drafts(model, first)
+    _judge(model, held_out)
     return seen
+
+
+def _judge(model: Any, texts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Lets the drafter keep what came of its drafts of texts that it was not solved on, few rows at a time."""
+    model.exit_drafter.judged.zero_()
+    if model.config._attn_implementation not in MASKED:
+        return
+    for ids, mask in texts:
+        for rows in range(0, len(ids), _ROWS):
+            some = slice(rows, rows + _ROWS)
+            if model.exit_drafter.judged[0].sum() < _JUDGED:
+                for first in roll_outs(model, read_text(model, ids[some], None if mask is None else mask[some]), 1):
+                    note_drafts(model, first)
 
 
 def _for_readout(model: Any, read: TextRead) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from transformers_cee.exits.deciding import ExitDecision, model_criterion
 from transformers_cee.exits.fields import check_field, flag, whole
+from transformers_cee.exits.support import MASKED
 from transformers_cee.generation.draft_costs import draft_costs
 from transformers_cee.generation.drafting import Drafter, ExitDrafts, JumpDrafts, PromptLookup
 from transformers_cee.generation.verifying import Verification
@@ -22,7 +23,6 @@ LOOKUP, EARLY_EXIT = "prompt_lookup_num_tokens", "assistant_early_exit"
 _NGRAM, _MOST = "max_matching_ngram_size", "num_assistant_tokens"
 # Drafts at most, and n-grams, where nobody says how many.
 _DRAFTS, _LOOKED_UP, _LONGEST = 8, 10, 3
-_MASKED = ("eager", "sdpa")
 _REFUSED = {
     "assistant_model": "the model drafts by itself",
     "token_healing": "a prompt's last token is drawn anew by a step of its own",
@@ -75,10 +75,10 @@ def open_verification(
             "are adapters that change weights, such as LoRA."
         )
     attention = getattr(model.config, "_attn_implementation", None)
-    if attention not in _MASKED:
+    if attention not in MASKED:
         raise ValueError(
             f"`attn_implementation`={attention!r} has no masks for rows of different lengths; accepted with "
-            f"`exit_verify` are {', '.join(_MASKED)}."
+            f"`exit_verify` are {', '.join(MASKED)}."
         )
     most, lookup, layer = _number(ask, _MOST, _DRAFTS), ask(LOOKUP), ask(EARLY_EXIT)
     drafters: list[Drafter] = []

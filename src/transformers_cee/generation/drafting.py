@@ -172,12 +172,14 @@ class PromptLookup(Drafter):
         if ngram < 1:
             none = torch.zeros_like(texts.lengths)
             return none, none
-        back = torch.arange(1, ngram + 1, device=texts.tokens.device)
-        # Of each row the last tokens, backwards, and the same before every place; rows that are too short have no
-        # places for what is wanted of their beginning.
-        wanted = texts.tokens.gather(1, (texts.lengths.unsqueeze(1) - back).clamp_min(0))
-        before = F.pad(texts.tokens[:, : longest - 1], (ngram - 1, 0), value=-1).unfold(1, ngram, 1).flip(-1)
-        same = (before == wanted.unsqueeze(1)).cumprod(-1).sum(-1)
+        before = F.pad(texts.tokens[:, : longest - 1], (ngram - 1, 0), value=-1)
+        goes_on = torch.ones_like(before[:, ngram - 1 :], dtype=torch.bool)
+        same = torch.zeros_like(goes_on, dtype=torch.long)
+        for back in range(1, ngram + 1):
+            # Rows that are too short have no places for what is wanted of their beginning.
+            wanted = texts.tokens.gather(1, (texts.lengths - back).clamp_min(0).unsqueeze(1))
+            goes_on &= before[:, ngram - back : ngram - back + longest - 1] == wanted
+            same += goes_on
         places = torch.arange(1, longest, device=same.device)
         same = torch.where(places < texts.lengths.unsqueeze(1), same, 0)
         best = (same * longest + places).amax(1)

@@ -49,18 +49,13 @@ class Chances:
 
 class Pace:
     """What all drafters of a call share: R, by how many tokens the rows that are furthest behind grow in each decode
-    step's worth of time, which costs are weighed with; and what drafts may cost it."""
+    step's worth of time, which costs are weighed with; and all of them, since they share what drafts may cost it."""
 
     _FORGET = 0.97
 
     def __init__(self) -> None:
         self.tokens, self.time, self.passes = 1.0, 1.0, 0
         self.drafters: list[DraftsPay] = []
-
-    @property
-    def owed(self) -> float:
-        """Tokens that drafters have cost beyond what they brought, those alone that cost more."""
-        return sum(max(0.0, -one.balance) for one in self.drafters)
 
     @property
     def rate(self) -> float:
@@ -79,8 +74,10 @@ class DraftsPay:
     One more draft costs R·(c_d + c_v) tokens: what the time to draft it and to verify one more token per row would
     give otherwise. It brings a token with the product of the chances of all drafts up to it; in a batch those of the
     rows that are furthest behind count, since it ends with the last one. A first draft also costs what a pass over
-    several tokens does. A drafter may draft as long as it has not cost more tokens than it brought, and a small share
-    of all passes. What passes really take corrects the costs.
+    several tokens does. A drafter may draft as long as it has not cost more tokens than it brought. Beyond that all
+    drafters of a call have one purse, some tokens in advance and a small share of all passes: what one has lost the
+    others do not have, but for a share of their own. One that is not trusted gets nothing in advance. What passes
+    really take corrects the costs.
 
     Args:
         draft_cost, verify_cost (`float`): c_d and c_v, in decode steps at full depth.
@@ -111,8 +108,13 @@ class DraftsPay:
 
     def rests(self) -> bool:
         """Does this pass go without the drafter?"""
-        allowed = (self._TRUST if self.trusted else 0.0) + self._ALLOWANCE * self.pace.passes
-        return max(0.0, self.balance) + allowed < self.pace.owed
+        allowed = self._TRUST + self._ALLOWANCE * self.pace.passes
+        # One costly pass of another does not shut it out.
+        share = allowed / len(self.pace.drafters)
+        others = sum(min(share, max(0.0, -one.balance)) for one in self.pace.drafters if one is not self)
+        if not self.trusted:
+            allowed -= self._TRUST
+        return self.balance <= 0 and self.balance - others + allowed < 0
 
     def hopes(self, judged: Tensor, left: int) -> bool:
         """Is asking expected to bring more than a run of the drafter costs, where drafts are as they were before?

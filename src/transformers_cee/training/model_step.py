@@ -13,6 +13,7 @@ from transformers import TrainerState
 from transformers_cee.exits.deciding import ExitDecision, resolve_decision
 from transformers_cee.exits.losses import resolve_problem_type
 from transformers_cee.exits.policy import exit_log_distribution
+from transformers_cee.exits.support import MASKED
 from transformers_cee.exits.training_options import ExitTraining
 from transformers_cee.modeling.roll_outs import draft_figures
 from transformers_cee.training.heads_objectives import HeadsObjective, HeadsStep
@@ -173,12 +174,18 @@ def drafter_phase(args: ConsistentEETrainingArguments, exit_model: Any) -> Model
     """Phase `drafter`: the drafter learns from what the model says of the text, see `modeling.roll_outs`.
 
     Raises:
-        ValueError: the model has no drafter.
+        ValueError: the model has no drafter, or attention that takes no masks of its own.
     """
     if getattr(exit_model, "exit_drafter", None) is None:
         raise ValueError(
             f"`phases`={args.phases} has 'drafter', and the model has none: accepted are language models with "
             "`drafter_layer` in their config."
+        )
+    attention = exit_model.config._attn_implementation
+    if attention not in MASKED:
+        raise ValueError(
+            f"`attn_implementation`={attention!r} has no masks for the phase drafter, in which tokens look at drafts "
+            f"of their own; accepted are {', '.join(MASKED)}."
         )
     options = ExitTraining(roll_outs=args.drafter_roll_outs)
 
