@@ -214,7 +214,8 @@ def unit_costs(model: LlamaForConsistentEECausalLM, batch_size: int, past: int, 
 
 
 def settings(model: LlamaForConsistentEECausalLM) -> dict[str, dict[str, Any]]:
-    """What is measured besides stock: exits off, each exit forced, mixed exits; both ways to fill skipped layers."""
+    """What is measured besides stock: exits off, each exit forced, mixed exits, and those where they must pay; both ways
+    to fill skipped layers."""
     count = len(model.layer_numbers)
     found: dict[str, dict[str, Any]] = {"exits off": {"exit_threshold": 1.0}}
     for skipped_kv in ("copy", "deferred"):
@@ -223,6 +224,7 @@ def settings(model: LlamaForConsistentEECausalLM) -> dict[str, dict[str, Any]]:
             found[f"exit {layer}, {skipped_kv}"] = {"exit_threshold": thresholds, "skipped_kv": skipped_kv}
         mixed = {"exit_criterion": RandomExit.name, "exit_threshold": 0.5, "skipped_kv": skipped_kv}
         found[f"mixed, {skipped_kv}"] = mixed
+        found[f"mixed, {skipped_kv}, must pay"] = mixed | {"exits_must_pay": True}
     return found
 
 
