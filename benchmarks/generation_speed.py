@@ -214,8 +214,8 @@ def unit_costs(model: LlamaForConsistentEECausalLM, batch_size: int, past: int, 
 
 
 def settings(model: LlamaForConsistentEECausalLM) -> dict[str, dict[str, Any]]:
-    """What is measured besides stock: exits off, each exit forced, mixed exits, and those where they must pay; both ways
-    to fill skipped layers."""
+    """What is measured besides stock: exits off, each exit forced, mixed exits, also where they must pay; both ways to
+    fill skipped layers."""
     count = len(model.layer_numbers)
     found: dict[str, dict[str, Any]] = {"exits off": {"exit_threshold": 1.0}}
     for skipped_kv in ("copy", "deferred"):
