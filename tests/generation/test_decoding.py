@@ -97,6 +97,16 @@ class TestWhatRuns:
         calls, _ = generate(tiny_llama(), [plan] * 3, "copy")
         assert calls == [(layer, 3, 1) for layer in range(1, max(plan) + 2)] * 3
 
+    def test_what_would_wait_goes_along(self):
+        """However few go on: the same work would be done later."""
+        steps = [[0, 0, 0, 0, 0, 3], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 0]]
+        assert decoding.drop_pays("cpu", "copy", 6, 1) and not decoding.drop_pays("cpu", "deferred", 6, 1)
+        calls, output = generate(tiny_llama(), steps, "deferred", rows=6, return_dict_in_generate=True)
+        step = [[(layer, 6, 1) for layer in range(1, deepest + 2)] for deepest in (3, 1, 0)]
+        assert calls[:7] == step[0] + step[1] + [(1, 6, 1)]
+        # The last step comes to layer 2 with what left before it in the step before, and to layer 3 with both.
+        assert output.exit_layers[0, 1:].tolist() == [1, 2, 1] and output.past_key_values.waiting is None
+
     @pytest.mark.parametrize("plan", [[0, 2, 1], [3, 0, 0], [1, 1, 3], [2, 2, 0]])
     def test_rows_that_left_are_gone(self, dropping, plan):
         calls, _ = generate(tiny_llama(), [plan] * 3, "copy")

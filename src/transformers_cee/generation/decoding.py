@@ -93,26 +93,28 @@ def decode_step(
         score_closed=False,
         places=places,
         head_state=head_state,
-        drops=partial(drop_pays, hidden_states.device.type),
+        drops=partial(drop_pays, hidden_states.device.type, skipped_kv),
     )
     step.finish(run)
     cache.note_exits(run.exit_layers.unsqueeze(1))
     return run
 
 
-def drop_pays(device: str, rows: int, staying: int) -> bool:
+def drop_pays(device: str, skipped_kv: str, rows: int, staying: int) -> bool:
     """Does a layer become cheaper if those rows go on alone which have not left?
 
     A layer on one token per row waits for its weights, which are read once for all rows; what the rows that left add
     to that is less than what it takes to gather keys and values of the others. On a CPU, where arithmetic soon takes
-    longer than reading, it is more as soon as most rows have left.
+    longer than reading, it is more as soon as most rows have left. A token that waits (`"deferred"`) saves nothing by
+    it: the same arithmetic is done later, in a column of its own.
 
     Args:
         device (`str`): type of the device that the layers run on.
+        skipped_kv (`str`): `"copy"` or `"deferred"`.
         rows (`int`): rows of the batch.
         staying (`int`): those of them that have not left.
     """
-    return device == "cpu" and 4 * staying <= rows
+    return device == "cpu" and skipped_kv == "copy" and 4 * staying <= rows
 
 
 @torch.no_grad()
