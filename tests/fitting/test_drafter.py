@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, training_arguments, with_adapters
 from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
 from transformers.cache_utils import DynamicCache
@@ -448,6 +449,17 @@ def test_saved_and_loaded(tmp_path):
     model.save_exits(tmp_path / "exits", base=str(tmp_path / "base"))
     again = LlamaForConsistentEECausalLM.from_pretrained(tmp_path / "exits")
     assert torch.equal(again.exit_drafter.readout.weight, model.exit_drafter.readout.weight)
+
+
+def test_a_checkpoint_without_the_record_is_not_called_untrained(tmp_path, caplog):
+    model_with_drafter().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for missing, said in (("exit_drafter.judged", False), ("exit_drafter.predictor.bias", True)):
+        del tensors[missing]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        caplog.clear()
+        assert not LlamaForConsistentEECausalLM.from_pretrained(tmp_path).exit_drafter.judged.any()
+        assert ("weights of the drafter" in caplog.text) == said
 
 
 def test_nothing_to_fit():

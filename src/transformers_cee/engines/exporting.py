@@ -37,6 +37,7 @@ from transformers_cee.exits.evaluating import evaluating
 from transformers_cee.exits.fields import check_field, whole
 from transformers_cee.exits.losses import check_labels
 from transformers_cee.exits.numbers import plain, share
+from transformers_cee.exits.support import MASKED
 from transformers_cee.modeling.exits_saving import check_no_adapters
 from transformers_cee.modeling.sequence_classification import EarlyExitSequenceClassifier
 from transformers_cee.stores.filling import similar_length_batches
@@ -199,7 +200,7 @@ def _write(
     samples = [] if rows is None else _samples(rows, processing_class, token_inputs(config))
     with evaluating(model):
         frozen = copy.deepcopy(model).float().cpu().requires_grad_(False)
-        if frozen.config._attn_implementation not in ("eager", "sdpa"):
+        if frozen.config._attn_implementation not in MASKED:
             # Others are for GPUs, or cannot be traced.
             frozen.set_attn_implementation("sdpa")
         with tracing():

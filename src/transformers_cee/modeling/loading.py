@@ -28,7 +28,8 @@ logger = logging.get_logger(__name__)
 # Containers of what is an exit's own, and what a person calls it.
 _OWN = {"exit_heads": "heads", "exit_norms": "norms", "exit_policies": "policies"}
 _ESTIMATORS = "exit_estimators"
-_DRAFTER = "exit_drafter"
+# What came of its drafts is a record, and no weight.
+_DRAFTER, _RECORD = "exit_drafter", "exit_drafter.judged"
 _BY_POSITION = re.compile(
     r"^(exit_(heads|norms|policies)\.\w+|exit_estimators\.\w+\.(linears|projections))\.\d+\.|\.log_temperatures$"
 )
@@ -216,7 +217,8 @@ def announce_untrained(model: Any, names: Collection[str], source: Any = None) -
             layers.setdefault(spoken_exits(own), []).append(spoken)
     new = [f"{_listed(kinds)} of {found}" for found, kinds in layers.items()]
     new += [f"the estimator {name!r}" for name in sorted(_estimators_of(names))]
-    new += ["weights of the drafter"] if any(name.startswith(_DRAFTER + ".") for name in names) else []
+    of_drafter = any(name.startswith(_DRAFTER + ".") and name != _RECORD for name in names)
+    new += ["weights of the drafter"] if of_drafter else []
     new += [f"`{task}`" for task in model.task_modules if any(name.startswith(task + ".") for name in names)]
     if new:
         loaded = "" if source is None else f" loaded from {source}"
