@@ -84,12 +84,10 @@ class Served:
 
 @dataclass
 class Chosen:
-    """The exits of one engine and batch size, and what dev says of them."""
+    """The exits of one engine and batch size."""
 
     criterion: str
-    promised: float
     choice: ExitChoice
-    accuracy: float
 
 
 def accuracy_of(store: ExitStore, taken: Tensor | None = None) -> float:
@@ -98,9 +96,19 @@ def accuracy_of(store: ExitStore, taken: Tensor | None = None) -> float:
     return float((correct[:, -1] if taken is None else correct.gather(1, taken[:, None])).float().mean())
 
 
+def share_as_full(scores: ExitScores, taken: Tensor) -> float:
+    """Share of rows that are answered at their exits (rows,) as at full depth."""
+    return 1 - float(scores.disagrees.gather(1, taken.unsqueeze(1)).float().mean())
+
+
 def agreement_of(scores: ExitScores, point: CalibratedPoint) -> float:
     """Share of rows that are answered as at full depth."""
-    return 1 - float(scores.disagrees.gather(1, point.taken_exits(scores).unsqueeze(1)).float().mean())
+    return share_as_full(scores, point.taken_exits(scores))
+
+
+def agreement_on(served: Served, chosen: Chosen) -> float:
+    """Share of rows of dev that the exits chosen answer as full depth does."""
+    return agreement_of(served.scores(chosen.criterion, chosen.choice.exit_layers), chosen.choice.point)
 
 
 def boldest(scores: ExitScores, agreement: float) -> CalibratedPoint:

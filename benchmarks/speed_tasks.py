@@ -7,9 +7,8 @@
 
 Files and splits are those of `run_glue_cee.py`, with its options. Scales of int8 come from training texts. Criterion,
 exits and thresholds are chosen on dev, by measured costs, as `export(exit_layers="auto")` chooses them: for every
-agreement of `--agreements` the exits with the least expected time; of these the fastest whose accuracy on dev is at
-most `--max_drop` points below that of the float32 model at full depth, or no lower than the engine's own where
-quantisation alone takes more. Everything reported comes from test.
+criterion the exits with the least expected time under the promise that a share `--agreement` of all texts is answered
+as at full depth; of these the fastest. Everything reported comes from test.
 
 Beside the comparison it tells, of each engine, what quantisation does to predictions and to the depth of a budget; how
 often times with exits are above times without ("never slower"); and what the choice of exits brings.
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from speed_peers import STOCK, SingleRows, by_entropy, by_patience, dynamic_int8, stock_of
-from speed_served import Chosen, Data, Served, accuracy_of, agreement_of, boldest
+from speed_served import Chosen, Data, Served, accuracy_of, agreement_of, agreement_on, boldest, share_as_full
 from speed_tables import draw_speedups, tables
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
@@ -42,6 +41,7 @@ from transformers_cee.evaluation.environment import timing_environment
 from transformers_cee.evaluation.report import write_results
 from transformers_cee.evaluation.timing import FEWEST_ROUNDS, Reported, Timer, Timings
 from transformers_cee.exits.criteria import CRITERIA
+from transformers_cee.exits.numbers import share
 from transformers_cee.files import write_text
 from transformers_cee.stores.scoring import exits_taken, thresholds_for_depths
 
@@ -68,8 +68,7 @@ class SpeedArguments:
         metadata={"help": "Engines and precisions; the choice of exits is looked at on the first one."},
     )
     criteria: list[str] = field(default_factory=lambda: ["policy", "max_probability"])
-    agreements: list[float] = field(default_factory=lambda: [0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9])
-    max_drop: float = field(default=0.25, metadata={"help": "Points of accuracy on dev below full depth in float32."})
+    agreement: float = field(default=0.98, metadata={"help": "Promised share of answers as at full depth, in (0, 1)."})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
     half_model: str | None = field(default=None, metadata={"help": "Folder of a shallower model, fine-tuned alike."})
     timed_rows: int = field(default=128, metadata={"help": "Rows of test that are timed; all are answered."})
@@ -87,6 +86,7 @@ class SpeedArguments:
             ENGINES[engine].check_precision(precision)
         for name in self.criteria:
             CRITERIA.find(name, "criteria")
+        self.agreement = share("agreement", self.agreement)
 
 
 def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path) -> Served:
@@ -111,27 +111,19 @@ def serve(args: SpeedArguments, data: Data, model: Any, word: str, folder: Path)
     return Served(word, export, made, *stores)
 
 
-def choose(args: SpeedArguments, data: Data, served: Served, batch_size: int, floor: float) -> Chosen | None:
-    """The fastest exits, criterion and agreement whose accuracy on dev is above a floor, or above that of the engine
-    where it is below the floor itself; None where none pays."""
-    found, floor = [], min(floor, accuracy_of(served.dev))
+def choose(args: SpeedArguments, data: Data, served: Served, batch_size: int) -> Chosen | None:
+    """The criterion and the exits with the least expected time under the promise; None where none pays."""
+    found = []
     for criterion in args.criteria:
-        scores = served.scores(criterion)
-        rescore = partial(served.scores, criterion)
-        for agreement in args.agreements:
-            with warnings.catch_warnings():
-                # Few rows for a high agreement: exits are off then.
-                warnings.simplefilter("ignore")
-                choice = choose_exits(
-                    scores, served.model.costs, batch_size=batch_size, length=data.length(), epsilon=1 - agreement,
-                    rescore=rescore,
-                )  # fmt: skip
-            if choice.reason is not None:
-                continue
-            taken = choice.point.taken_exits(rescore(choice.exit_layers))
-            accuracy = accuracy_of(served.dev, served.places(choice.exit_layers)[taken])
-            if accuracy >= floor:
-                found.append(Chosen(criterion, agreement, choice, accuracy))
+        with warnings.catch_warnings():
+            # Too few rows for the promise: exits are off then.
+            warnings.simplefilter("ignore")
+            choice = choose_exits(
+                served.scores(criterion), served.model.costs, batch_size=batch_size, length=data.length(),
+                epsilon=1 - args.agreement, rescore=partial(served.scores, criterion),
+            )  # fmt: skip
+        if choice.reason is None:
+            found.append(Chosen(criterion, choice))
     return min(found, key=lambda one: one.choice.seconds, default=None)
 
 
@@ -165,16 +157,16 @@ def peers(args: SpeedArguments, model: Any) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def loops(model: Any, served: Served, floor: float) -> dict[str, Callable[..., Any]]:
-    """Loops over single rows, at the boldest setting whose accuracy on dev is above a floor."""
+def loops(model: Any, served: Served, agreement: float) -> dict[str, Callable[..., Any]]:
+    """Loops over single rows, at the boldest setting with such an agreement on dev."""
     found = {}
     for criterion, rule, name in (("entropy", by_entropy, "DeeBERT"), ("patience", by_patience, "PABEE")):
         scores = served.scores(criterion)
         tried = [float(count) for count in range(1, scores.num_exits)]
         if criterion == "entropy":
-            tried = [share / 50 for share in range(50, -1, -1)]
+            tried = [step / 50 for step in range(50, -1, -1)]
         for threshold in tried:
-            if accuracy_of(served.dev, exits_taken(criterion, threshold, scores.scores)) >= floor:
+            if share_as_full(scores, exits_taken(criterion, threshold, scores.scores)) >= agreement:
                 found[f"loop of single rows as {name}"] = SingleRows(model, rule(threshold))
                 break
     return found
@@ -209,10 +201,10 @@ def never_slower(args: SpeedArguments, data: Data, served: Served, rows: Any, si
     """Time without exits over time with them, at several mean depths, all exits of the model open."""
     criterion = args.criteria[0]
     scores, layers = served.scores(criterion).scores, served.dev.layers.tolist()
-    thresholds = thresholds_for_depths(criterion, scores, layers, [share * layers[-1] for share in DEPTHS])
+    thresholds = thresholds_for_depths(criterion, scores, layers, [depth * layers[-1] for depth in DEPTHS])
     calls = {
-        f"{share:g}": partial(served.model, exit_criterion=criterion, exit_threshold=threshold)
-        for share, threshold in zip(DEPTHS, thresholds, strict=True)
+        f"{depth:g}": partial(served.model, exit_criterion=criterion, exit_threshold=threshold)
+        for depth, threshold in zip(DEPTHS, thresholds, strict=True)
     }
     # Differences of a hundredth are looked for.
     found = timed(3 * args.rounds, {"off": partial(served.model, **OFF), **calls}, data.batches(rows, size), ["off"])
@@ -230,7 +222,7 @@ def exit_choices(
         "every exit": known,
         "every third": [layer for layer in known if layer % 3 == 0 or layer == last],
     }
-    agreement = agreement_of(served.scores(criterion, sets["by cost"]), chosen.choice.point)
+    agreement = agreement_on(served, chosen)
     calls: dict[str, Callable[..., Any]] = {}
     told: dict[str, dict[str, Any]] = {}
     whole = served.with_criterion(criterion)
@@ -274,6 +266,7 @@ def main(words: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     results: dict[str, Any] = {
         "model": args.model, "notes": notes, "rows": {"dev": len(data.dev), "test": len(data.test)},
+        "promised_agreement": args.agreement,
         "environment": timing_environment(torch.device("cpu")) | {"threads": args.threads},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -281,14 +274,13 @@ def main(words: Sequence[str] | None = None) -> None:
         engines = {word: serve(args, data, model, word, Path(folder)) for word in words_of}
         full = engines["torch:float32"]
         results["full"] = accuracy_of(full.test)
-        floor = accuracy_of(full.dev) - args.max_drop / 100
         criterion = args.criteria[0]
         results["quantised"] = {
             word: quantised(full, served, criterion) for word, served in engines.items() if served is not full
         }
         results["sizes"] = []
         for size in args.batch_sizes:
-            results["sizes"].append(compared(args, data, model, engines, floor, size))
+            results["sizes"].append(compared(args, data, model, engines, size))
             # What was found is there, whatever comes later.
             write_results(results, output / "results.json")
             write_text(output / "table.md", tables(results))
@@ -302,9 +294,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
 
 
-def compared(
-    args: SpeedArguments, data: Data, model: Any, engines: dict[str, Served], floor: float, size: int
-) -> dict[str, Any]:
+def compared(args: SpeedArguments, data: Data, model: Any, engines: dict[str, Served], size: int) -> dict[str, Any]:
     """All variants at one batch size."""
     last = model.config.num_hidden_layers
     stock = stock_of(model)
@@ -313,9 +303,10 @@ def compared(
         "torch float32, without exits": partial(model, **OFF),
         **peers(args, model),
     }
+    chosen = {word: choose(args, data, served, size) for word, served in engines.items()}
     if size == 1:
-        calls |= loops(model, full, floor)
-    chosen = {word: choose(args, data, served, size, floor) for word, served in engines.items()}
+        ours = chosen["torch:float32"]
+        calls |= loops(model, full, args.agreement if ours is None else agreement_on(full, ours))
     for word in args.engines:
         calls[f"{word}, without exits"] = partial(engines[word].model, **OFF)
         if (found := chosen[word]) is not None:
@@ -336,7 +327,6 @@ def compared(
                 "share": None if over.value is None else over.value * about["depth"] / last,
                 "exit_layers": one.choice.exit_layers,
                 "criterion": one.criterion,
-                "promised_agreement": one.promised,
                 "is_exact": one.choice.is_exact,
             }
     first = args.engines[0]

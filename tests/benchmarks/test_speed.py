@@ -79,6 +79,12 @@ def test_tasks(trained, tmp_path, capsys):
     assert (tmp_path / "out" / "speed.png").stat().st_size > 0
 
 
+def test_a_promise_out_of_range_is_named_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"`agreement`=1\.5"):
+        speed_tasks.SpeedArguments(model="nowhere", output=str(tmp_path / "out"), agreement=1.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_engines(tmp_path, capsys, monkeypatch):
     words = ["speed.py", "--random", "tiny", "--quick", "--no-peers", "--engines", "torch:float32", "openvino:float32"]
     monkeypatch.setattr("sys.argv", [*words, "--output", str(tmp_path)])
