@@ -11,6 +11,8 @@ import torch
 
 from transformers_cee.exits.cache_name import CACHE_NAME
 from transformers_cee.generation.draft_costs import DraftCosts
+from transformers_cee.generation.drafting import Drafter, Drafts
+from transformers_cee.generation.verifying import Verification
 
 
 FAMILIES = families.of_kind("decoder")
@@ -57,6 +59,67 @@ def test_verified_text_is_the_stock_models(model_type, way, monkeypatch):
     assert torch.equal(found.sequences, expected)
     check_window(model_type, found.sequences.shape[1])
     assert found.accepted_drafts.shape[1] > 1
+
+
+class Offers(Drafter):
+    """Knows what rows (rows, all tokens) will be; drafts that, or something else with the right token beside it."""
+
+    name = "offers"
+    kinds = (0.5,)
+
+    def __init__(self, texts, right):
+        super().__init__(3)
+        self.texts, self.right, self.asked = texts, right, 0
+
+    def draft(self, drafting, room, pays):
+        turn, self.asked = self.asked, self.asked + 1
+        ahead = drafting.texts.lengths.unsqueeze(1) + torch.arange(2)
+        tokens = self.texts.gather(1, ahead.clamp_max(self.texts.shape[1] - 1))
+        wrong = (tokens[:, :1] + torch.arange(1, 4)) % families.VOCABULARY
+        # Rows differ in where the right one is: before the others, among them, or nowhere.
+        others, places = wrong.clone(), (torch.arange(len(room)) + turn) % 4
+        hidden = places < 3
+        others[hidden, places[hidden]] = tokens[hidden, 0]
+        first = torch.where(torch.tensor(turn % 3 == 0 or self.right), tokens[:, 0], wrong[:, 2])
+        tokens = torch.stack((first, tokens[:, 1]), 1)
+        counts = room.clamp_max(2)
+        if not counts.any():
+            return None
+        return Drafts(tokens, counts, others=others)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("ends", [None, [3, 4, 5]])
+def test_another_choice_takes_the_place_of_a_first_draft(model_type, right, ends):
+    model = families.model(model_type, seed=2).double()
+    _, batch = prompts(model_type)
+    asked = {
+        "max_new_tokens": 2 * NEW_TOKENS, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    expected = model.generate(**batch, **asked)
+    offers = Offers(expected.sequences, right)
+    way = Verification(model, [offers], lambda rows: DraftCosts(0.0, 0.0, 0.0))
+    found = model.generate(**batch, **asked, custom_generate=way)
+    assert torch.equal(found.sequences, expected.sequences)
+    check_window(model_type, found.sequences.shape[1])
+    for one, other in zip(found[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
+        # Plain generation keeps what a window still sees.
+        known = other.keys.shape[2]
+        last = one.keys[:, :, -known:], one.values[:, :, -known:]
+        torch.testing.assert_close(last, (other.keys, other.values), rtol=1e-9, atol=1e-9)
+    # Behind a row's end plain generation goes on, with padding.
+    written = torch.stack([column.abs().amax(-1) > 0 for column in found.logits])
+    for column, (one, other) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        torch.testing.assert_close(one[written[column]], other[written[column]], rtol=1e-6, atol=1e-6)
+    accepted = torch.stack(way.accepted, 1)
+    assert bool((torch.stack(way.proposed, 1) >= accepted).all())
+    if right:
+        assert accepted.max() == 2
+    else:
+        # Some rows got another choice in a pass in which others got none.
+        assert bool(((accepted == 1).any(0) & (accepted == 0).any(0)).any())
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

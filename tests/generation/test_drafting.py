@@ -144,15 +144,21 @@ def test_a_drafter_that_brought_little_in_training_is_not_trusted(judged, truste
     assert {name: pays.trusted for name, pays in found.pays.items()} == {"lookup": True, "jump": trusted}
 
 
+def proposals(drafter):
+    """What the drafter will have proposed, pass by pass."""
+    found, draft = [], drafter.draft
+    drafter.draft = lambda *given: found.append(draft(*given)) or found[-1]
+    return found
+
+
 @pytest.mark.parametrize(("scale", "kind"), [(0.0, 0), (1e6, 9)])
 def test_what_is_proposed_is_what_is_judged(scale, kind):
     """The first draft, of the kind that its probability makes it."""
     model = with_drafter()
-    drafter, first = JumpDrafts(model, 1), []
+    drafter = JumpDrafts(model, 1)
     drafter.head = drafter.head * scale
-    lessons, draft = Lessons(drafter), drafter.draft
+    lessons, first = Lessons(drafter), proposals(drafter)
     drafter.chances.held[:] = drafter.chances.tried
-    drafter.draft = lambda *given: first.append(draft(*given)) or first[-1]
     written(model, drafter, PROMPT, FREE)
     proposed = [one for one in first if one is not None]
     assert len(proposed) == len(lessons.guesses) > 2
@@ -160,6 +166,50 @@ def test_what_is_proposed_is_what_is_judged(scale, kind):
         here = drafts.counts > 0
         assert drafts.tokens[here, 0].tolist() == guess.tokens[here].tolist()
         assert set(kinds) <= {kind} and set(guess.kinds.tolist()) == {kind}
+
+
+def test_other_choices_are_the_next_most_probable_and_are_judged():
+    model = with_drafter()
+    drafter = JumpDrafts(model, 2)
+    found, lessons = proposals(drafter), []
+    note = drafter.other_chances.note
+    drafter.other_chances.note = lambda *told: lessons.append(told) or note(*told)
+    guesses = Lessons(drafter).guesses
+    text = written(model, drafter, PROMPT, FREE)[0]
+    assert text.tolist() == model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None).tolist()
+    drafted = [one for one in found if one is not None]
+    assert len(drafted) == len(lessons) == len(guesses) > 3
+    for drafts, (kinds, held), guess in zip(drafted, lessons, guesses, strict=True):
+        # One lesson for each choice of the rows that still grow.
+        assert drafts.others.shape[1] == 3 and len(kinds) == len(held) and len(kinds) in (3, 6)
+        assert set(kinds.tolist()) <= set(guess.other_kinds.flatten().tolist())
+        chosen = torch.cat((guess.tokens.unsqueeze(1), guess.others), 1)
+        assert all(len(set(row)) == 4 for row in chosen.tolist())
+        assert held.sum() <= len(PROMPT)
+    assert any(held.any() for _, held in lessons)
+
+
+@pytest.mark.parametrize("asked", [{"do_sample": True}, {"repetition_penalty": 1.2}])
+def test_there_are_no_other_choices_where_tokens_are_drawn_or_depend_on_the_text(asked):
+    model = with_drafter()
+    drafter = JumpDrafts(model, 2)
+    found = proposals(drafter)
+    written(model, drafter, PROMPT, FREE, **asked)
+    drafted = [one for one in found if one is not None]
+    assert len(drafted) > 1 and all(one.others is None for one in drafted)
+
+
+def test_other_choices_that_do_not_pay_are_not_proposed():
+    model = with_drafter()
+    drafter = JumpDrafts(model, 1)
+    found = proposals(drafter)
+    drafter.other_chances.note = lambda *told: None
+    drafter.other_chances.held[:] = 0.1 * drafter.other_chances.tried
+    drafter.chances.held[:] = drafter.chances.tried
+    _, proposed = written(model, drafter, PROMPT, DraftCosts(0.2, 0.0, 0.0))
+    drafted = [one for one in found if one is not None and one.tokens.shape[1]]
+    assert drafted and all(one.others.shape[1] == 0 for one in drafted)
+    assert max(int(one.max()) for one in proposed) == 1
 
 
 @torch.no_grad()

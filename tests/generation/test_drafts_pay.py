@@ -88,6 +88,15 @@ class TestMost:
         assert other.most([0.54]) == 0
 
 
+def test_other_choices_pay_as_long_as_each_brings_more_than_it_costs():
+    pays = DraftsPay(0.3, 0.05, 0.4)
+    assert pays.gains([0.2, 0.1, 0.04, 0.3]) == pytest.approx([0.15, 0.05])
+    assert pays.gains([]) == pays.gains([0.05]) == []
+    # Where tokens come fast, time is worth more of them.
+    pays.pace.note(9.0, 1.0)
+    assert pays.gains([0.3, 0.2]) == pytest.approx([0.3 - 0.05 * pays.pace.rate])
+
+
 class TestHopes:
     @pytest.mark.parametrize("costs", [(0.05, 0.1, 0.1), (0.05, 0.02, 0.7), (0.3, 0.1, 0.0)])
     @pytest.mark.parametrize("chances", [[0.1, 0.5], [0.2, 0.9], [0.05, 0.15], [0.7, 0.99]])

@@ -34,6 +34,8 @@ class Drafts:
             Of each row's last token and the drafts, behind the layers that they have passed.
         layers_done (`int`): those layers, whose keys and values the cache holds.
         runs (`float`): how often the drafter ran, for these and for what it did not propose in the end.
+        others (`LongTensor` of shape `(rows, others)`, *optional*):
+            Other choices of the first of them: where one stands, and not the first, what follows it is known.
     """
 
     tokens: Tensor
@@ -42,6 +44,17 @@ class Drafts:
     states: Tensor | None = None
     layers_done: int = 0
     runs: float = 0.0
+    others: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Tokens of each row to verify."""
+        return self.tokens.shape[1] + (0 if self.others is None else self.others.shape[1])
+
+    @property
+    def proposed(self) -> Tensor:
+        """Tokens (rows,) that rows have to choose from."""
+        return torch.where(self.counts > 0, self.counts + self.columns - self.tokens.shape[1], 0)
 
 
 @dataclass
@@ -54,12 +67,15 @@ class Guess:
         said (`BoolTensor` of shape `(rows,)`): does the drafter say anything of the row?
         probabilities (`Tensor` of shape `(rows, vocabulary)`, *optional*): what each was drawn from; None as in
             `Drafts`.
+        others, other_kinds (`LongTensor` of shape `(rows, others)`, *optional*): other choices, and their kinds.
     """
 
     tokens: Tensor
     kinds: Tensor
     said: Tensor
     probabilities: Tensor | None = None
+    others: Tensor | None = None
+    other_kinds: Tensor | None = None
 
     def held(self, got: Tensor, probabilities: Tensor | None) -> Tensor:
         """Was each accepted, or how probable was that (rows,)?
@@ -87,12 +103,14 @@ class Drafting:
         draw (`Callable`):
             From logits (rows, vocabulary) to tokens (rows,), and the probabilities (rows, vocabulary) that they were
             drawn from, None where the most probable is taken.
+        chooses (`bool`): may drafts have others beside them? Where the model takes its most probable token.
     """
 
     model: Any
     texts: GrowingTexts
     at: Callable[[int, int], SlotPass]
     draw: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    chooses: bool = False
 
 
 class Drafter(ABC):
@@ -121,6 +139,17 @@ class Drafter(ABC):
     def hopes(self, pays: DraftsPay) -> bool:
         """Is asking expected to pay, as far as is known from training?"""
         return True
+
+    def learn(self, guess: Guess, grew: Tensor, got: Tensor, probabilities: Tensor | None) -> None:
+        """Takes a lesson from how its first drafts would have fared.
+
+        Args:
+            guess (`Guess`): they.
+            grew, got (tensors of shape `(rows,)`): which rows got a token, and which.
+            probabilities (`Tensor` of shape `(rows, vocabulary)`, *optional*): as in `Guess.held`.
+        """
+        counts = guess.said & grew
+        self.chances.note(guess.kinds[counts], guess.held(got, probabilities)[counts])
 
     @abstractmethod
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
@@ -264,9 +293,13 @@ class JumpDrafts(Drafter):
     kinds = tuple((place + 0.5) / JumpDrafter.KINDS for place in range(JumpDrafter.KINDS))
     # It learned to say what the model says as often as that.
     known = 15.0
+    # Other choices of a first draft at most, and their chances by halvings of their probability.
+    _MOST_OTHERS = 3
+    _OTHER_KINDS = tuple(0.75 / 2**halvings for halvings in range(6))
 
     def __init__(self, model: Any, most: int) -> None:
         super().__init__(most)
+        self.other_chances = Chances(self._OTHER_KINDS, self.known)
         self.drafter = model.exit_drafter
         self.looks_behind, self.vocab_size = model.config.drafter_layer, model.config.vocab_size
         self.index = model.config.drafter_layer - 1
@@ -281,6 +314,12 @@ class JumpDrafts(Drafter):
         judged = self.drafter.judged
         return not bool(judged[0].any()) or pays.hopes(judged, self.most_tokens)
 
+    def learn(self, guess: Guess, grew: Tensor, got: Tensor, probabilities: Tensor | None) -> None:
+        super().learn(guess, grew, got, probabilities)
+        if guess.others is not None and guess.other_kinds is not None:
+            held = guess.others == got.unsqueeze(1)
+            self.other_chances.note(guess.other_kinds[grew].flatten(), held[grew].flatten())
+
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
         if self.seen is None:
             return None
@@ -294,10 +333,11 @@ class JumpDrafts(Drafter):
         token, state = texts.last(1), self.seen.unsqueeze(1)
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
-        runs = 0
+        others: Tensor | None = None
+        runs, more = 0, 0.0
 
         def goes_on(runs: int) -> bool:
-            share = float(texts.mean(product))
+            share = float(texts.mean(product)) + (0.0 if tokens else more)
             return pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs)
 
         while len(tokens) < len(reach) and (runs == 0 or goes_on(0)):
@@ -306,7 +346,8 @@ class JumpDrafts(Drafter):
             state = drafting.at(len(tokens), 1).run_layer(drafter.layer, index, drafter.jump(state, embedded))
             logits = F.linear(model.model.norm(drafter.read(state[:, 0])), self.head)
             # Known before a token is drawn: to drop a draft for what it says would bend the distribution.
-            kinds = drafter.kinds(logits.float().softmax(-1).amax(-1))
+            sure = logits.float().softmax(-1)
+            kinds = drafter.kinds(sure.amax(-1))
             product = torch.where(len(tokens) < room, product * self.chances.of(kinds), 0.0)
             drawn, probability = drafting.draw(logits)
             token = drafter.token_ids[drawn].unsqueeze(1)
@@ -315,13 +356,30 @@ class JumpDrafts(Drafter):
                 probability = full.index_copy_(1, drafter.token_ids, probability)
             if not tokens:
                 self.guess = Guess(token[:, 0], kinds, torch.ones_like(room, dtype=torch.bool), probability)
+                if drafting.chooses:
+                    others, more = self._others(sure, room, texts, pays)
             if not goes_on(1):
                 break
             counts = counts + (len(tokens) < room)
             tokens.append(token)
             probabilities += [] if probability is None else [probability]
-        drafted = torch.cat(tokens, 1) if tokens else texts.tokens.new_empty(len(texts), 0)
-        return Drafts(drafted, counts, torch.stack(probabilities, 1) if probabilities else None, runs=runs)
+        if not tokens:
+            return Drafts(texts.tokens.new_empty(len(texts), 0), counts, runs=runs)
+        drawn_from = torch.stack(probabilities, 1) if probabilities else None
+        return Drafts(torch.cat(tokens, 1), counts, drawn_from, runs=runs, others=others)
+
+    def _others(self, sure: Tensor, room: Tensor, texts: GrowingTexts, pays: DraftsPay) -> tuple[Tensor, float]:
+        """Other choices (rows, others) of a first draft, as many as pay, and the tokens that they bring beyond their
+        costs, from probabilities (rows, words)."""
+        assert self.guess is not None
+        best = sure.topk(min(1 + self._MOST_OTHERS, sure.shape[-1]), dim=-1)
+        halvings = -best.values[:, 1:].log2().nan_to_num(len(self._OTHER_KINDS))
+        kinds = halvings.clamp(0, len(self._OTHER_KINDS) - 1).long()
+        others = self.drafter.token_ids[best.indices[:, 1:]]
+        self.guess.others, self.guess.other_kinds = others, kinds
+        shares = texts.mean(self.other_chances.of(kinds) * (room > 0).unsqueeze(1))
+        gains = pays.gains(shares.tolist())
+        return others[:, : len(gains)], sum(gains)
 
 
 __all__ = ["Drafter", "Drafting", "Drafts", "ExitDrafts", "Guess", "JumpDrafts", "PromptLookup"]

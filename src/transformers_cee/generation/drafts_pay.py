@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -147,6 +148,15 @@ class DraftsPay:
             if gain > most:
                 best, most = count + 1, gain
         return best
+
+    def gains(self, shares: Sequence[float]) -> list[float]:
+        """What further tokens to verify bring beyond their costs, up to the first that does not pay.
+
+        Args:
+            shares (sequence of `float`): tokens that a row, of those furthest behind, is expected to get by each.
+        """
+        price = self.pace.rate * self.correction * self.verify_cost
+        return [share - price for share in takewhile(lambda share: share > price, shares)]
 
     def goes_on(self, share: float, usual: float, left: int, before: int = 0, runs: int = 0) -> bool:
         """Do further drafts pay, where only the next one has been run for, or none of them?

@@ -28,6 +28,8 @@ class SlotPass:
         padding (`Tensor` of shape `(rows, prompt)`, *optional*): 1 at tokens, 0 at padding, of the first columns.
         shifts (`LongTensor` of shape `(rows,)`): by how much a token's column exceeds its position.
         like (`Tensor`): of the type and on the device of hidden states.
+        others (`int`, *optional*, defaults to 0):
+            So many of the tokens, the last ones, are other choices of each row's second one, which no token sees.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class SlotPass:
         padding: Tensor | None,
         shifts: Tensor,
         like: Tensor,
+        others: int = 0,
     ) -> None:
         low, high = int(first.min()), int(first.max())
         # The column where all rows begin, if it is one for all.
@@ -46,7 +49,12 @@ class SlotPass:
         self.decoder, self.cache, self.total = decoder, cache, high + columns
         self.columns = first.unsqueeze(1) + torch.arange(columns, device=first.device)
         self.rows = torch.arange(len(first), device=first.device).unsqueeze(1)
-        self.positions = self.columns - shifts.unsqueeze(1)
+        # The column that each token has once it stands.
+        self.places = self.columns
+        if others:
+            seconds = self.columns[:, 1:2].expand(-1, others)
+            self.places = torch.cat((self.columns[:, :-others], seconds), 1)
+        self.positions = self.places - shifts.unsqueeze(1)
         shape = like.new_empty(len(first), columns, decoder.config.hidden_size)
         self.rotary = decoder.rotary(shape, self.positions)
         self.masks = {kind: self._mask(kind, padding, shape) for kind in dict.fromkeys(decoder.layer_types)}
@@ -72,6 +80,19 @@ class SlotPass:
         )
         return found
 
+    def move(self, rows: Tensor, source: Tensor) -> None:
+        """Puts other choices in the place of the second token.
+
+        Args:
+            rows (`LongTensor` of shape `(rows to change,)`): rows.
+            source (`LongTensor` of shape `(rows to change,)`): which token of the pass (0-based) comes there.
+        """
+        from_columns, to_columns = self.columns[rows, source], self.columns[rows, 1]
+        for layer in self.cache.layers:
+            for held in (layer.keys, layer.values):
+                assert held is not None
+                held[rows, :, to_columns] = held[rows, :, from_columns]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -93,16 +114,16 @@ class SlotPass:
         single = self.aligned is not None and self.columns.shape[1] == 1
         if single and padding is None and (window is None or self.total <= window):
             return None
-        places = torch.arange(self.total, device=self.columns.device)
-        ahead = self.columns.unsqueeze(-1) - places
-        seen = ahead >= 0
+        columns = torch.arange(self.total, device=self.columns.device)
+        ahead, own = self.places.unsqueeze(-1) - columns, self.columns.unsqueeze(-1) == columns
+        seen = (ahead > 0) | own
         if window is not None:
             seen &= ahead < window
         if padding is not None:
             known = torch.ones(len(padding), self.total, dtype=torch.bool, device=seen.device)
             known[:, : padding.shape[1]] = padding[:, : self.total] != 0
             # A row of padding alone would have nothing to look at.
-            seen = seen & known.unsqueeze(1) | (ahead == 0)
+            seen = seen & known.unsqueeze(1) | own
         # Of numbers: what is true or false would be turned into them by every layer anew.
         hidden = ~seen.unsqueeze(1)
         return torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, torch.finfo(like.dtype).min)

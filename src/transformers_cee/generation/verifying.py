@@ -115,22 +115,25 @@ class Verification:
                 start, came = before_pass
                 self._note(came, now - start, times)
             drafts = self._draft()
-            columns = 0 if drafts is None else drafts.tokens.shape[1]
-            states = self._states(drafts, columns)
-            logits = self._logits(states)
+            logits = self._logits(self._states(drafts))
+            counts = proposed = torch.zeros_like(texts.lengths)
+            if drafts is not None:
+                proposed = drafts.proposed
+                if drafts.others is not None:
+                    logits = self._with_others(drafts, logits)
+                counts = drafts.counts
             scores = self._processed(logits)
-            counts = torch.zeros_like(texts.lengths) if drafts is None else drafts.counts
             accepted, chosen = self._choose(scores, drafts, counts)
             self._keep(logits, scores, accepted)
             grew, before = texts.grows, texts.lengths
             texts.extend(accepted, chosen)
             self._judge(scores[:, 0], grew, before)
             self._show(accepted)
-            self.proposed.append(torch.where(grew, counts, -1))
+            self.proposed.append(torch.where(grew, proposed, -1))
             self.accepted.append(torch.where(grew, accepted, -1))
             self.steps += 1
             if drafts is not None:
-                self.steps += self.pays[self.drafter].spent(columns, drafts.runs)
+                self.steps += self.pays[self.drafter].spent(drafts.columns, drafts.runs)
             # A batch is as far as the last of its rows.
             came = None if drafts is None else (drafts, float(texts.lengths[grew].min() - before[grew].min()))
             before_pass = now, came
@@ -198,12 +201,14 @@ class Verification:
         """A pass over so many tokens of each row, whose first one stands `offset` behind the row's last token."""
         return self._pass(self.texts.lengths - 1 + self.ahead + offset, columns)
 
-    def _pass(self, first: Tensor, columns: int) -> SlotPass:
+    def _pass(self, first: Tensor, columns: int, others: int = 0) -> SlotPass:
         like = self.model.get_input_embeddings().weight[:0, :0]
-        return SlotPass(self.decoder, self.cache, first, columns, self.padding, self.shifts, like)
+        return SlotPass(self.decoder, self.cache, first, columns, self.padding, self.shifts, like, others)
 
     def _draft(self) -> Drafts | None:
-        drafting = Drafting(self.model, self.texts, self.at, self._draw)
+        # What else is done with the scores may look at the text before.
+        chooses = not self.samples and not self.processors
+        drafting = Drafting(self.model, self.texts, self.at, self._draw, chooses)
         room = self.texts.room
         for drafter in self.drafters:
             drafter.guess = None
@@ -216,20 +221,48 @@ class Verification:
                 return drafts
         return None
 
-    def _states(self, drafts: Drafts | None, columns: int) -> Tensor:
-        """Last hidden states (rows, columns + 1, hidden) of the last token and the drafts."""
+    def _states(self, drafts: Drafts | None) -> Tensor:
+        """Last hidden states (rows, columns, hidden) of the last token, the drafts and other choices of the first."""
         layers = len(self.decoder.layers)
-        run = self.at(0, columns + 1)
+        tokens, others = self.texts.last(1 if drafts is None else 1 + drafts.tokens.shape[1]), 0
+        if drafts is not None and drafts.others is not None:
+            tokens, others = torch.cat((tokens, drafts.others), 1), drafts.others.shape[1]
+        run = self._pass(self.texts.lengths - 1 + self.ahead, tokens.shape[1], others)
+        self.run = run
         if drafts is not None and drafts.states is not None:
             states, done = drafts.states, drafts.layers_done
         else:
-            states, done = self.model.get_input_embeddings()(self.texts.last(columns + 1)), 0
+            states, done = self.model.get_input_embeddings()(tokens), 0
         self.behind: dict[int, Tensor] = {}
         for layer in sorted({one.looks_behind for one in self.drafters if one.looks_behind}):
             if layer >= done:
                 states, done = run.run(states, done, layer), layer
                 self.behind[layer] = states
         return run.run(states, done, layers)
+
+    def _with_others(self, drafts: Drafts, logits: Tensor) -> Tensor:
+        """Gives the place of a row's first draft, which does not stand, to another choice that does.
+
+        Args:
+            drafts (`Drafts`): of such a row that draft alone counts from then on.
+            logits (`Tensor` of shape `(rows, columns, vocabulary)`): of all tokens of the pass.
+
+        Returns:
+            `Tensor` of shape `(rows, drafts + 1, vocabulary)`: without those of other choices.
+        """
+        assert drafts.others is not None
+        count = 1 + drafts.tokens.shape[1]
+        said = logits[:, 0].argmax(-1)
+        stands = (drafts.others == said.unsqueeze(1)) & (drafts.tokens[:, 0] != said).unsqueeze(1)
+        rows = (stands.any(1) & (drafts.counts > 0)).nonzero().squeeze(1)
+        if len(rows):
+            source = count + stands[rows].int().argmax(1)
+            self.run.move(rows, source)
+            for held in (logits, *self.behind.values()):
+                held[rows, 1] = held[rows, source]
+            drafts.tokens[rows, 0], drafts.counts[rows] = said[rows], 1
+            self.texts.draft(drafts.tokens)
+        return logits[:, :count]
 
     def _judge(self, scores: Tensor, grew: Tensor, before: Tensor) -> None:
         """Tells drafters how the first drafts that they had in mind would have fared.
@@ -241,9 +274,8 @@ class Verification:
         probabilities = scores.softmax(-1) if self.samples else None
         got = self.texts.tokens.gather(1, before.unsqueeze(1)).squeeze(1)
         for drafter in self.drafters:
-            if (guess := drafter.guess) is not None:
-                counts = guess.said & grew
-                drafter.chances.note(guess.kinds[counts], guess.held(got, probabilities)[counts])
+            if drafter.guess is not None:
+                drafter.learn(drafter.guess, grew, got, probabilities)
 
     def _show(self, accepted: Tensor) -> None:
         """Gives drafters the states that they want to see, of the last token that was verified."""
@@ -332,7 +364,7 @@ class Verification:
             self.pace.note(1.0, 1.0)
             return
         drafts, tokens = came
-        columns = drafts.tokens.shape[1]
+        columns = drafts.columns
         pays = self.pays[self.drafter]
         if not columns:
             # The pass itself was over one token.
