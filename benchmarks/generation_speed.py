@@ -26,6 +26,7 @@ medians over rounds in which all of them run in turn, with the rounds' spread; n
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class ForcedDrafts(JumpDrafts):
     """Every pass gets as many drafts as there may be, whatever comes of them."""
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
-        return super().draft(drafting, room, AlwaysPays(0.0, 0.0))
+        # Nothing but these is told by the acceptance.
+        return super().draft(replace(drafting, chooses=False), room, AlwaysPays(0.0, 0.0))
 
 
 class AlwaysPays(DraftsPay):

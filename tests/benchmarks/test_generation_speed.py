@@ -14,6 +14,8 @@ import torch
 from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
+from transformers_cee.fitting.drafter import fit_drafter
+
 
 NEW = 17
 
@@ -28,11 +30,14 @@ def forced(model, prompt, chance, drafts=3):
 
 @torch.no_grad()
 def test_acceptance_is_what_was_asked_for():
-    model = tiny_llama(drafter_layer=3, drafter_vocab_size=40).eval()
+    model = tiny_llama(drafter_layer=3, drafter_vocab_size=60).eval()
+    # A drafter that knows something would have other choices of its drafts.
+    fit_drafter(model, [{"input_ids": torch.randint(3, 60, (8, 12))}])
     prompt = torch.randint(3, 60, (2, 5))
     text, accepted = forced(model, prompt, 1.0)
     # The prompt gives one token, and so does the first pass, which has no state to draft from; each other one gives
     # four, and the last one as many as there is room for.
+    assert accepted[:, 1:-1].unique().tolist() == [3]
     assert accepted.shape[1] == 1 + math.ceil((NEW - 2) / 4) and text.shape[1] == 5 + NEW
     plain = model.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
     text, accepted = forced(model, prompt, 0.0)

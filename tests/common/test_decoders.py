@@ -66,13 +66,16 @@ class Offers(Drafter):
 
     name = "offers"
     kinds = (0.5,)
+    looks_behind = 2
 
     def __init__(self, texts, right):
         super().__init__(3)
-        self.texts, self.right, self.asked = texts, right, 0
+        self.texts, self.right, self.asked, self.shown = texts, right, 0, []
 
     def draft(self, drafting, room, pays):
         turn, self.asked = self.asked, self.asked + 1
+        if self.seen is not None:
+            self.shown.append((drafting.texts.lengths, drafting.texts.grows, self.seen))
         ahead = drafting.texts.lengths.unsqueeze(1) + torch.arange(2)
         tokens = self.texts.gather(1, ahead.clamp_max(self.texts.shape[1] - 1))
         wrong = (tokens[:, :1] + torch.arange(1, 4)) % families.VOCABULARY
@@ -90,20 +93,29 @@ class Offers(Drafter):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("right", [False, True])
-@pytest.mark.parametrize("ends", [None, [3, 4, 5]])
-def test_another_choice_takes_the_place_of_a_first_draft(model_type, right, ends):
+@pytest.mark.parametrize(("ends", "embedded"), [(None, False), ([3, 4, 5], False), (None, True)])
+@torch.no_grad()
+def test_another_choice_takes_the_place_of_a_first_draft(model_type, right, ends, embedded):
     model = families.model(model_type, seed=2).double()
     _, batch = prompts(model_type)
+    length = batch["input_ids"].shape[1]
     asked = {
         "max_new_tokens": 2 * NEW_TOKENS, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0,
         "return_dict_in_generate": True, "output_logits": True,
     }  # fmt: skip
     expected = model.generate(**batch, **asked)
+    whole = expected.sequences
+    mask = torch.ones_like(whole)
+    mask[:, :length] = batch["attention_mask"]
+    states = families.twin(model).double()(whole, attention_mask=mask, output_hidden_states=True).hidden_states[2]
+    if embedded:
+        batch = {**batch, "input_ids": None, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+        expected.sequences = whole[:, length:]
     offers = Offers(expected.sequences, right)
     way = Verification(model, [offers], lambda rows: DraftCosts(0.0, 0.0, 0.0))
     found = model.generate(**batch, **asked, custom_generate=way)
     assert torch.equal(found.sequences, expected.sequences)
-    check_window(model_type, found.sequences.shape[1])
+    check_window(model_type, whole.shape[1])
     for one, other in zip(found[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
         # Plain generation keeps what a window still sees.
         known = other.keys.shape[2]
@@ -113,6 +125,11 @@ def test_another_choice_takes_the_place_of_a_first_draft(model_type, right, ends
     written = torch.stack([column.abs().amax(-1) > 0 for column in found.logits])
     for column, (one, other) in enumerate(zip(found.logits, expected.logits, strict=True)):
         torch.testing.assert_close(one[written[column]], other[written[column]], rtol=1e-6, atol=1e-6)
+    # The last token has run through no layer yet.
+    assert len(offers.shown) > 2
+    for lengths, grows, shown in offers.shown:
+        places = lengths[grows] - 2 + (length if embedded else 0)
+        torch.testing.assert_close(shown[grows], states[grows, places], rtol=1e-6, atol=1e-6)
     accepted = torch.stack(way.accepted, 1)
     assert bool((torch.stack(way.proposed, 1) >= accepted).all())
     if right:

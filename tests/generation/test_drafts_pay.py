@@ -68,6 +68,11 @@ class TestMost:
         assert pays.goes_on(0.5, 0.8, 8) == pays.goes_on(0.4, 0.8, 8) and not pays.goes_on(0.1, 0.8, 8, before=1)
         assert not pays.goes_on(1.0, 0.9, 0)
 
+    def test_what_a_draft_brings_beside_itself_comes_once(self):
+        pays = DraftsPay(0.1, 0.05, 0.5)
+        assert not pays.goes_on(0.2, 0.9, 8, runs=1, beside=0.3) and pays.goes_on(0.2, 0.9, 8, runs=1, beside=0.4)
+        assert not pays.goes_on(0.2, 0.9, 0, runs=1, beside=9.0)
+
     def test_a_run_that_is_done_costs_nothing_more(self):
         pays = DraftsPay(0.3, 0.1)
         assert pays.most([0.2]) == 0 and pays.most([0.2], runs=1) == 1 and pays.most([0.2, 0.2], runs=1) == 1

@@ -51,11 +51,6 @@ class Drafts:
         """Tokens of each row to verify."""
         return self.tokens.shape[1] + (0 if self.others is None else self.others.shape[1])
 
-    @property
-    def proposed(self) -> Tensor:
-        """Tokens (rows,) that rows have to choose from."""
-        return torch.where(self.counts > 0, self.counts + self.columns - self.tokens.shape[1], 0)
-
 
 @dataclass
 class Guess:
@@ -293,9 +288,9 @@ class JumpDrafts(Drafter):
     kinds = tuple((place + 0.5) / JumpDrafter.KINDS for place in range(JumpDrafter.KINDS))
     # It learned to say what the model says as often as that.
     known = 15.0
-    # Other choices of a first draft at most, and their chances by halvings of their probability.
+    # Other choices of a first draft at most, and their chances by halvings of their probability, which is 1/2 at most.
     _MOST_OTHERS = 3
-    _OTHER_KINDS = tuple(0.75 / 2**halvings for halvings in range(6))
+    _OTHER_KINDS = tuple(0.375 / 2**halvings for halvings in range(5))
 
     def __init__(self, model: Any, most: int) -> None:
         super().__init__(most)
@@ -334,11 +329,12 @@ class JumpDrafts(Drafter):
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
         others: Tensor | None = None
-        runs, more = 0, 0.0
+        runs, beside = 0, 0.0
 
         def goes_on(runs: int) -> bool:
-            share = float(texts.mean(product)) + (0.0 if tokens else more)
-            return pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs)
+            share = float(texts.mean(product))
+            more = 0.0 if tokens else beside
+            return pays.goes_on(share, chance, len(reach) - len(tokens), len(tokens), runs, more)
 
         while len(tokens) < len(reach) and (runs == 0 or goes_on(0)):
             runs += 1
@@ -356,8 +352,8 @@ class JumpDrafts(Drafter):
                 probability = full.index_copy_(1, drafter.token_ids, probability)
             if not tokens:
                 self.guess = Guess(token[:, 0], kinds, torch.ones_like(room, dtype=torch.bool), probability)
-                if drafting.chooses:
-                    others, more = self._others(sure, room, texts, pays)
+                if drafting.chooses and pays.gains([self.other_chances.highest]):
+                    others, beside = self._others(sure.scatter(1, drawn.unsqueeze(1), 0.0), room, texts, pays)
             if not goes_on(1):
                 break
             counts = counts + (len(tokens) < room)
@@ -368,18 +364,18 @@ class JumpDrafts(Drafter):
         drawn_from = torch.stack(probabilities, 1) if probabilities else None
         return Drafts(torch.cat(tokens, 1), counts, drawn_from, runs=runs, others=others)
 
-    def _others(self, sure: Tensor, room: Tensor, texts: GrowingTexts, pays: DraftsPay) -> tuple[Tensor, float]:
+    def _others(self, sure: Tensor, room: Tensor, texts: GrowingTexts, pays: DraftsPay) -> tuple[Tensor | None, float]:
         """Other choices (rows, others) of a first draft, as many as pay, and the tokens that they bring beyond their
-        costs, from probabilities (rows, words)."""
+        costs, from probabilities (rows, words) in which that draft has none."""
         assert self.guess is not None
-        best = sure.topk(min(1 + self._MOST_OTHERS, sure.shape[-1]), dim=-1)
-        halvings = -best.values[:, 1:].log2().nan_to_num(len(self._OTHER_KINDS))
+        best = sure.topk(min(self._MOST_OTHERS, sure.shape[-1]), dim=-1)
+        halvings = (-best.values.log2()).nan_to_num(torch.inf) - 1
         kinds = halvings.clamp(0, len(self._OTHER_KINDS) - 1).long()
-        others = self.drafter.token_ids[best.indices[:, 1:]]
+        others = self.drafter.token_ids[best.indices]
         self.guess.others, self.guess.other_kinds = others, kinds
         shares = texts.mean(self.other_chances.of(kinds) * (room > 0).unsqueeze(1))
         gains = pays.gains(shares.tolist())
-        return others[:, : len(gains)], sum(gains)
+        return (others[:, : len(gains)] if gains else None), sum(gains)
 
 
 __all__ = ["Drafter", "Drafting", "Drafts", "ExitDrafts", "Guess", "JumpDrafts", "PromptLookup"]

@@ -35,6 +35,11 @@ class Chances:
         """Chance of a draft of whatever kind."""
         return float(self.held.sum() / self.tried.sum())
 
+    @property
+    def highest(self) -> float:
+        """Chance of a draft of the best kind."""
+        return float((self.held / self.tried).max())
+
     def of(self, kinds: Tensor) -> Tensor:
         """Chances of drafts of such kinds, in the same shape."""
         return (self.held / self.tried).to(kinds.device)[kinds]
@@ -158,7 +163,9 @@ class DraftsPay:
         price = self.pace.rate * self.correction * self.verify_cost
         return [share - price for share in takewhile(lambda share: share > price, shares)]
 
-    def goes_on(self, share: float, usual: float, left: int, before: int = 0, runs: int = 0) -> bool:
+    def goes_on(
+        self, share: float, usual: float, left: int, before: int = 0, runs: int = 0, beside: float = 0.0
+    ) -> bool:
         """Do further drafts pay, where only the next one has been run for, or none of them?
 
         Args:
@@ -167,8 +174,11 @@ class DraftsPay:
             left (`int`): how many further ones there may be.
             before (`int`): drafts that there are already.
             runs (`int`): 1 where the next one has been run for.
+            beside (`float`): tokens that the next one brings beside itself, beyond their costs.
         """
-        return self.most([share * usual ** (count + 1 - runs) for count in range(left)], before, runs) > 0
+        shares = [share * usual ** (count + 1 - runs) for count in range(left)]
+        shares[:1] = [one + beside for one in shares[:1]]
+        return self.most(shares, before, runs) > 0
 
     @property
     def correction(self) -> float:

@@ -99,7 +99,8 @@ class EarlyExitGenerationMixin(GenerationMixin):
       `prompt_lookup_num_tokens` (what followed the same tokens before, of up to `max_matching_ngram_size`), and
       `assistant_early_exit` (the layer whose exit drafts up to `num_assistant_tokens`, while `exit_threshold` lets
       them leave there). The output then has `proposed_drafts` and `accepted_drafts` (rows, passes), −1 where a row had
-      stopped, `tokens_per_pass`, and `expected_speedup`, what the measured costs say of these passes.
+      stopped; other choices of a first draft count as that draft. It also has `tokens_per_pass`, and
+      `expected_speedup`, what the measured costs say of these passes.
 
     With `return_dict_in_generate=True` the output also has `exit_layers` (rows, new tokens): the layer (1-based) of
     each new token; the first comes from the prompt's pass at full depth; 0 behind the end of a row.

@@ -1,8 +1,8 @@
 # Copyright 2026 The transformers-cee authors.
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Passes over texts that grow at different speeds. A token's keys and values stand in that column of the cache which
-is its own place in its row. To take tokens back is to remember a smaller length: the masks hide what stands behind it
-until it is written over."""
+is its own place in its row, but for other choices of a token, which stand behind all until one is moved there. To take
+tokens back is to remember a smaller length: the masks hide what stands behind it until it is written over."""
 
 from __future__ import annotations
 

@@ -116,12 +116,10 @@ class Verification:
                 self._note(came, now - start, times)
             drafts = self._draft()
             logits = self._logits(self._states(drafts))
-            counts = proposed = torch.zeros_like(texts.lengths)
-            if drafts is not None:
-                proposed = drafts.proposed
-                if drafts.others is not None:
-                    logits = self._with_others(drafts, logits)
-                counts = drafts.counts
+            proposed = torch.zeros_like(texts.lengths) if drafts is None else drafts.counts
+            if drafts is not None and drafts.others is not None:
+                logits = self._with_others(drafts, logits)
+            counts = proposed if drafts is None else drafts.counts
             scores = self._processed(logits)
             accepted, chosen = self._choose(scores, drafts, counts)
             self._keep(logits, scores, accepted)
@@ -260,7 +258,8 @@ class Verification:
             self.run.move(rows, source)
             for held in (logits, *self.behind.values()):
                 held[rows, 1] = held[rows, source]
-            drafts.tokens[rows, 0], drafts.counts[rows] = said[rows], 1
+            drafts.tokens[rows, 0] = said[rows]
+            drafts.counts = drafts.counts.index_fill(0, rows, 1)
             self.texts.draft(drafts.tokens)
         return logits[:, :count]
 
