@@ -79,7 +79,7 @@ class ForcedDrafts(JumpDrafts):
     """Every pass gets as many drafts as there may be, whatever comes of them."""
 
     def draft(self, drafting: Drafting, room: Tensor, pays: DraftsPay) -> Drafts | None:
-        # Nothing but these is told by the acceptance.
+        # Other choices of a first draft would be accepted beside those that are asked for.
         return super().draft(replace(drafting, chooses=False), room, AlwaysPays(0.0, 0.0))
 
 
